@@ -1,0 +1,224 @@
+// grpo_ext._C: pointers, sizes and numbers in, kernel calls out. Checks, allocation and dtypes are
+// the business of grpo_ext/_ops.py; this file only casts.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "common/metrics.h"
+#include "common/policy.h"
+#include "common/row_params.h"
+#include "cpu/cpu.h"
+#if defined(GRPO_CUDA)
+#include "cuda/cuda.h"
+#endif
+
+namespace py = pybind11;
+
+namespace grpo {
+namespace {
+
+// LossConfig as numbers, in this order; Python builds the list from these names. Optional fields
+// arrive as NaN when not set.
+const char* const kSpecFields[] = {
+    "loss_type",
+    "importance_sampling_level",
+    "importance_mode",
+    "use_bias_correction_kl",
+    "epsilon",
+    "clip_high",
+    "delta",
+    "beta",
+    "entropy_coef",
+    "importance_min",
+    "importance_cap",
+    "off_policy_mask_threshold",
+    "sapo_temperature_pos",
+    "sapo_temperature_neg",
+    "vespo_k_pos",
+    "vespo_lambda_pos",
+    "vespo_k_neg",
+    "vespo_lambda_neg",
+    "max_completion_length",
+    "grad_scale",
+};
+
+template <class Real>
+LossSpec<Real> read_spec(const std::vector<double>& v) {
+  if (v.size() != std::size(kSpecFields)) throw std::invalid_argument("loss spec: wrong length");
+  size_t k = 0;
+  LossSpec<Real> s{};
+  s.loss_type = LossType(int(v[k++]));
+  s.level = Level(int(v[k++]));
+  s.importance_mode = ImportanceMode(int(v[k++]));
+  s.use_bias_correction_kl = v[k++] != 0;
+  s.clip_low = Real(1 - v[k++]);
+  const double high = v[k++];
+  s.clip_high = Real(s.loss_type == LossType::kCispo ? high : 1 + high);
+  const double delta = v[k++];
+  s.delta = std::isnan(delta) ? std::numeric_limits<Real>::infinity() : Real(delta);
+  s.beta = Real(v[k++]);
+  s.entropy_coef = Real(v[k++]);
+  s.importance_min = Real(v[k++]);
+  s.importance_cap = Real(v[k++]);
+  const double threshold = v[k++];
+  s.has_off_policy_threshold = !std::isnan(threshold);
+  s.off_policy_threshold = s.has_off_policy_threshold ? Real(threshold) : Real(0);
+  s.sapo_temperature_pos = Real(v[k++]);
+  s.sapo_temperature_neg = Real(v[k++]);
+  s.vespo_k_pos = Real(v[k++]);
+  s.vespo_lambda_pos = Real(v[k++]);
+  s.vespo_k_neg = Real(v[k++]);
+  s.vespo_lambda_neg = Real(v[k++]);
+  const double length = v[k++];
+  s.max_completion_length = std::isnan(length) ? Real(1) : Real(length);
+  s.grad_scale = Real(v[k++]);
+  return s;
+}
+
+template <class T>
+T* pointer(const py::handle& address) {
+  return reinterpret_cast<T*>(address.cast<uintptr_t>());
+}
+
+// (dtype, batch, length, vocab, logits, stride_b, stride_t, grad, stride_b, stride_t, ids, mask,
+//  logps, entropy, lse, coef, entropy_coef), transform = (scale, softcap, temperature).
+template <class Real>
+RowParams<Real> read_rows(const py::tuple& t, const std::vector<double>& transform) {
+  size_t k = 0;
+  RowParams<Real> p{};
+  p.dtype = DType(t[k++].cast<int>());
+  p.batch = t[k++].cast<int64_t>();
+  p.length = t[k++].cast<int64_t>();
+  p.vocab = t[k++].cast<int64_t>();
+  p.logits = pointer<void>(t[k++]);
+  p.logits_stride_batch = t[k++].cast<int64_t>();
+  p.logits_stride_position = t[k++].cast<int64_t>();
+  p.grad = pointer<void>(t[k++]);
+  p.grad_stride_batch = t[k++].cast<int64_t>();
+  p.grad_stride_position = t[k++].cast<int64_t>();
+  p.ids = pointer<const int64_t>(t[k++]);
+  p.mask = pointer<const uint8_t>(t[k++]);
+  p.logps = pointer<Real>(t[k++]);
+  p.entropy = pointer<Real>(t[k++]);
+  p.lse = pointer<Real>(t[k++]);
+  p.coef = pointer<const Real>(t[k++]);
+  p.entropy_coef = pointer<const Real>(t[k++]);
+  p.transform = {Real(transform[0]), Real(transform[1]), Real(1 / transform[2])};
+  return p;
+}
+
+// (batch, length, logps, entropy, mask, advantages, per token?, old, ref, sampling, importance,
+//  its shape, num_items, entropy_threshold, loss, coef, entropy_coef, kl, metrics).
+template <class Real>
+PolicyParams<Real> read_policy(const py::tuple& t, const std::vector<double>& spec) {
+  size_t k = 0;
+  PolicyParams<Real> p{};
+  p.batch = t[k++].cast<int64_t>();
+  p.length = t[k++].cast<int64_t>();
+  p.logps = pointer<const Real>(t[k++]);
+  p.entropy = pointer<const Real>(t[k++]);
+  p.mask = pointer<const uint8_t>(t[k++]);
+  p.advantages = pointer<const Real>(t[k++]);
+  p.advantages_per_token = t[k++].cast<bool>();
+  p.old_logps = pointer<const Real>(t[k++]);
+  p.ref_logps = pointer<const Real>(t[k++]);
+  p.sampling_logps = pointer<const Real>(t[k++]);
+  p.importance = pointer<const Real>(t[k++]);
+  p.importance_shape = ImportanceShape(t[k++].cast<int>());
+  p.num_items = pointer<const Real>(t[k++]);
+  p.entropy_threshold = pointer<const Real>(t[k++]);
+  p.loss = pointer<Real>(t[k++]);
+  p.coef = pointer<Real>(t[k++]);
+  p.entropy_coef = pointer<Real>(t[k++]);
+  p.kl = pointer<Real>(t[k++]);
+  p.metrics = pointer<Real>(t[k++]);
+  p.spec = read_spec<Real>(spec);
+  return p;
+}
+
+bool is_fp64(const py::tuple& rows) { return DType(rows[0].cast<int>()) == DType::kFloat64; }
+
+using Numbers = std::vector<double>;
+
+int64_t cpu_row_stats(const py::tuple& rows, const Numbers& transform, int threads) {
+  const auto run = [&](auto real) {
+    const auto p = read_rows<decltype(real)>(rows, transform);
+    py::gil_scoped_release unlocked;
+    return cpu::row_stats(p, threads);
+  };
+  return is_fp64(rows) ? run(double()) : run(float());
+}
+
+void cpu_row_gradient(const py::tuple& rows, const Numbers& transform, int threads) {
+  const auto run = [&](auto real) {
+    const auto p = read_rows<decltype(real)>(rows, transform);
+    py::gil_scoped_release unlocked;
+    cpu::row_gradient(p, threads);
+  };
+  is_fp64(rows) ? run(double()) : run(float());
+}
+
+int64_t cpu_row_loss(const py::tuple& rows, const Numbers& transform, const py::tuple& policy,
+                     const Numbers& spec, int threads) {
+  const auto run = [&](auto real) {
+    const auto p = read_rows<decltype(real)>(rows, transform);
+    const auto q = read_policy<decltype(real)>(policy, spec);
+    py::gil_scoped_release unlocked;
+    return cpu::row_loss(p, q, threads);
+  };
+  return is_fp64(rows) ? run(double()) : run(float());
+}
+
+void cpu_policy_loss(bool fp64, const py::tuple& policy, const Numbers& spec, int threads) {
+  const auto run = [&](auto real) {
+    const auto q = read_policy<decltype(real)>(policy, spec);
+    py::gil_scoped_release unlocked;
+    cpu::policy_loss(q, threads);
+  };
+  fp64 ? run(double()) : run(float());
+}
+
+void cpu_scale_rows(const py::tuple& rows, double factor, int threads) {
+  const auto run = [&](auto real) {
+    using Real = decltype(real);
+    const auto p = read_rows<Real>(rows, {1, 0, 1});
+    py::gil_scoped_release unlocked;
+    cpu::scale_rows(p, Real(factor), threads);
+  };
+  is_fp64(rows) ? run(double()) : run(float());
+}
+
+}  // namespace
+}  // namespace grpo
+
+PYBIND11_MODULE(_C, m) {
+  using namespace grpo;
+  m.attr("LOSS_SPEC_FIELDS") =
+      py::tuple(py::cast(std::vector<std::string>(std::begin(kSpecFields), std::end(kSpecFields))));
+  m.attr("METRIC_NAMES") = py::tuple(
+      py::cast(std::vector<std::string>(std::begin(kMetricNames), std::end(kMetricNames))));
+  m.attr("VERSION") = GRPO_VERSION;
+  m.def("cpu_isa", &cpu::active_isa);
+  m.def("select_cpu_isa", &cpu::select_isa);
+  m.def("cpu_row_stats", &cpu_row_stats);
+  m.def("cpu_row_gradient", &cpu_row_gradient);
+  m.def("cpu_row_loss", &cpu_row_loss);
+  m.def("cpu_policy_loss", &cpu_policy_loss);
+  m.def("cpu_scale_rows", &cpu_scale_rows);
+#if defined(GRPO_CUDA)
+  m.attr("CUDA_ARCHITECTURES") = GRPO_CUDA_ARCHITECTURES;
+  m.attr("CUDA_VERSION") = cuda::compiled_version();
+  m.def("cuda_scale_rows", [](const py::tuple& rows, uintptr_t factor, uintptr_t stream) {
+    cuda::scale_rows(read_rows<float>(rows, {1, 0, 1}), reinterpret_cast<const float*>(factor),
+                     reinterpret_cast<cuda::Stream>(stream));
+  });
+#else
+  m.attr("CUDA_ARCHITECTURES") = "";
+  m.attr("CUDA_VERSION") = 0;
+#endif
+}

@@ -1,0 +1,54 @@
+// The constants of a loss call: what LossConfig says, as plain numbers that CPU and CUDA code read.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define GRPO_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define GRPO_HOST_DEVICE inline
+#endif
+
+namespace grpo {
+
+enum class LossType : int32_t { kGrpo, kBnpo, kDrGrpo, kDapo, kLuspo, kCispo, kSapo, kVespo };
+enum class Level : int32_t { kToken, kSequence };
+enum class ImportanceMode : int32_t {
+  kOff,
+  kTokenTruncate,
+  kTokenMask,
+  kSequenceTruncate,
+  kSequenceMask
+};
+
+// Real is float, or double for fp64 logits. Optional numbers carry a flag beside them.
+template <class Real>
+struct LossSpec {
+  LossType loss_type;
+  Level level;
+  ImportanceMode importance_mode;  // kOff also when the caller brings the weights along
+  bool use_bias_correction_kl;
+  bool has_off_policy_threshold;
+  Real clip_low;   // 1 - epsilon
+  Real clip_high;  // 1 + epsilon_high; for cispo epsilon_high itself
+  Real delta;      // +inf when not set
+  Real beta;
+  Real entropy_coef;
+  Real importance_min;
+  Real importance_cap;
+  Real off_policy_threshold;
+  Real sapo_temperature_pos, sapo_temperature_neg;
+  Real vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg;
+  Real max_completion_length;
+  Real grad_scale;  // on the gradient only
+};
+
+// x = softcap(scale * z) / temperature.
+template <class Real>
+struct LogitTransform {
+  Real scale;
+  Real softcap;  // 0 = no cap
+  Real inv_temperature;
+};
+
+}  // namespace grpo

@@ -1,0 +1,21 @@
+"""grpo_ext: fast and exact GRPO-family losses in C++ and CUDA, and a trainer around them."""
+
+from grpo_ext import reference
+from grpo_ext._build_info import __version__, build_info
+from grpo_ext.advantages import group_advantages, importance_weights
+from grpo_ext.config import LossConfig
+from grpo_ext.losses import grpo_loss, policy_loss, selective_log_softmax
+from grpo_ext.output import GRPOLossOutput
+
+__all__ = [
+    "GRPOLossOutput",
+    "LossConfig",
+    "__version__",
+    "build_info",
+    "group_advantages",
+    "grpo_loss",
+    "importance_weights",
+    "policy_loss",
+    "reference",
+    "selective_log_softmax",
+]

@@ -1,0 +1,158 @@
+"""Arguments of the loss functions: checked once, brought into the form that the operators expect.
+
+Errors name the argument, what it is, and what to pass instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo_ext._ops import DTYPE_CODES
+from grpo_ext.config import LossConfig
+
+Number = int | float
+
+
+class PolicyTensors(NamedTuple):
+    """The tensor arguments that all policy operators share, in their order: ``(B,T)`` unless said otherwise."""
+
+    mask: Tensor
+    advantages: Tensor  # (B,) or (B,T)
+    old_logps: Tensor | None
+    ref_logps: Tensor | None
+    sampling_logps: Tensor | None
+    importance_weights: Tensor | None  # (B,) or (B,T)
+    num_items: Tensor | None  # ()
+    entropy_threshold: Tensor | None  # ()
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+
+
+def check_logits(logits: Tensor, ids: Tensor, ids_name: str = "completion_ids") -> None:
+    """``logits (B,T,V)`` or ``(N,V)`` with a dense vocabulary, ``ids`` of its leading shape."""
+    if not isinstance(logits, Tensor) or logits.dim() not in (2, 3):
+        got = _describe(logits) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"logits must be a (B,T,V) or (N,V) tensor, got {got}")
+    if logits.dtype not in DTYPE_CODES:
+        raise TypeError(
+            f"logits must be float32, bfloat16, float16 or float64, got {_describe(logits)}; cast them first"
+        )
+    if logits.dtype == torch.float64 and logits.device.type != "cpu":
+        raise TypeError(f"float64 logits are served on the CPU only, got {_describe(logits)}; pass float32")
+    if logits.shape[-1] == 0:
+        raise ValueError(f"logits have an empty vocabulary: {_describe(logits)}")
+    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+        raise ValueError(
+            f"the vocabulary dimension of logits must be dense, got strides {logits.stride()}; pass logits.contiguous()"
+        )
+    check_ids(ids, logits.shape[:-1], logits.device, ids_name)
+
+
+def check_ids(ids: Tensor, shape: torch.Size, device: torch.device, name: str) -> None:
+    """``ids``: int64 of the given shape and device."""
+    if ids.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {_describe(ids)}; pass {name}.long()")
+    if ids.shape != shape:
+        raise ValueError(
+            f"{name} must have the leading shape of the logits {tuple(shape)}, got {_describe(ids)}; "
+            "logits[:, t] predicts ids[:, t]: slice both to the completion"
+        )
+    _same_device(name, ids, device)
+
+
+def _same_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, the logits are on {device}; move it: {name}.to({device})")
+
+
+def _token_tensor(
+    name: str, tensor: Tensor | None, shape: torch.Size, device: torch.device, dtype: torch.dtype
+) -> Tensor | None:
+    """A ``(B,T)`` companion in the statistics' dtype, detached."""
+    if tensor is None:
+        return None
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have the shape of completion_ids {tuple(shape)}, got {_describe(tensor)}")
+    _same_device(name, tensor, device)
+    return tensor.detach().to(dtype).contiguous()
+
+
+def _sequence_or_token_tensor(
+    name: str, tensor: Tensor | None, shape: torch.Size, device: torch.device, dtype: torch.dtype
+) -> Tensor | None:
+    """One value per sequence, ``(B,)`` or ``(B,1)``, or one per token, ``(B,T)``."""
+    if tensor is None:
+        return None
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    _same_device(name, tensor, device)
+    tensor = tensor.detach().to(dtype)
+    if tensor.shape == shape:
+        return tensor.contiguous()
+    if len(shape) == 2 and tensor.shape in (shape[:1], (shape[0], 1)):
+        return tensor.reshape(shape[0])
+    allowed = "(B,), (B,1) or (B,T)" if len(shape) == 2 else "(N,)"
+    raise ValueError(f"{name} must be {allowed} for completion_ids {tuple(shape)}, got {_describe(tensor)}")
+
+
+def _scalar_tensor(name: str, value: Number | Tensor | None, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+    """A number or a one-element tensor as a 0-d tensor on the device, without a synchronisation."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        return torch.full((), float(value), dtype=dtype, device=device)
+    if value.numel() != 1:
+        raise ValueError(f"{name} must be a number or a tensor of one element, got {_describe(value)}")
+    return value.detach().to(device=device, dtype=dtype, non_blocking=True).reshape(())
+
+
+def policy_tensors(
+    shape: torch.Size,
+    device: torch.device,
+    dtype: torch.dtype,
+    config: LossConfig,
+    *,
+    advantages: Tensor,
+    completion_mask: Tensor,
+    old_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    sampling_logps: Tensor | None,
+    importance_weights: Tensor | None,
+    num_items_in_batch: Number | Tensor | None,
+    entropy_threshold: Number | Tensor | None,
+) -> PolicyTensors:
+    """Everything but logits and ids; ``shape`` is that of the ids, ``(B,T)`` or ``(N,)`` (one sequence of N)."""
+    if not isinstance(config, LossConfig):
+        raise TypeError(f"config must be a LossConfig, got {type(config).__name__}")
+    if completion_mask.shape != shape:
+        raise ValueError(
+            f"completion_mask must have the shape of completion_ids {tuple(shape)}, got {_describe(completion_mask)}"
+        )
+    _same_device("completion_mask", completion_mask, device)
+    if advantages is None:
+        raise TypeError("advantages must be a tensor, got None; see grpo_ext.group_advantages")
+    if config.beta != 0 and ref_logps is None:
+        raise ValueError(
+            f"beta={config.beta} needs ref_logps, the reference model's log probabilities {tuple(shape)}; pass them "
+            "or set beta=0"
+        )
+    tensors = PolicyTensors(
+        completion_mask.detach().to(torch.bool).contiguous(),
+        _sequence_or_token_tensor("advantages", advantages, shape, device, dtype),  # type: ignore[arg-type]
+        _token_tensor("old_logps", old_logps, shape, device, dtype),
+        _token_tensor("ref_logps", ref_logps, shape, device, dtype) if config.beta != 0 else None,
+        _token_tensor("sampling_logps", sampling_logps, shape, device, dtype),
+        _sequence_or_token_tensor("importance_weights", importance_weights, shape, device, dtype),
+        _scalar_tensor("num_items_in_batch", num_items_in_batch, device, dtype),
+        _scalar_tensor("entropy_threshold", entropy_threshold, device, dtype),
+    )
+    if len(shape) == 2:
+        return tensors
+    # (N,) tensors are one sequence of N tokens.
+    one: Any = tuple(None if x is None or x.dim() == 0 else x.reshape(1, -1) for x in tensors)
+    return PolicyTensors(*one)._replace(num_items=tensors.num_items, entropy_threshold=tensors.entropy_threshold)

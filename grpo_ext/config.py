@@ -1,0 +1,155 @@
+"""`LossConfig`: which member of the GRPO family a loss call computes. Frozen and validated once."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from typing import Literal, get_args
+
+LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"]
+Level = Literal["token", "sequence"]
+ImportanceMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+
+LOSS_TYPES: tuple[str, ...] = get_args(LossType)
+LEVELS: tuple[str, ...] = get_args(Level)
+IMPORTANCE_MODES: tuple[str, ...] = get_args(ImportanceMode)
+
+#: Loss types whose ratio is clipped to [1 - epsilon, 1 + epsilon_high] from both sides of the objective.
+CLIPPED_LOSS_TYPES = frozenset({"grpo", "bnpo", "dr_grpo", "dapo", "luspo"})
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """The constants of one GRPO-family loss. Every field is a plain Python value, none is a tensor.
+
+    Attributes:
+        loss_type: objective and reduction: ``grpo`` (https://arxiv.org/abs/2402.03300), ``bnpo``, ``dr_grpo``
+            (https://arxiv.org/abs/2503.20783), ``dapo`` (https://arxiv.org/abs/2503.14476), ``luspo``, ``cispo``
+            (https://arxiv.org/abs/2506.13585), ``sapo`` or ``vespo``.
+        importance_sampling_level: ``token``, or ``sequence`` for one ratio per completion
+            (GSPO, https://arxiv.org/abs/2507.18071).
+        epsilon: lower clip distance of the ratio, and the upper one where ``epsilon_high`` is None.
+        epsilon_high: upper clip distance; for ``cispo`` the absolute cap of the ratio (e.g. 5.0).
+        delta: upper bound of the unclipped ratio (two-sided clipping), None = no bound.
+        beta: weight of the KL term against ``ref_logps``; 0 needs no reference model.
+        use_bias_correction_kl: multiply the KL term by the (differentiable) ratio.
+        entropy_coef: entropy bonus; the loss of a token falls by ``entropy_coef * entropy``.
+        temperature: processed logits are ``softcap(logit_scale * z) / temperature``.
+        logit_softcap: ``c`` of ``c * tanh(u / c)``, None = no cap.
+        logit_scale: factor on the raw logits.
+        max_completion_length: the constant divisor of ``dr_grpo``, in tokens.
+        top_entropy_quantile: keep the policy term of this share of tokens with the highest entropy.
+        off_policy_mask_threshold: drop the policy term of sequences with a negative advantage whose mean
+            ``behaviour - new`` log probability exceeds this, None = keep all.
+        sapo_temperature_pos, sapo_temperature_neg: slope of the sigmoid gate for A > 0 and A <= 0.
+        vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: the gamma weight for A >= 0 and A < 0.
+        vllm_importance_sampling_correction: form importance weights from ``sampling_logps`` when they are given.
+        vllm_importance_sampling_mode: ``{token,sequence}_{truncate,mask}``.
+        vllm_importance_sampling_cap: upper bound of the weight.
+        vllm_importance_sampling_clip_max: another name of the cap; wins when set.
+        vllm_importance_sampling_clip_min: lower bound of the weight, None = 0.
+
+    Raises:
+        ValueError: naming the field, its value and what is allowed.
+    """
+
+    loss_type: LossType = "dapo"
+    importance_sampling_level: Level = "token"
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    delta: float | None = None
+    beta: float = 0.0
+    use_bias_correction_kl: bool = False
+    entropy_coef: float = 0.0
+    temperature: float = 1.0
+    logit_softcap: float | None = None
+    logit_scale: float = 1.0
+    max_completion_length: int | None = None
+    top_entropy_quantile: float = 1.0
+    off_policy_mask_threshold: float | None = None
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
+    vllm_importance_sampling_correction: bool = True
+    vllm_importance_sampling_mode: ImportanceMode = "token_truncate"
+    vllm_importance_sampling_cap: float = 2.0
+    vllm_importance_sampling_clip_max: float | None = None
+    vllm_importance_sampling_clip_min: float | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("loss_type", self.loss_type, LOSS_TYPES)
+        _one_of("importance_sampling_level", self.importance_sampling_level, LEVELS)
+        _one_of("vllm_importance_sampling_mode", self.vllm_importance_sampling_mode, IMPORTANCE_MODES)
+        for name in ("temperature", "logit_softcap", "delta", "sapo_temperature_pos", "sapo_temperature_neg"):
+            _positive(name, getattr(self, name))
+        for name in ("epsilon", "epsilon_high", "beta", "vllm_importance_sampling_clip_min"):
+            _non_negative(name, getattr(self, name))
+        for name in ("logit_scale", "entropy_coef", "off_policy_mask_threshold"):
+            _finite(name, getattr(self, name))
+        for name in ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"):
+            _finite(name, getattr(self, name))
+        if self.logit_scale == 0:
+            raise ValueError("logit_scale must not be 0: every token would be equally likely")
+        if not 0.0 < self.top_entropy_quantile <= 1.0:
+            raise ValueError(f"top_entropy_quantile must be in (0, 1], got {self.top_entropy_quantile}")
+        if self.max_completion_length is not None and self.max_completion_length < 1:
+            raise ValueError(f"max_completion_length must be at least 1, got {self.max_completion_length}")
+        if self.loss_type == "dr_grpo" and self.max_completion_length is None:
+            raise ValueError(
+                "loss_type='dr_grpo' divides by B * max_completion_length: pass max_completion_length=<tokens>"
+            )
+        _positive("vllm_importance_sampling_cap", self.importance_cap)
+        if self.importance_min > self.importance_cap:
+            raise ValueError(
+                f"vllm_importance_sampling_clip_min ({self.importance_min}) exceeds the cap ({self.importance_cap})"
+            )
+        if self.delta is not None and self.loss_type in CLIPPED_LOSS_TYPES and self.delta <= 1 + self.clip_high:
+            warnings.warn(
+                f"delta={self.delta} is not above 1 + epsilon_high = {1 + self.clip_high:g}: "
+                "two-sided clipping would cut ratios that the ordinary clip allows",
+                stacklevel=3,
+            )
+
+    @property
+    def clip_high(self) -> float:
+        """``epsilon_high``, or ``epsilon`` where it is None."""
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+    @property
+    def importance_cap(self) -> float:
+        """Upper bound of an importance weight, under either of its two names."""
+        clip_max = self.vllm_importance_sampling_clip_max
+        return self.vllm_importance_sampling_cap if clip_max is None else clip_max
+
+    @property
+    def importance_min(self) -> float:
+        """Lower bound of an importance weight."""
+        return self.vllm_importance_sampling_clip_min or 0.0
+
+    def replace(self, **changes: object) -> LossConfig:
+        """A validated copy with some fields changed."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+
+
+def _finite(name: str, value: float | None) -> None:
+    if value is not None and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def _positive(name: str, value: float | None) -> None:
+    if value is not None and not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def _non_negative(name: str, value: float | None) -> None:
+    if value is not None and not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be at least 0 and finite, got {value}")

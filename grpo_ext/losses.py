@@ -1,0 +1,429 @@
+"""The public losses on logits: checks, the choice of operators, and autograd.
+
+One read of every logit and one write of every gradient where the loss allows it (`grpo_ext::row_loss`); otherwise
+statistics, the policy stage on ``(B,T)`` numbers, and the gradient. Either way the gradient of the logits is formed in
+the forward pass, and backward hands it over without touching it when the upstream gradient is 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from grpo_ext import _ops
+from grpo_ext._checks import Number, PolicyTensors, check_logits, policy_tensors
+from grpo_ext._ops import logit_transform, loss_spec, statistics_dtype
+from grpo_ext.config import LossConfig
+from grpo_ext.output import METRIC_NAMES, GRPOLossOutput
+
+kernels = torch.ops.grpo_ext
+kernel_calls = _ops.kernel_calls
+
+
+def _three_dimensional(logits: Tensor) -> Tensor:
+    return logits if logits.dim() == 3 else logits.unsqueeze(0)
+
+
+def _two_dimensional(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dim() == 2 else tensor.unsqueeze(0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# selective_log_softmax
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _SelectiveLogSoftmax(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, ids: Tensor, transform: list[float], with_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        logps, entropy, lse = kernels.row_stats(_three_dimensional(logits), ids, None, transform, with_entropy)
+        ctx.save_for_backward(logits, ids, logps, entropy, lse)
+        ctx.transform = transform
+        ctx.with_entropy = with_entropy
+        if not with_entropy:
+            ctx.mark_non_differentiable(entropy)
+        return logps, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logps: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        logits, ids, logps, entropy, lse = ctx.saved_tensors
+        grad = kernels.row_gradient(
+            _three_dimensional(logits),
+            ids,
+            None,
+            logps,
+            entropy if ctx.with_entropy else None,
+            lse,
+            grad_logps.to(lse.dtype).contiguous(),
+            grad_entropy.to(lse.dtype).contiguous() if ctx.with_entropy else None,
+            ctx.transform,
+        )
+        return grad.view(logits.shape), None, None, None
+
+
+def selective_log_softmax(
+    logits: Tensor,
+    ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log probability of one token per row, without the ``[tokens, vocabulary]`` log-softmax.
+
+    Args:
+        logits: ``(B,T,V)`` or ``(N,V)``, fp32, bf16 or fp16 (fp64 on the CPU), any row stride, dense vocabulary.
+        ids: int64 ``(B,T)`` or ``(N,)`` in [0, V).
+        temperature, logit_softcap, logit_scale: processed logits are
+            ``softcap(logit_scale * logits) / temperature`` with ``softcap(u) = c * tanh(u / c)``.
+        return_entropy: also return the entropy of each row's distribution, in nats, with gradient.
+
+    Returns:
+        ``logp`` of the shape of ``ids``, fp32 (fp64 for fp64 logits), or ``(logp, entropy)``. Backward allocates one
+        gradient of the size of the logits.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit.
+        IndexError: an id outside [0, V).
+    """
+    check_logits(logits, ids, "ids")
+    config = LossConfig(temperature=temperature, logit_softcap=logit_softcap, logit_scale=logit_scale)
+    transform = logit_transform(config.temperature, config.logit_softcap, config.logit_scale)
+    logps, entropy = _SelectiveLogSoftmax.apply(logits, _two_dimensional(ids.contiguous()), transform, return_entropy)
+    if return_entropy:
+        return logps.view(ids.shape), entropy.view(ids.shape)
+    return logps.view(ids.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# policy_loss
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _PolicyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logps: Tensor, entropy: Tensor | None, spec: list[float], *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        loss, coef, entropy_coef, kl, metrics = kernels.policy_loss(logps, entropy, *tensors, spec)
+        ctx.save_for_backward(coef, entropy_coef)
+        ctx.has_entropy = entropy is not None
+        ctx.mark_non_differentiable(kl, metrics)
+        return loss, kl, metrics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        coef, entropy_coef = ctx.saved_tensors
+        grad_entropy = None
+        if ctx.has_entropy and ctx.needs_input_grad[1]:
+            grad_entropy = grad_loss * entropy_coef if entropy_coef.numel() else torch.zeros_like(coef)
+        return grad_loss * coef, grad_entropy, None, *(None for _ in PolicyTensors._fields)
+
+
+def policy_loss(
+    logps: Tensor,
+    advantages: Tensor,
+    completion_mask: Tensor,
+    config: LossConfig,
+    *,
+    old_logps: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    sampling_logps: Tensor | None = None,
+    importance_weights: Tensor | None = None,
+    num_items_in_batch: Number | Tensor | None = None,
+    entropy: Tensor | None = None,
+    entropy_threshold: Number | Tensor | None = None,
+    grad_scale: float = 1.0,
+) -> GRPOLossOutput:
+    """The loss of SPEC sections 2 to 4 where the log probabilities are already there.
+
+    Args:
+        logps: ``(B,T)`` or ``(N,)`` (one sequence), log probabilities of the completion tokens, with gradient.
+        entropy: entropies of the same shape; needed for ``top_entropy_quantile < 1`` and ``entropy_coef != 0``, and
+            receives a gradient from the latter.
+
+    The other arguments, the result and the errors are those of `grpo_loss`; temperature, softcap and scale of the
+    config are not applied.
+    """
+    if logps.dim() not in (1, 2):
+        raise ValueError(f"logps must be (B,T) or (N,), got {tuple(logps.shape)}")
+    dtype = statistics_dtype(logps.dtype)
+    tensors = policy_tensors(
+        logps.shape,
+        logps.device,
+        dtype,
+        config,
+        advantages=advantages,
+        completion_mask=completion_mask,
+        old_logps=old_logps,
+        ref_logps=ref_logps,
+        sampling_logps=sampling_logps,
+        importance_weights=importance_weights,
+        num_items_in_batch=num_items_in_batch,
+        entropy_threshold=entropy_threshold,
+    )
+    if entropy is None and (config.entropy_coef != 0 or config.top_entropy_quantile < 1):
+        raise ValueError("entropy_coef and top_entropy_quantile look at the entropy: pass entropy=, shape of logps")
+    if entropy is not None and entropy.shape != logps.shape:
+        raise ValueError(f"entropy must have the shape of logps {tuple(logps.shape)}, got {tuple(entropy.shape)}")
+    flat_logps = _two_dimensional(logps.to(dtype).contiguous())
+    flat_entropy = None if entropy is None else _two_dimensional(entropy.to(dtype).contiguous())
+    tensors = _with_threshold(tensors, config, flat_entropy)
+    loss, kl, metrics = _PolicyLoss.apply(flat_logps, flat_entropy, loss_spec(config, float(grad_scale)), *tensors)
+    return _output(loss, _inert(flat_logps, tensors), _inert(flat_entropy, tensors), kl, metrics, logps.shape)
+
+
+def _inert(values: Tensor | None, tensors: PolicyTensors) -> Tensor | None:
+    """Detached, with 0 where the mask is 0."""
+    return None if values is None else torch.where(tensors.mask, values.detach(), 0.0)
+
+
+def _with_threshold(tensors: PolicyTensors, config: LossConfig, entropy: Tensor | None) -> PolicyTensors:
+    """Fills in the local entropy quantile where one is asked for and the caller brought none."""
+    if config.top_entropy_quantile >= 1 or entropy is None:
+        return tensors._replace(entropy_threshold=None)
+    if tensors.entropy_threshold is not None:
+        return tensors
+    threshold = masked_quantile(entropy.detach(), tensors.mask, 1 - config.top_entropy_quantile)
+    return tensors._replace(entropy_threshold=threshold)
+
+
+def masked_quantile(values: Tensor, mask: Tensor, q: float) -> Tensor:
+    """Quantile of the unmasked values by linear interpolation, 0-d, without a synchronisation; 0 for an empty mask."""
+    ordered = torch.where(mask, values, torch.inf).flatten().sort().values
+    if ordered.numel() == 0:
+        return values.new_zeros(())
+    position = q * (mask.sum() - 1).clamp(min=0).to(torch.float64)
+    below = position.floor()
+    # gather: indexing with a 0-d tensor would read it on the host.
+    low, high = ordered.gather(0, torch.stack([below, position.ceil()]).long()).unbind()
+    value = low + (position - below).to(values.dtype) * torch.where(high == low, 0.0, high - low)
+    return torch.where(mask.any(), value, 0.0).to(values.dtype)
+
+
+def _output(
+    loss: Tensor, logps: Tensor | None, entropy: Tensor | None, kl: Tensor, metrics: Tensor, shape: torch.Size
+) -> GRPOLossOutput:
+    assert logps is not None
+    return GRPOLossOutput(
+        loss,
+        logps.view(shape),
+        None if entropy is None else entropy.view(shape),
+        kl.view(shape) if kl.numel() == logps.numel() and kl.dim() == 2 else None,
+        dict(zip(METRIC_NAMES, metrics.unbind(), strict=True)),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# grpo_loss
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _GRPOLoss(torch.autograd.Function):
+    """Loss and logits gradient, formed together. `mode` says whether the gradient is wanted, and where."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        ids: Tensor,
+        config: LossConfig,
+        spec: list[float],
+        transform: list[float],
+        mode: str,
+        *policy: Any,
+    ) -> tuple[Tensor, ...]:
+        tensors = PolicyTensors(*policy)
+        run = _one_pass if fits_one_pass(config, tensors) else _staged
+        loss, logps, entropy, kl, metrics, grad = run(
+            _three_dimensional(logits), ids, config, tensors, spec, transform, mode
+        )
+        ctx.mark_non_differentiable(logps, entropy, kl, metrics)
+        ctx.set_materialize_grads(False)
+        ctx.grad = grad.view(logits.shape) if grad is not None else None
+        if mode == "overwrite":
+            # Autograd gives the overwritten logits this node as their history: using them later raises in backward.
+            ctx.mark_dirty(logits)
+            return loss, logps, entropy, kl, metrics, logits
+        if mode == "overwrite_view":
+            torch.autograd.graph.increment_version(logits)
+        return loss, logps, entropy, kl, metrics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if len(grads) == 5 and grads[4] is not None:
+            raise RuntimeError(
+                "grpo_loss(inplace=True) has overwritten these logits with their gradient, and they were used again "
+                "afterwards; pass inplace=False, or finish with the logits before the loss"
+            )
+        if ctx.grad is None:
+            raise RuntimeError(
+                "the gradient of grpo_loss was handed over in an earlier backward; compute the loss once per backward"
+            )
+        grad, ctx.grad = ctx.grad, None
+        no_more = (None,) * (5 + len(PolicyTensors._fields))
+        if grad_loss is None:
+            return None, *no_more
+        kernels.scale_rows_(_three_dimensional(grad), grad_loss)
+        return grad, *no_more
+
+
+def fits_one_pass(config: LossConfig, tensors: PolicyTensors) -> bool:
+    """Whether a row's coefficient follows from its own log probability and from numbers known before any logit is read.
+
+    Then statistics and gradient share one pass over the row; otherwise a whole sequence (or, for the entropy
+    quantile, the whole batch) has to be seen first.
+    """
+    if config.loss_type == "vespo" or config.off_policy_mask_threshold is not None:
+        return False
+    if config.top_entropy_quantile < 1 and tensors.entropy_threshold is None:
+        return False
+    on_policy = tensors.old_logps is None
+    weights_from_this_forward = (
+        on_policy
+        and config.vllm_importance_sampling_correction
+        and tensors.sampling_logps is not None
+        and tensors.importance_weights is None
+    )
+    if weights_from_this_forward and config.vllm_importance_sampling_mode.startswith("sequence"):
+        return False
+    if config.importance_sampling_level == "token":
+        return True
+    # On-policy the sequence's ratio is exactly 1: its gradient follows from the advantages, unless something else
+    # that multiplies it looks at this forward.
+    ratio_in_kl = config.beta != 0 and config.use_bias_correction_kl
+    return on_policy and not weights_from_this_forward and not ratio_in_kl and config.top_entropy_quantile >= 1
+
+
+def _one_pass(
+    logits: Tensor, ids: Tensor, config: LossConfig, tensors: PolicyTensors, spec: list[float],
+    transform: list[float], mode: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    if mode.startswith("overwrite"):
+        return *kernels.row_loss_(logits, ids, *tensors, spec, transform), logits
+    *out, grad = kernels.row_loss(logits, ids, *tensors, spec, transform, mode == "fresh")
+    loss, logps, entropy, kl, metrics = out
+    return loss, logps, entropy, kl, metrics, grad if mode == "fresh" else None
+
+
+def _staged(
+    logits: Tensor, ids: Tensor, config: LossConfig, tensors: PolicyTensors, spec: list[float],
+    transform: list[float], mode: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """A row's coefficient depends on other rows: statistics, then the policy, then the gradient."""
+    logps, entropy, lse = kernels.row_stats(logits, ids, tensors.mask, transform, True)
+    tensors = _with_threshold(tensors, config, entropy)
+    loss, coef, entropy_coef, kl, metrics = kernels.policy_loss(logps, entropy, *tensors, spec)
+    if mode == "none":
+        return loss, logps, entropy, kl, metrics, None
+    bonus = entropy_coef if entropy_coef.numel() else None
+    arguments = (logits, ids, tensors.mask, logps, entropy, lse, coef, bonus, transform)
+    if mode == "fresh":
+        return loss, logps, entropy, kl, metrics, kernels.row_gradient(*arguments)
+    kernels.row_gradient_(*arguments)
+    return loss, logps, entropy, kl, metrics, logits
+
+
+def grpo_loss(
+    logits: Tensor,
+    completion_ids: Tensor,
+    advantages: Tensor,
+    completion_mask: Tensor,
+    config: LossConfig,
+    *,
+    old_logps: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    sampling_logps: Tensor | None = None,
+    importance_weights: Tensor | None = None,
+    num_items_in_batch: Number | Tensor | None = None,
+    entropy_threshold: Number | Tensor | None = None,
+    inplace: bool = False,
+    grad_scale: float = 1.0,
+) -> GRPOLossOutput:
+    """The GRPO-family loss of a batch of completions, from the logits, with its gradient.
+
+    Args:
+        logits: ``(B,T,V)``, or ``(N,V)`` for one sequence of N tokens; fp32, bf16 or fp16 (fp64 on the CPU), any row
+            stride, dense vocabulary. ``logits[b,t]`` predicts ``completion_ids[b,t]``.
+        completion_ids: int64 ``(B,T)`` or ``(N,)``.
+        advantages: ``(B,)`` or ``(B,T)``; ``(N,)`` for ``(N,V)`` logits. See `grpo_ext.group_advantages`.
+        completion_mask: ``(B,T)`` or ``(N,)``, bool, integer or float; rows with 0 are never read, whatever they hold.
+        config: which loss, with its constants.
+        old_logps: behaviour-policy log probabilities ``(B,T)``; None means on-policy, where the ratio is exactly 1.
+        ref_logps: reference-model log probabilities ``(B,T)``; needed when ``config.beta != 0``.
+        sampling_logps: log probabilities ``(B,T)`` reported by the generation engine. Importance weights are formed
+            from them (``config.vllm_importance_sampling_*``) unless ``importance_weights`` are given.
+        importance_weights: ``(B,)``, ``(B,1)`` or ``(B,T)``, used as they are.
+        num_items_in_batch: number or 0-d tensor, the divisor of ``dapo``, ``cispo`` and ``vespo``; None: the sum of
+            the mask.
+        entropy_threshold: number or 0-d tensor that replaces the local quantile of ``top_entropy_quantile``.
+        inplace: write the gradient over the logits; saves ``[tokens, vocabulary]`` memory. Needs logits that came out
+            of another operation. Using them afterwards raises.
+        grad_scale: factor on the gradient, applied where it is formed; the loss value stays as it is.
+
+    Returns:
+        GRPOLossOutput: fp32 (fp64 for fp64 logits); ``loss`` has the gradient, everything else is detached. The
+        gradient is computed in this call when ``logits.requires_grad`` and grad mode is on, and handed over once.
+
+    Raises:
+        ValueError, TypeError: an argument's shape, dtype or device does not fit.
+        IndexError: an id outside [0, V) at an unmasked position.
+        RuntimeError: ``inplace`` on a leaf that requires grad, or on logits with overlapping rows.
+
+    Source: https://arxiv.org/abs/2402.03300 and, for each loss type, `LossConfig`.
+    """
+    check_logits(logits, completion_ids)
+    tensors = policy_tensors(
+        completion_ids.shape,
+        logits.device,
+        statistics_dtype(logits.dtype),
+        config,
+        advantages=advantages,
+        completion_mask=completion_mask,
+        old_logps=old_logps,
+        ref_logps=ref_logps,
+        sampling_logps=sampling_logps,
+        importance_weights=importance_weights,
+        num_items_in_batch=num_items_in_batch,
+        entropy_threshold=entropy_threshold,
+    )
+    mode = "none"
+    if logits.requires_grad and torch.is_grad_enabled():
+        mode = _overwrite_mode(logits) if inplace else "fresh"
+    outputs = _GRPOLoss.apply(
+        logits,
+        _two_dimensional(completion_ids.contiguous()),
+        config,
+        loss_spec(config, float(grad_scale)),
+        logit_transform(config.temperature, config.logit_softcap, config.logit_scale),
+        mode,
+        *tensors,
+    )
+    loss, logps, entropy, kl, metrics = outputs[:5]
+    return _output(loss, logps, entropy, kl, metrics, completion_ids.shape)
+
+
+def _overwrite_mode(logits: Tensor) -> str:
+    """How autograd learns that the logits are gone: a view cannot take a new history beside other outputs."""
+    if torch.compiler.is_compiling():
+        return "overwrite_view"
+    if logits.is_leaf:
+        raise RuntimeError(
+            "inplace=True would overwrite a leaf that requires grad; pass logits that came out of another operation, "
+            "or inplace=False"
+        )
+    if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
+        raise RuntimeError(
+            f"inplace=True needs rows of their own, got overlapping ones (strides {logits.stride()}); pass "
+            "logits.contiguous() or inplace=False"
+        )
+    return "overwrite_view" if logits._is_view() else "overwrite"
