@@ -141,6 +141,7 @@ def policy_tensors(
             f"beta={config.beta} needs ref_logps, the reference model's log probabilities {tuple(shape)}; pass them "
             "or set beta=0"
         )
+    threshold = _scalar_tensor("entropy_threshold", entropy_threshold, device, dtype)
     tensors = PolicyTensors(
         completion_mask.detach().to(torch.bool).contiguous(),
         _sequence_or_token_tensor("advantages", advantages, shape, device, dtype),  # type: ignore[arg-type]
@@ -149,7 +150,7 @@ def policy_tensors(
         _token_tensor("sampling_logps", sampling_logps, shape, device, dtype),
         _sequence_or_token_tensor("importance_weights", importance_weights, shape, device, dtype),
         _scalar_tensor("num_items_in_batch", num_items_in_batch, device, dtype),
-        _scalar_tensor("entropy_threshold", entropy_threshold, device, dtype),
+        threshold if config.top_entropy_quantile < 1 else None,
     )
     if len(shape) == 2:
         return tensors

@@ -19,7 +19,7 @@ class Exp(torch.autograd.Function):
         return r
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (r,) = ctx.saved_tensors
         return torch.where(grad == 0, grad, grad * r)
 
@@ -32,7 +32,7 @@ class ZeroWithGradient(torch.autograd.Function):
         return torch.where(new.isnan(), new, 0.0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
 
 
@@ -45,7 +45,7 @@ class ScaleGradient(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad * ctx.scale, None
 
 

@@ -155,6 +155,8 @@ def policy_loss(
     """
     if logps.dim() not in (1, 2):
         raise ValueError(f"logps must be (B,T) or (N,), got {tuple(logps.shape)}")
+    if not logps.is_floating_point():
+        raise TypeError(f"logps must be a floating-point tensor, got {logps.dtype}; pass log probabilities, not ids")
     dtype = statistics_dtype(logps.dtype)
     tensors = policy_tensors(
         logps.shape,
@@ -240,7 +242,7 @@ class _GRPOLoss(torch.autograd.Function):
         transform: list[float],
         mode: str,
         *policy: Any,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         tensors = PolicyTensors(*policy)
         run = _one_pass if fits_one_pass(config, tensors) else _staged
         loss, logps, entropy, kl, metrics, grad = run(
@@ -248,19 +250,23 @@ class _GRPOLoss(torch.autograd.Function):
         )
         ctx.mark_non_differentiable(logps, entropy, kl, metrics)
         ctx.set_materialize_grads(False)
+        ctx.overwrites = mode.startswith("overwrite")
         ctx.grad = grad.view(logits.shape) if grad is not None else None
         if mode == "overwrite":
             # Autograd gives the overwritten logits this node as their history: using them later raises in backward.
             ctx.mark_dirty(logits)
-            return loss, logps, entropy, kl, metrics, logits
+            # They come first: a retained gradient of theirs is moved along by position.
+            return logits, loss, logps, entropy, kl, metrics
         if mode == "overwrite_view":
             torch.autograd.graph.increment_version(logits)
-        return loss, logps, entropy, kl, metrics
+        return None, loss, logps, entropy, kl, metrics
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if len(grads) == 5 and grads[4] is not None:
+    def backward(
+        ctx: Any, grad_logits: Tensor | None, grad_loss: Tensor | None, *_: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if grad_logits is not None:
             raise RuntimeError(
                 "grpo_loss(inplace=True) has overwritten these logits with their gradient, and they were used again "
                 "afterwards; pass inplace=False, or finish with the logits before the loss"
@@ -269,8 +275,10 @@ class _GRPOLoss(torch.autograd.Function):
             raise RuntimeError(
                 "the gradient of grpo_loss was handed over in an earlier backward; compute the loss once per backward"
             )
-        grad, ctx.grad = ctx.grad, None
         no_more = (None,) * (5 + len(PolicyTensors._fields))
+        if ctx.grad.dtype == torch.float64 and not ctx.overwrites and grad_loss is not None:
+            return ctx.grad * grad_loss, *no_more  # fp64 is for checking: may be asked again (gradcheck)
+        grad, ctx.grad = ctx.grad, None
         if grad_loss is None:
             return None, *no_more
         kernels.scale_rows_(_three_dimensional(grad), grad_loss)
@@ -408,14 +416,12 @@ def grpo_loss(
         mode,
         *tensors,
     )
-    loss, logps, entropy, kl, metrics = outputs[:5]
+    _, loss, logps, entropy, kl, metrics = outputs
     return _output(loss, logps, entropy, kl, metrics, completion_ids.shape)
 
 
 def _overwrite_mode(logits: Tensor) -> str:
     """How autograd learns that the logits are gone: a view cannot take a new history beside other outputs."""
-    if torch.compiler.is_compiling():
-        return "overwrite_view"
     if logits.is_leaf:
         raise RuntimeError(
             "inplace=True would overwrite a leaf that requires grad; pass logits that came out of another operation, "
@@ -426,4 +432,5 @@ def _overwrite_mode(logits: Tensor) -> str:
             f"inplace=True needs rows of their own, got overlapping ones (strides {logits.stride()}); pass "
             "logits.contiguous() or inplace=False"
         )
-    return "overwrite_view" if logits._is_view() else "overwrite"
+    # Under torch.compile the overwriting is part of the graph, and the compiler keeps the order of uses.
+    return "overwrite_view" if torch.compiler.is_compiling() or logits._is_view() else "overwrite"

@@ -92,7 +92,9 @@ GRPO_HOST_DEVICE TokenLoss<Real> token_loss(const LossSpec<Real>& spec,
         clipped_objective(spec, r, A, &out);
     }
   }
-  if (!in.keep) {
+  // A factor of 0 removes the term, infinite or not; it never hides a NaN logit.
+  const bool silenced = !in.keep || (spec.loss_type != LossType::kVespo && in.importance == 0);
+  if (silenced && in.new_logp == in.new_logp) {
     out.loss = out.d_new = out.d_log_ratio = 0;
   } else if (spec.loss_type != LossType::kVespo) {
     out.loss *= in.importance;

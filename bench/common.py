@@ -1,0 +1,161 @@
+"""What every benchmark shares: the machine in words, medians, peak memory, the copy rate, CSV and a short table."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import datetime
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import grpo_ext
+
+RESULTS = Path(__file__).parent / "results"
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def cpu_model() -> str:
+    """The processor's own name, e.g. from /proc/cpuinfo."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.machine())
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Columns that say where and with what a row was measured."""
+    info = grpo_ext.build_info()
+    on_gpu = device.type == "cuda"
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M"),
+        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        "cpu": cpu_model(),
+        "isa": info.get("cpu_isa", ""),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "grpo_ext": grpo_ext.__version__,
+    }
+
+
+@dataclasses.dataclass
+class Timing:
+    """Milliseconds of the measured part of each run."""
+
+    samples: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def minimum(self) -> float:
+        return min(self.samples)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def milliseconds(measured: Callable[[], Any], device: torch.device) -> float:
+    """One call: wall clock on the CPU, device events on the GPU."""
+    if device.type == "cuda":
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        measured()
+        stop.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(stop)
+    begin = time.perf_counter()
+    measured()
+    return (time.perf_counter() - begin) * 1e3
+
+
+def interleaved(
+    prepared: dict[str, Callable[[], Callable[[], Any]]], device: torch.device, *, warmup: int, runs: int
+) -> dict[str, Timing]:
+    """Times several candidates in turn, so that a busy moment of the machine meets all of them.
+
+    Args:
+        prepared: for each name a function that does the unmeasured preparation and returns the measured call.
+        warmup: rounds that are not counted. runs: rounds that are.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in prepared}
+    for round_number in range(warmup + runs):
+        for name, prepare in prepared.items():
+            elapsed = milliseconds(prepare(), device)
+            if round_number >= warmup:
+                samples[name].append(elapsed)
+    return {name: Timing(values) for name, values in samples.items()}
+
+
+def peak_extra_bytes(prepare: Callable[[], Callable[[], Any]], device: torch.device) -> float:
+    """Highest memory during one call above what was in use before it.
+
+    GPU: torch's allocator. CPU: the kernel's high-water mark of resident memory (VmHWM of /proc/self/status, reset
+    through /proc/self/clear_refs), so it counts pages touched by anyone in the process, in steps of a page; NaN where
+    the system has no such mark.
+    """
+    measured = prepare()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        measured()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return math.nan
+    before = _status_bytes("VmRSS")
+    measured()
+    return max(0.0, _status_bytes("VmHWM") - before)
+
+
+def _status_bytes(field: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return float(line.split()[1]) * 1024
+    return math.nan
+
+
+def copy_rate(nbytes: int, device: torch.device, *, runs: int = 11) -> float:
+    """GB/s of copying `nbytes` between two touched buffers, bytes read plus bytes written: the ceiling."""
+    source = torch.ones(nbytes // 4, device=device)
+    target = torch.empty_like(source).copy_(source)
+    timing = interleaved({"copy": lambda: lambda: target.copy_(source)}, device, warmup=2, runs=runs)
+    return 2 * nbytes / timing["copy"].median / 1e6
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]], *, append: bool = False) -> None:
+    """One line per row, the keys of the first row as header. Appending keeps what is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = not (append and path.exists())
+    with path.open("w" if fresh else "a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        if fresh:
+            writer.writeheader()
+        writer.writerows({k: _short(v) for k, v in row.items()} for row in rows)
+
+
+def print_table(rows: Sequence[dict[str, Any]], columns: Iterable[str]) -> None:
+    """The given columns, aligned."""
+    columns = list(columns)
+    cells = [columns, *([str(_short(row[c])) for c in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    for line in cells:
+        print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))
+
+
+def _short(value: Any) -> Any:
+    return f"{value:.4g}" if isinstance(value, float) else value

@@ -1,0 +1,3 @@
+"""The `grpo-ext` command."""
+
+from __future__ import annotations

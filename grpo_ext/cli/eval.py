@@ -1,0 +1,72 @@
+"""`grpo-ext eval`: measure a finished run on its held-out questions again."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from grpo_ext.cli.convert import SettingsError
+from grpo_ext.cli.data import load_datasets, load_reward
+from grpo_ext.cli.settings import ADAPTER_FOLDER, MODEL_FOLDER, read_run
+from grpo_ext.cli.train import make_config, measure_heldout, write_samples
+from grpo_ext.tasks import load_model
+from grpo_ext.tasks.heldout import best_constant_reward
+
+
+def eval_command(folder: str, samples: int | None = None, seed: int | None = None) -> dict[str, Any]:
+    """The held-out reward of a run's adapter (or model), written to eval.json and eval.jsonl in its folder.
+
+    Args:
+        folder: of the run.
+        samples: answers per question, None = as in training.
+        seed: of the sampling, None = the run's.
+
+    Returns:
+        heldout_reward, stderr, best_constant_reward, questions, samples, seed.
+
+    Raises:
+        SettingsError: not a run folder, no held-out questions, or no trained weights in it.
+    """
+    settings = read_run(folder)
+    args = make_config(settings, folder)
+    rewards = [load_reward(name) for name in settings.reward_funcs]
+    _, heldout = load_datasets(settings.dataset, settings.seed)
+    if heldout is None:
+        raise SettingsError(f"{folder} was trained without held-out questions (dataset.heldout is 0)")
+    model, tokenizer = load_trained(folder, settings.model, settings.dtype, settings.lora is not None)
+    model.to(args.device)
+    result = measure_heldout(model, tokenizer, settings, args, heldout, rewards, samples=samples, seed=seed)
+    report = {
+        "heldout_reward": round(result.reward, 4),
+        "stderr": round(result.stderr, 4),
+        "best_constant_reward": best_constant_reward(heldout, rewards, reward_weights=args.reward_weights),
+        "questions": len(heldout),
+        "samples": samples or settings.heldout_samples,
+        "seed": args.seed if seed is None else seed,
+    }
+    with open(os.path.join(folder, "eval.json"), "w", encoding="utf-8") as file:
+        json.dump(report, file, indent=2)
+        file.write("\n")
+    write_samples(os.path.join(folder, "eval.jsonl"), result)
+    return report
+
+
+def load_trained(folder: str, model_name: str, dtype: str, lora: bool) -> tuple[Any, Any]:
+    """The trained model of a run and its tokenizer.
+
+    Raises:
+        SettingsError: the folder holds no trained weights.
+    """
+    weights = os.path.join(folder, ADAPTER_FOLDER if lora else MODEL_FOLDER)
+    if not os.path.isdir(weights):
+        raise SettingsError(f"{folder} holds no {os.path.basename(weights)}/: the run has not finished")
+    try:
+        model, tokenizer = load_model(model_name if lora else weights, dtype)
+    except (FileNotFoundError, ImportError, ValueError) as error:
+        raise SettingsError(str(error)) from error
+    if lora:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, weights)
+    return model, tokenizer

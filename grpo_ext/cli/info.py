@@ -1,0 +1,56 @@
+"""`grpo-ext info`: what this installation is and what it found."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Any
+
+#: The packages whose versions decide what a run does.
+PACKAGES = ("grpo_ext", "torch", "transformers", "peft", "accelerate", "datasets", "reasoning-gym")
+
+
+def versions() -> dict[str, str]:
+    """Version of Python and of each package of `PACKAGES`; ``not installed`` where it is missing."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def info_rows() -> list[tuple[str, str]]:
+    """(name, value) of everything that `info` prints."""
+    import torch
+
+    import grpo_ext
+
+    rows = [(name, _text(value)) for name, value in dict(grpo_ext.build_info()).items()]
+    rows += [
+        ("machine", f"{platform.system()} {platform.machine()}"),
+        ("threads", str(torch.get_num_threads())),
+    ]
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    rows.append(("gpu", ", ".join(devices) or "none"))
+    return rows + [(f"version of {name}", version) for name, version in versions().items()]
+
+
+def print_info() -> None:
+    """Print the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="grpo_ext")
+    table.add_column("what", style="bold")
+    table.add_column("value", overflow="fold")
+    for name, value in info_rows():
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (list, tuple, set)):
+        return ", ".join(str(item) for item in value) or "none"
+    return "none" if value is None else str(value)

@@ -1,0 +1,306 @@
+"""`grpo-ext train`: one run, from a YAML file to a folder that holds everything it produced."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import yaml
+
+from grpo_ext.cli.convert import SettingsError
+from grpo_ext.cli.data import load_datasets, load_reward
+from grpo_ext.cli.info import versions
+from grpo_ext.cli.plot import plot_run, read_metrics, read_summary
+from grpo_ext.cli.settings import (
+    ADAPTER_FOLDER,
+    CONFIG_FILE,
+    METRICS_FILE,
+    MODEL_FOLDER,
+    SUMMARY_FILE,
+    TENSORBOARD_FOLDER,
+    LoraSettings,
+    RunSettings,
+    read_settings,
+)
+from grpo_ext.tasks import load_model
+from grpo_ext.tasks.heldout import HeldoutResult, best_constant_reward, heldout_reward
+from grpo_ext.trainer.generation import SamplingParams
+
+
+def train_command(config: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """Train what `config` describes, with ``--field value`` arguments over it, and return the run's summary.
+
+    The run folder then holds: config.yaml (the settings in full), adapter/ (or model/ without LoRA),
+    metrics.jsonl, completions/, the TensorBoard log, heldout_before.jsonl and heldout_after.jsonl (sampled
+    answers), reward.png and summary.json.
+
+    Raises:
+        SettingsError: the run is described wrongly.
+    """
+    settings = read_settings(config, arguments)
+    resume = _resume(settings)
+    folder = run_folder(settings, config, resume is not None)
+    args = make_config(settings, folder)
+    rewards = [load_reward(name) for name in settings.reward_funcs]
+    train_set, heldout = load_datasets(settings.dataset, settings.seed)
+    try:
+        model, tokenizer = load_model(settings.model, settings.dtype)
+    except (FileNotFoundError, ImportError, ValueError) as error:
+        raise SettingsError(str(error)) from error
+    os.makedirs(folder, exist_ok=True)
+    # The folder's own copy says all that was in force: it alone is enough for `eval` and to train again.
+    settings.trainer["output_dir"] = folder
+    with open(os.path.join(folder, CONFIG_FILE), "w", encoding="utf-8") as file:
+        yaml.safe_dump(settings.to_dict(), file, sort_keys=False)
+    questions = 0 if heldout is None else len(heldout)
+    _say(f"{settings.model}: {len(train_set)} rows to train on, {questions} held out; run folder {folder}")
+
+    def measure(policy: Any, name: str) -> HeldoutResult | None:
+        if heldout is None:
+            return None
+        result = measure_heldout(policy, tokenizer, settings, args, heldout, rewards)
+        write_samples(os.path.join(folder, f"heldout_{name}.jsonl"), result)
+        _say(f"held-out reward {name} training: {result.reward:.3f} ± {result.stderr:.3f}")
+        return result
+
+    summary = read_summary(folder) if resume is not None else {}
+    if "heldout_reward_before" not in summary:
+        # Without the adapter, whose effect is zero before the first step: the same answers in less time.
+        before = measure(model.to(args.device), "before")
+        constant = None
+        if heldout is not None:
+            constant = best_constant_reward(heldout, rewards, reward_weights=args.reward_weights)
+        summary = {
+            "model": settings.model,
+            "seed": args.seed,
+            "heldout_questions": questions,
+            "heldout_samples": settings.heldout_samples,
+            "heldout_reward_before": before and round(before.reward, 4),
+            "best_constant_reward": constant and round(constant, 4),
+        }
+        _write_json(os.path.join(folder, SUMMARY_FILE), summary)
+
+    started = time.monotonic()
+    trainer = run_trainer(settings, args, model, tokenizer, train_set, heldout, rewards, resume)
+    train_seconds = time.monotonic() - started
+    after = measure(trainer.model, "after")
+    summary |= {
+        "heldout_reward_after": after and round(after.reward, 4),
+        "heldout_stderr_after": after and round(after.stderr, 4),
+        "steps": trainer.state.global_step,
+        "seconds": round(process_seconds(), 1),
+        "train_seconds": round(train_seconds, 1),
+        "step_seconds": step_seconds(folder),
+        "kernel_calls": trainer.kernel_calls,
+        "backend": backend(args.device.type),
+        "versions": versions(),
+    }
+    _write_json(os.path.join(folder, SUMMARY_FILE), summary)
+    plot_run(folder)
+    return summary | {"folder": folder}
+
+
+def run_trainer(
+    settings: RunSettings,
+    args: Any,
+    model: Any,
+    tokenizer: Any,
+    train_set: Any,
+    heldout: Any,
+    rewards: Sequence[Callable[..., Any]],
+    resume: str | bool | None,
+) -> Any:
+    """Train, save the adapter (or the model) into the run folder, and return the trainer."""
+    from transformers import set_seed
+
+    from grpo_ext.trainer import GRPOTrainer
+
+    set_seed(args.seed)  # the adapter's first values come from it
+    with _tensorboard_folder(os.path.join(args.output_dir, TENSORBOARD_FOLDER)):
+        trainer = GRPOTrainer(
+            model,
+            list(rewards),
+            args,
+            train_set,
+            eval_dataset=None if args.eval_strategy == "no" else heldout,
+            processing_class=tokenizer,
+            peft_config=lora_config(settings.lora),
+        )
+    with warnings.catch_warnings():
+        # peft looks for the base model's config.json at every save; a packaged model has none.
+        warnings.filterwarnings("ignore", message="Could not find a config file in")
+        trainer.train(resume_from_checkpoint=resume)
+        folder = MODEL_FOLDER if settings.lora is None else ADAPTER_FOLDER
+        trainer.save_model(os.path.join(args.output_dir, folder))
+    return trainer
+
+
+def run_folder(settings: RunSettings, config: str, resuming: bool) -> str:
+    """Where the run goes: ``output_dir``, or ``runs/<name of the file>``, numbered when that is taken.
+
+    Raises:
+        SettingsError: output_dir already holds a run that is not being resumed, or a resumed run names none.
+    """
+    given = settings.trainer.get("output_dir")
+    if given:
+        if not resuming and os.path.exists(os.path.join(given, METRICS_FILE)):
+            raise SettingsError(
+                f"{given} already holds a run: choose another output_dir, or continue it with "
+                "--resume_from_checkpoint true"
+            )
+        return given
+    if resuming:
+        raise SettingsError("resume_from_checkpoint needs output_dir: the folder of the run to continue")
+    base = os.path.join("runs", os.path.splitext(os.path.basename(config))[0])
+    number = 1
+    folder = base
+    while os.path.exists(folder):
+        number += 1
+        folder = f"{base}-{number}"
+    return folder
+
+
+def make_config(settings: RunSettings, folder: str) -> Any:
+    """The `GRPOConfig` of the run, with a TensorBoard log unless ``report_to`` says otherwise.
+
+    Raises:
+        SettingsError: a value that GRPOConfig refuses.
+    """
+    from grpo_ext.trainer import GRPOConfig
+
+    values: dict[str, Any] = {
+        "seed": settings.seed,
+        "report_to": ["tensorboard"],
+        "save_strategy": "no",
+    } | settings.trainer
+    try:
+        return GRPOConfig(**values | {"output_dir": folder})
+    except (ValueError, TypeError) as error:
+        raise SettingsError(str(error)) from error
+
+
+def lora_config(settings: LoraSettings | None) -> Any:
+    """The PEFT configuration, or None for all the weights."""
+    if settings is None:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=settings.r,
+        lora_alpha=2 * settings.r if settings.alpha is None else settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=settings.target_modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def measure_heldout(
+    model: Any,
+    tokenizer: Any,
+    settings: RunSettings,
+    args: Any,
+    dataset: Any,
+    rewards: Sequence[Callable[..., Any]],
+    samples: int | None = None,
+    seed: int | None = None,
+) -> HeldoutResult:
+    """The held-out reward of `model`: sampled as in training, with the same seed before and after."""
+    sampling = SamplingParams(
+        args.max_completion_length,
+        args.temperature,
+        args.top_p,
+        args.top_k,
+        args.min_p,
+        args.repetition_penalty,
+        dict(args.generation_kwargs or {}),
+    )
+    return heldout_reward(
+        model,
+        tokenizer,
+        dataset,
+        rewards,
+        sampling,
+        reward_weights=args.reward_weights,
+        samples=samples or settings.heldout_samples,
+        seed=args.seed if seed is None else seed,
+    )
+
+
+def write_samples(path: str, result: HeldoutResult) -> None:
+    """One line of JSON per sampled answer."""
+    with open(path, "w", encoding="utf-8") as file:
+        for sample in result.samples:
+            file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+
+
+def final_line(summary: dict[str, Any]) -> str:
+    """What a run prints last."""
+    minutes = f"{summary['steps']} steps, {summary['seconds'] / 60:.1f} minutes, {summary['folder']}"
+    if summary["heldout_reward_before"] is None:
+        return f"trained without held-out questions: {minutes}"
+    constant = summary["best_constant_reward"]
+    return (
+        f"held-out reward {summary['heldout_reward_before']:.2f} before, "
+        f"{summary['heldout_reward_after']:.2f} after"
+        + ("" if constant is None else f" (best constant answer {constant:.2f})")
+        + f": {minutes}"
+    )
+
+
+def step_seconds(folder: str) -> float | None:
+    """The median time of an optimizer step, from the run's metrics."""
+    times = [record["step_time"] for record in read_metrics(folder) if record.get("step_time") is not None]
+    return round(statistics.median(times), 2) if times else None
+
+
+def process_seconds() -> float:
+    """Wall time since this process started, interpreter and imports included."""
+    import psutil  # type: ignore[import-untyped]
+
+    return time.time() - psutil.Process().create_time()
+
+
+def backend(device: str) -> str:
+    """What the kernels ran on: ``cuda``, or ``cpu-`` and the instruction set."""
+    import grpo_ext
+
+    return device if device != "cpu" else f"cpu-{grpo_ext.build_info()['cpu_isa']}"
+
+
+def _resume(settings: RunSettings) -> str | bool | None:
+    value = settings.trainer.pop("resume_from_checkpoint", None)
+    if value is None or str(value).lower() in ("false", ""):
+        return None
+    return True if str(value).lower() == "true" else value
+
+
+@contextlib.contextmanager
+def _tensorboard_folder(folder: str) -> Iterator[None]:
+    """Where transformers' callback, which reads this variable when it is made, puts its log."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    if name in os.environ:  # the user's choice
+        yield
+        return
+    os.environ[name] = folder
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _write_json(path: str, value: dict[str, Any]) -> None:
+    # Written beside and moved: a run that is stopped never leaves half a summary.
+    with open(path + ".part", "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+    os.replace(path + ".part", path)

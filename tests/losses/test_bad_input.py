@@ -1,0 +1,159 @@
+"""What does not fit gets an error that names the argument and what to do, before anything is computed."""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import grpo_ext
+from grpo_ext.config import LossConfig
+
+B, T, V = 2, 3, 9
+
+
+def arguments(device: torch.device | str = "cpu") -> dict[str, Any]:
+    return {
+        "logits": torch.randn(B, T, V, device=device),
+        "completion_ids": torch.randint(0, V, (B, T), device=device),
+        "advantages": torch.ones(B, device=device),
+        "completion_mask": torch.ones(B, T, device=device),
+        "config": LossConfig(),
+    }
+
+
+@pytest.mark.parametrize("bad", [V, -1, -100, 2**40])
+def test_ids_outside_the_vocabulary(impl: ModuleType, bad: int) -> None:
+    given = arguments()
+    given["completion_ids"][1, 2] = bad
+    with pytest.raises(IndexError, match=rf"{bad}.*\[0, {V}\)"):
+        impl.grpo_loss(**given)
+    with pytest.raises(IndexError, match=rf"{bad}.*\[0, {V}\)"):
+        impl.selective_log_softmax(given["logits"], given["completion_ids"])
+    given["completion_mask"][1, 2] = 0  # nobody looks there
+    assert impl.grpo_loss(**given).loss.isfinite()
+
+
+def test_the_error_names_the_position() -> None:
+    given = arguments()
+    given["completion_ids"][1, 2] = V
+    with pytest.raises(IndexError, match=r"1, 2"):
+        grpo_ext.grpo_loss(**given)
+
+
+def test_a_bad_id_leaves_no_half_written_gradient() -> None:
+    """The row of a bad id is reported; afterwards the same call with good ids works."""
+    given = arguments()
+    good = given["completion_ids"].clone()
+    given["completion_ids"][0, 1] = V
+    leaf = given.pop("logits").requires_grad_()
+    with pytest.raises(IndexError):
+        grpo_ext.grpo_loss(leaf, **given)
+    assert leaf.grad is None
+    grpo_ext.grpo_loss(leaf, **(given | {"completion_ids": good})).loss.backward()
+    assert leaf.grad is not None
+    assert leaf.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"logits": torch.zeros(B, T, V).long()}, TypeError, "logits must be float32"),
+        ({"logits": torch.zeros(B, T, V, dtype=torch.complex64)}, TypeError, "logits must be float32"),
+        ({"logits": torch.zeros(V)}, ValueError, "logits must be"),
+        ({"logits": torch.zeros(1, B, T, V)}, ValueError, "logits must be"),
+        ({"logits": [[1.0]]}, (TypeError, ValueError), "logits must be"),
+        ({"logits": torch.zeros(B, T, 0)}, ValueError, "vocabulary"),
+        ({"logits": torch.zeros(B, V, T).transpose(1, 2)}, ValueError, r"dense.*logits.contiguous"),
+        ({"logits": torch.zeros(B, T + 1, V)}, ValueError, r"completion_ids.*\(2, 4\).*\(2, 3\)"),
+        ({"completion_ids": torch.zeros(B, T).int()}, TypeError, r"int64.*completion_ids.long\(\)"),
+        ({"completion_ids": torch.zeros(B, T + 1).long()}, ValueError, "completion_ids"),
+        (
+            {"completion_ids": torch.zeros(B, T, device="meta").long()},
+            ValueError,
+            "completion_ids is on meta",
+        ),
+        ({"completion_mask": torch.ones(B)}, ValueError, "completion_mask must have the shape"),
+        ({"completion_mask": torch.ones(B, T, device="meta")}, ValueError, "completion_mask is on meta"),
+        ({"advantages": torch.ones(B + 1)}, ValueError, r"advantages must be.*\(3,\)"),
+        ({"advantages": torch.ones(T, B)}, ValueError, "advantages must be"),
+        ({"advantages": torch.ones(B, device="meta")}, ValueError, "advantages is on meta"),
+        ({"advantages": None}, TypeError, "advantages must be a tensor"),
+        ({"advantages": [1.0, 2.0]}, TypeError, "advantages must be a tensor, got list"),
+        ({"config": "dapo"}, TypeError, "config must be a LossConfig, got str"),
+        ({"old_logps": torch.ones(B, T + 1)}, ValueError, r"old_logps.*\(2, 4\)"),
+        ({"ref_logps": torch.ones(B), "config": LossConfig(beta=0.1)}, ValueError, "ref_logps"),
+        ({"config": LossConfig(beta=0.1)}, ValueError, "beta=0.1 needs ref_logps"),
+        ({"sampling_logps": torch.ones(T, B)}, ValueError, "sampling_logps"),
+        ({"sampling_logps": torch.ones(B, T, device="meta")}, ValueError, "sampling_logps is on meta"),
+        ({"importance_weights": torch.ones(B, 2)}, ValueError, "importance_weights must be"),
+        ({"num_items_in_batch": torch.ones(2)}, ValueError, "num_items_in_batch must be a number"),
+        ({"entropy_threshold": torch.ones(2)}, ValueError, "entropy_threshold must be a number"),
+    ],
+)
+def test_grpo_loss_complains(change: dict[str, Any], error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        grpo_ext.grpo_loss(**(arguments() | change))
+
+
+def test_policy_loss_complains() -> None:
+    logps, one, A = torch.zeros(B, T), torch.ones(B, T), torch.ones(B)
+    for config in (LossConfig(entropy_coef=0.1), LossConfig(top_entropy_quantile=0.5)):
+        with pytest.raises(ValueError, match="entropy"):
+            grpo_ext.policy_loss(logps, A, one, config)
+    with pytest.raises(ValueError, match="entropy must have the shape"):
+        grpo_ext.policy_loss(logps, A, one, LossConfig(), entropy=torch.ones(B))
+    with pytest.raises(ValueError, match="logps must be"):
+        grpo_ext.policy_loss(torch.zeros(B, T, V), A, one, LossConfig())
+    with pytest.raises(ValueError, match="completion_mask"):
+        grpo_ext.policy_loss(logps, A, torch.ones(B), LossConfig())
+    with pytest.raises(TypeError, match="logps"):
+        grpo_ext.policy_loss(logps.long(), A, one, LossConfig())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 0.0}, {"temperature": math.nan}, {"logit_softcap": -1.0}, {"logit_scale": 0.0}],
+)
+def test_selective_log_softmax_complains(options: dict[str, float]) -> None:
+    logits, ids = torch.zeros(B, T, V), torch.zeros(B, T).long()
+    with pytest.raises(ValueError, match=next(iter(options))):
+        grpo_ext.selective_log_softmax(logits, ids, **options)
+    with pytest.raises(ValueError, match="ids"):
+        grpo_ext.selective_log_softmax(logits, ids[:, :1])
+    with pytest.raises(TypeError, match="ids must be int64"):
+        grpo_ext.selective_log_softmax(logits, ids.float())
+
+
+def test_an_unknown_loss_type() -> None:
+    with pytest.raises(ValueError, match=r"loss_type must be one of grpo, bnpo.*'ppo'"):
+        LossConfig(loss_type="ppo")  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+def test_tensors_on_two_devices() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, torch sees none")
+    for name in ("completion_ids", "advantages", "completion_mask"):
+        given = arguments("cuda")
+        given[name] = given[name].cpu()
+        with pytest.raises(ValueError, match=f"{name} is on cpu"):
+            grpo_ext.grpo_loss(**given)
+
+
+def test_rows_without_a_distribution_are_nan_not_a_crash(impl: ModuleType, device: torch.device) -> None:
+    """All logits -inf, or one +inf: NaN, counted; the other rows keep their values."""
+    given = arguments(device)
+    expected = impl.grpo_loss(**given)
+    given["logits"][0, 1] = -math.inf
+    out = impl.grpo_loss(**given)
+    assert out.loss.isnan()
+    assert out.metrics["nonfinite_tokens"] == 1
+    assert torch.equal(out.logps[1], expected.logps[1])
+    given["logits"][0, 1, given["completion_ids"][0, 1]] = math.inf
+    out = impl.grpo_loss(**given)
+    assert out.loss.isnan()
+    assert out.metrics["nonfinite_tokens"] == 1
