@@ -1,0 +1,213 @@
+"""`GRPOConfig`: every parameter of a GRPO run, checked on construction."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from dataclasses import field
+from typing import Any, ClassVar
+
+from transformers import TrainingArguments
+
+from grpo_ext.config import LossConfig
+from grpo_ext.trainer.batching import BatchPlan, plan_batches
+
+DTYPES = ("float16", "bfloat16", "float32")
+SCALE_REWARDS = ("group", "batch", "none")
+VLLM_MODES = ("colocate", "server")
+
+
+def _field(default: Any, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclasses.dataclass
+class GRPOConfig(TrainingArguments):
+    """Arguments of `GRPOTrainer`: all of `transformers.TrainingArguments`, and the fields below.
+
+    ``per_device_train_batch_size`` counts completions, not prompts. After construction ``batch_plan`` holds
+    the resolved batch numbers and ``loss_config()`` gives the constants of the loss.
+
+    Raises:
+        ValueError: naming the field, its value and what is allowed.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+        "generation_kwargs",
+    ]
+
+    # Defaults of TrainingArguments that do not suit this trainer.
+    learning_rate: float = _field(1e-6, "Initial learning rate of the optimizer (LoRA wants about 100 times more).")
+    logging_steps: float = _field(1, "Optimizer steps between two lines of metrics.")
+    logging_nan_inf_filter: bool = _field(False, "True hides a loss that is not finite from the log.")
+    remove_unused_columns: bool | None = _field(False, "Kept for transformers; columns always reach the rewards.")
+
+    # Model
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Keyword arguments of from_pretrained when the model is given as a name or a folder."},
+    )
+    dtype: str | None = _field(None, "Weights' type: float16, bfloat16 or float32; None keeps the model's own.")
+
+    # Loss
+    loss_type: str = _field("dapo", "Objective and reduction: grpo, bnpo, dr_grpo, dapo, luspo, cispo, sapo or vespo.")
+    importance_sampling_level: str = _field("token", "One ratio per token, or per sequence (GSPO).")
+    num_iterations: int = _field(1, "How many times each generation batch is used for updates.")
+    epsilon: float = _field(0.2, "Lower clip distance of the ratio.")
+    epsilon_high: float | None = _field(
+        None, "Upper clip distance of the ratio (DAPO: 0.28; cispo: absolute cap); None = epsilon."
+    )
+    delta: float | None = _field(None, "Upper bound of the unclipped ratio (two-sided clipping); None = none.")
+    beta: float = _field(0.0, "Weight of the KL term; a reference model is kept only when it is not 0.")
+    use_bias_correction_kl: bool = _field(False, "Multiply the KL term by the importance ratio.")
+    entropy_coef: float = _field(0.0, "Weight of the entropy bonus.")
+    top_entropy_quantile: float = _field(
+        1.0, "Share of tokens, those of the highest entropy, that keep their policy loss."
+    )
+    off_policy_mask_threshold: float | None = _field(
+        None, "Drop sequences of negative advantage that moved further than this from their sampling policy."
+    )
+    sapo_temperature_pos: float = _field(1.0, "sapo: slope of the gate for positive advantages.")
+    sapo_temperature_neg: float = _field(1.05, "sapo: slope of the gate for the other advantages.")
+    vespo_k_pos: float = _field(2.0, "vespo: power of the weight for advantages of at least 0.")
+    vespo_lambda_pos: float = _field(3.0, "vespo: decay of the weight for advantages of at least 0.")
+    vespo_k_neg: float = _field(3.0, "vespo: power of the weight for negative advantages.")
+    vespo_lambda_neg: float = _field(2.0, "vespo: decay of the weight for negative advantages.")
+    mask_truncated_completions: bool = _field(
+        False, "Leave completions that did not reach an end token out of the loss."
+    )
+
+    # Rewards
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "One weight per reward function; None = 1.0 each."}
+    )
+    scale_rewards: str | bool = _field(
+        "group",
+        "Divide advantages by the standard deviation of the group, the batch, or none (True/False too).",
+    )
+
+    # Generation
+    num_generations: int = _field(8, "Completions per prompt: the group that advantages compare.")
+    max_prompt_length: int | None = _field(
+        None, "Longer prompts keep only their last max_prompt_length tokens; None = no limit."
+    )
+    max_completion_length: int = _field(512, "Longest completion in tokens.")
+    temperature: float = _field(1.0, "Sampling temperature; the loss divides the logits by it too.")
+    top_p: float = _field(1.0, "Sample from the smallest set of tokens with this probability; 1 = all.")
+    top_k: int | None = _field(None, "Sample from the k most probable tokens; None or 0 = all.")
+    min_p: float | None = _field(
+        None, "Sample from tokens with at least this share of the top token's probability; None = all."
+    )
+    repetition_penalty: float = _field(1.0, "Penalty of tokens that already occurred; 1 = none.")
+    generation_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "More fields of transformers.GenerationConfig; they win over the ones above."}
+    )
+    steps_per_generation: int | None = _field(
+        None, "Micro-batches one generation batch is cut into; None = gradient_accumulation_steps."
+    )
+    generation_batch_size: int | None = _field(
+        None, "Rows of a generation batch over all processes; instead of steps_per_generation."
+    )
+    shuffle_dataset: bool = _field(True, "A new order of the prompts each epoch.")
+    shuffle_completions: bool = _field(False, "Mix the rows of a generation batch before it is cut into micro-batches.")
+    share_prompts: bool = _field(
+        True, "Compute the keys and values of a prompt once for all its completions in a micro-batch."
+    )
+
+    # vLLM (the importance sampling fields act whenever an engine reports log probabilities)
+    use_vllm: bool = _field(False, "Generate with vLLM; not in this version.")
+    vllm_mode: str = _field("colocate", "vLLM in this process (colocate) or elsewhere (server).")
+    vllm_importance_sampling_correction: bool = _field(
+        True, "Correct for the difference between the generation engine's and the trainer's probabilities."
+    )
+    vllm_importance_sampling_mode: str = _field(
+        "token_truncate", "token_truncate, token_mask, sequence_truncate or sequence_mask."
+    )
+    vllm_importance_sampling_cap: float = _field(2.0, "Upper bound of the importance weight.")
+    vllm_importance_sampling_clip_max: float | None = _field(None, "Another name of the cap; wins when set.")
+    vllm_importance_sampling_clip_min: float | None = _field(None, "Lower bound of the importance weight.")
+
+    # Evaluation
+    num_generations_eval: int = _field(1, "Completions per prompt in evaluation.")
+    eval_temperature: float = _field(0.0, "Sampling temperature of evaluation; 0 = greedy.")
+
+    # Records
+    log_completions: bool = _field(False, "Print a table of sample completions at every log.")
+    num_completions_to_print: int | None = _field(8, "Rows of that table; None = the whole generation batch.")
+    save_completions: bool = _field(True, "Write every generation batch to output_dir/completions/ as JSON lines.")
+
+    def __post_init__(self) -> None:
+        self._check_generation()
+        self._check_rewards()
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
+        if (self.load_best_model_at_end or self.save_strategy == "best") and self.metric_for_best_model is None:  # type: ignore[has-type]
+            self.metric_for_best_model = "reward"
+            self.greater_is_better = True
+        super().__post_init__()
+        self.loss_config()
+        # One process drives one device; several devices take one process each.
+        self._n_gpu = min(self.n_gpu, 1)
+        self.batch_plan: BatchPlan = plan_batches(
+            self.per_device_train_batch_size,  # type: ignore[has-type]
+            self.world_size,
+            self.gradient_accumulation_steps,
+            self.num_generations,
+            self.num_iterations,
+            self.steps_per_generation,
+            self.generation_batch_size,
+        )
+        self.per_device_train_batch_size = self.batch_plan.per_device_batch_size
+
+    def loss_config(self) -> LossConfig:
+        """The constants of the loss, from the fields of the same names."""
+        names = {f.name for f in dataclasses.fields(self)}
+        return LossConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(LossConfig) if f.name in names})
+
+    def _check_generation(self) -> None:
+        if self.use_vllm:
+            raise ValueError(
+                "use_vllm=True is not in this version: leave it False to generate with transformers "
+                "(model.generate in the trainer's process)"
+            )
+        if self.vllm_mode not in VLLM_MODES:
+            raise ValueError(f"vllm_mode must be one of {', '.join(VLLM_MODES)}; got {self.vllm_mode!r}")
+        if not self.temperature > 0:
+            raise ValueError(
+                f"temperature must be positive, got {self.temperature}: greedy completions of a prompt are all alike"
+            )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.top_k is not None and self.top_k < 0:
+            raise ValueError(f"top_k must be at least 0 (0 or None = off), got {self.top_k}")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
+        if not self.repetition_penalty > 0:
+            raise ValueError(f"repetition_penalty must be positive, got {self.repetition_penalty}")
+        if self.eval_temperature < 0:
+            raise ValueError(f"eval_temperature must be at least 0 (0 = greedy), got {self.eval_temperature}")
+        for name in (
+            "max_completion_length",
+            "max_prompt_length",
+            "num_generations_eval",
+            "num_completions_to_print",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.num_generations_eval > 1 and self.eval_temperature == 0:
+            warnings.warn(
+                f"num_generations_eval={self.num_generations_eval} with eval_temperature=0 repeats the same "
+                "greedy completion: raise eval_temperature or leave num_generations_eval at 1",
+                stacklevel=4,
+            )
+
+    def _check_rewards(self) -> None:
+        if isinstance(self.scale_rewards, bool):
+            self.scale_rewards = "group" if self.scale_rewards else "none"
+        if self.scale_rewards not in SCALE_REWARDS:
+            raise ValueError(
+                f"scale_rewards must be one of {', '.join(SCALE_REWARDS)}, True or False; got {self.scale_rewards!r}"
+            )

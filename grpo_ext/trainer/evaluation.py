@@ -1,0 +1,58 @@
+"""Held-out reward: completions over an evaluation dataset, scored by the training rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_ext.advantages import weighted_rewards
+from grpo_ext.trainer.generation import Completions
+
+
+def evaluation_rows(num_prompts: int, num_generations: int, world_size: int, rank: int) -> list[int]:
+    """Dataset indices of the completions one rank makes; all ranks together make each exactly once."""
+    return [i // num_generations for i in range(rank, num_prompts * num_generations, world_size)]
+
+
+def evaluate_rows(
+    rows: Sequence[int],
+    batch_size: int,
+    generate: Callable[[list[int]], tuple[Completions, Tensor]],
+) -> dict[str, list[Any]]:
+    """Run ``generate`` (dataset indices to completions and ``(n, functions)`` rewards) over batches of rows.
+
+    Returns:
+        ``rewards`` (lists of floats), ``lengths`` and ``finished``, one entry per row.
+    """
+    result: dict[str, list[Any]] = {"rewards": [], "lengths": [], "finished": []}
+    for start in range(0, len(rows), batch_size):
+        completions, rewards = generate(list(rows[start : start + batch_size]))
+        result["rewards"] += rewards.tolist()
+        result["lengths"] += [len(ids) for ids in completions.ids]
+        result["finished"] += completions.finished
+    return result
+
+
+def evaluation_metrics(
+    result: dict[str, list[Any]], names: Sequence[str], weights: Sequence[float], prefix: str
+) -> dict[str, float]:
+    """``<prefix>_reward`` and its companions from the rows of all ranks."""
+    rewards = torch.tensor(result["rewards"], dtype=torch.float64).view(-1, len(names))
+    total = weighted_rewards(rewards, list(weights))
+    total = total[~total.isnan()]
+    lengths = torch.tensor(result["lengths"], dtype=torch.float64)
+    metrics = {
+        f"{prefix}_reward": float(total.mean()),
+        f"{prefix}_reward_std": float(total.std()) if len(total) > 1 else 0.0,
+        f"{prefix}_completions/mean_length": float(lengths.mean()),
+        f"{prefix}_completions/min_length": float(lengths.min()),
+        f"{prefix}_completions/max_length": float(lengths.max()),
+        f"{prefix}_completions/clipped_ratio": 1 - sum(result["finished"]) / len(result["finished"]),
+    }
+    for index, name in enumerate(names):
+        column = rewards[:, index]
+        metrics[f"{prefix}_rewards/{name}/mean"] = float(column.nanmean())
+    return metrics

@@ -1,0 +1,314 @@
+"""From prompts to completions: encoding, `transformers` generation, and the cut after the first end token.
+
+An engine is any object with the method ``generate`` of `TransformersEngine`; it speaks in lists of token ids,
+so engines that run elsewhere fit the same place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+Prompt = str | list[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn. ``temperature`` 0 takes the most probable token.
+
+    Attributes:
+        max_new_tokens: longest completion.
+        temperature, top_p, top_k, min_p, repetition_penalty: as in `GRPOConfig`.
+        extra: further fields of ``transformers.GenerationConfig``.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Completions:
+    """What an engine made of n prompts.
+
+    Attributes:
+        ids: n lists of at least one token id; the end token, where there is one, is the last.
+        finished: whether a completion ended with an end token.
+        sampling_logps: the engine's log probability of each token, None where it reports none.
+    """
+
+    ids: list[list[int]]
+    finished: list[bool]
+    sampling_logps: list[list[float]] | None = None
+
+
+class GenerationEngine(Protocol):
+    """The seam between the trainer and whatever generates."""
+
+    def generate(self, model: nn.Module, prompt_ids: Sequence[Sequence[int]], sampling: SamplingParams) -> Completions:
+        """One completion for each prompt, in order; equal prompts may share their prefill."""
+        ...
+
+
+class PromptEncoder:
+    """Turns prompts, text or chat messages, into token ids, and ids back into text.
+
+    Args:
+        tokenizer: with a chat template if prompts are chat messages.
+        max_prompt_length: longer prompts keep their last so many tokens; None = no limit.
+        context_length: the model's; a prompt that leaves no room for ``max_completion_length`` is an error.
+        max_completion_length: longest completion in tokens.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_prompt_length: int | None = None,
+        context_length: int | None = None,
+        max_completion_length: int = 0,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.max_prompt_length = max_prompt_length
+        self.context_length = context_length
+        self.max_completion_length = max_completion_length
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Token ids of each prompt; equal prompts are encoded once.
+
+        Raises:
+            TypeError: for a prompt that is neither text nor chat messages.
+            ValueError: for an empty prompt, or one too long for the model's context.
+        """
+        known: dict[str, list[int]] = {}
+        encoded = []
+        for index, prompt in enumerate(prompts):
+            key = repr(prompt)
+            if key not in known:
+                known[key] = self._encode_one(prompt, index)
+            encoded.append(known[key])
+        return encoded
+
+    def _encode_one(self, prompt: Prompt, index: int) -> list[int]:
+        if isinstance(prompt, str):
+            ids = list(self.tokenizer(prompt)["input_ids"])
+        elif isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "role" in m for m in prompt):
+            answering = prompt[-1]["role"] != "assistant"
+            ids = self.tokenizer.apply_chat_template(
+                prompt,
+                tokenize=True,
+                return_dict=True,
+                add_generation_prompt=answering,
+                continue_final_message=not answering,
+            )["input_ids"]
+            ids = list(ids[0]) if ids and isinstance(ids[0], (list, tuple)) else list(ids)
+        else:
+            raise TypeError(
+                f"prompt {index} is {type(prompt).__name__}: pass text, or a list of chat messages "
+                "{'role': ..., 'content': ...}"
+            )
+        if not ids:
+            raise ValueError(f"prompt {index} has no tokens: a model needs at least one to continue from")
+        if self.max_prompt_length is not None:
+            ids = ids[-self.max_prompt_length :]
+        if self.context_length is not None and len(ids) + self.max_completion_length > self.context_length:
+            raise ValueError(
+                f"prompt {index} has {len(ids)} tokens; with max_completion_length="
+                f"{self.max_completion_length} that exceeds the model's context of {self.context_length}: "
+                "shorten the prompt, set max_prompt_length="
+                f"{max(self.context_length - self.max_completion_length, 0)} (keeps the last tokens) or "
+                "lower max_completion_length"
+            )
+        return ids
+
+    def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        """Text of each list of ids, without special tokens."""
+        return self.tokenizer.batch_decode([list(row) for row in ids], skip_special_tokens=True)
+
+
+def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends a completion, from the model's generation settings and the tokenizer.
+
+    Raises:
+        ValueError: when neither names one.
+    """
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = [configured] if isinstance(configured, int) else list(configured or [])
+    if tokenizer.eos_token_id is not None:
+        ids.append(tokenizer.eos_token_id)
+    if not ids:
+        raise ValueError("neither the tokenizer nor the model's generation_config has an eos_token_id: set one")
+    return sorted(set(ids))
+
+
+def cut_after_end(tokens: Tensor, end_ids: Sequence[int]) -> tuple[list[list[int]], list[bool]]:
+    """Cut each row after its first end token; whatever follows was padding, even where pad and end are one
+    id.
+
+    Args:
+        tokens: ``(n, T)`` int64.
+        end_ids: ids that end a completion.
+
+    Returns:
+        n lists of ids, and whether each held an end token.
+    """
+    is_end = torch.isin(tokens, torch.tensor(list(end_ids), device=tokens.device))
+    finished = is_end.any(dim=1)
+    lengths = torch.where(finished, is_end.int().argmax(dim=1) + 1, tokens.shape[1])
+    return [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)], finished.tolist()
+
+
+def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """``(ids, mask)``, both ``(n, longest)`` int64, with the padding before the tokens."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+def right_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """``(ids, mask)``, both ``(n, longest)`` int64, with the padding after the tokens."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([list(row) + [pad_id] * (width - len(row)) for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+    return ids, mask
+
+
+def unique_rows(rows: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
+    """``(first, which)``: the first row of each distinct value, and for each row its distinct value."""
+    seen: dict[tuple[int, ...], int] = {}
+    first: list[int] = []
+    which = []
+    for index, row in enumerate(rows):
+        key = tuple(row)
+        if key not in seen:
+            seen[key] = len(first)
+            first.append(index)
+        which.append(seen[key])
+    return first, which
+
+
+def position_ids(mask: Tensor) -> Tensor:
+    """Positions that count the unmasked tokens of each row from 0, ``(n, T)`` int64."""
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
+def shared_prompt_cache(model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, which: Tensor) -> Any | None:
+    """Keys and values of all but the last prompt token, computed once per distinct prompt, one row per
+    completion.
+
+    Args:
+        model: causal language model of transformers (or its PEFT or DDP wrapper).
+        prompt_ids, prompt_mask: ``(u, P)`` left-padded distinct prompts, P at least 2.
+        which: ``(n,)`` int64, the distinct prompt of each completion.
+
+    Returns:
+        A cache of n rows and P - 1 positions, through which gradients flow where they are on; None where the
+        model keeps any other state than plain keys and values (sliding windows, recurrent layers).
+    """
+    mask = prompt_mask[:, :-1]
+    outputs = model(
+        input_ids=prompt_ids[:, :-1],
+        attention_mask=mask,
+        position_ids=position_ids(mask),
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    cache: Any = getattr(outputs, "past_key_values", None)
+    if not is_plain_cache(cache):
+        return None
+    cache.reorder_cache(which)
+    return cache
+
+
+def is_plain_cache(cache: object) -> bool:
+    """Whether every layer of a cache holds keys and values of all positions and nothing else."""
+    from transformers.cache_utils import DynamicLayer
+
+    layers = getattr(cache, "layers", None) or []
+    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+
+
+class TransformersEngine:
+    """Generates with ``model.generate`` in this process, in eval mode, without gradients.
+
+    Args:
+        end_ids: ids that end a completion.
+        pad_id: id that fills finished rows; may be one of ``end_ids``.
+        share_prompts: prefill each distinct prompt once for all its completions.
+    """
+
+    def __init__(self, end_ids: Sequence[int], pad_id: int, share_prompts: bool = True) -> None:
+        self.end_ids = list(end_ids)
+        self.pad_id = pad_id
+        self.share_prompts = share_prompts
+
+    def generate(self, model: Any, prompt_ids: Sequence[Sequence[int]], sampling: SamplingParams) -> Completions:
+        """See `GenerationEngine.generate`."""
+        device = next(model.parameters()).device
+        first, which = unique_rows(prompt_ids)
+        ids, mask = left_pad(prompt_ids, self.pad_id, device)
+        width = ids.shape[1]
+        config = self._config(sampling)
+        with torch.no_grad(), _eval_mode(model), _own_generation_config(model, config):
+            cache = None
+            if self.share_prompts and len(first) < len(which) and width > 1:
+                rows = torch.tensor(first, device=device)
+                cache = shared_prompt_cache(model, ids[rows], mask[rows], torch.tensor(which, device=device))
+                self.share_prompts = cache is not None
+            kwargs = {} if cache is None else {"past_key_values": cache}
+            tokens = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **kwargs)
+        completions, finished = cut_after_end(tokens[:, width:], self.end_ids)
+        return Completions(completions, finished)
+
+    def _config(self, sampling: SamplingParams) -> GenerationConfig:
+        fields: dict[str, Any] = {
+            "max_new_tokens": sampling.max_new_tokens,
+            "do_sample": sampling.temperature > 0,
+            "eos_token_id": self.end_ids,
+            "pad_token_id": self.pad_id,
+            "use_cache": True,
+            "repetition_penalty": sampling.repetition_penalty,
+        }
+        if sampling.temperature > 0:
+            fields |= {
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": sampling.top_k or 0,
+            }
+            if sampling.min_p:
+                fields["min_p"] = sampling.min_p
+        return GenerationConfig(**(fields | sampling.extra))
+
+
+@contextlib.contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextlib.contextmanager
+def _own_generation_config(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
+    """Hide the defaults shipped with the model (top_p = 0.8 and the like): they fill every unset field."""
+    holders = [m for m in model.modules() if isinstance(getattr(m, "generation_config", None), GenerationConfig)]
+    saved = [m.generation_config for m in holders]
+    for module in holders:
+        module.generation_config = config
+    try:
+        yield
+    finally:
+        for module, previous in zip(holders, saved, strict=True):
+            module.generation_config = previous

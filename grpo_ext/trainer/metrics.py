@@ -1,0 +1,104 @@
+"""Metrics collected between two logs, without synchronising the device until they are read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Reduce = Literal["mean", "sum", "min", "max", "last"]
+Gather = Callable[[Tensor], Tensor]
+
+
+class MetricWindow:
+    """Weighted means, sums and extremes of named values since the last `flush`."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, tuple[Reduce, list[Tensor | float], list[Tensor | float]]] = {}
+
+    def add(self, name: str, value: Tensor | float, *, reduce: Reduce = "mean", weight: Tensor | float = 1.0) -> None:
+        """Add one value (a number or a 0-d tensor); NaN values are left out when the window is read."""
+        _, values, weights = self._values.setdefault(name, (reduce, [], []))
+        values.append(value.detach() if isinstance(value, Tensor) else value)
+        weights.append(weight.detach() if isinstance(weight, Tensor) else weight)
+
+    def update(self, values: dict[str, float]) -> None:
+        """Add several means."""
+        for name, value in values.items():
+            self.add(name, value)
+
+    def add_lengths(self, lengths: list[int], finished: list[bool]) -> None:
+        """Add the completion lengths of one generation batch, under the names ``completions/...``."""
+        ended = [n for n, done in zip(lengths, finished, strict=True) if done]
+        rows = len(lengths)
+        self.add("completions/mean_length", sum(lengths) / rows, weight=rows)
+        self.add("completions/min_length", float(min(lengths)), reduce="min")
+        self.add("completions/max_length", float(max(lengths)), reduce="max")
+        self.add("completions/clipped_ratio", 1 - len(ended) / rows, weight=rows)
+        self.add("completions/mean_terminated_length", sum(ended) / max(len(ended), 1), weight=len(ended))
+
+    def flush(self, gather: Gather | None = None) -> dict[str, float]:
+        """The reduced values, and an empty window. A mean of nothing is NaN; a mean of weight 0 is 0.
+
+        Args:
+            gather: joins a ``(k, 3)`` tensor of every rank into ``(W * k, 3)``; None for one process. All
+                ranks must have added the same names.
+        """
+        names = list(self._values)
+        if not names:
+            return {}
+        table = torch.stack([_summary(*self._values[name]) for name in names])
+        table = gather(table).view(-1, len(names), 3) if gather is not None else table.unsqueeze(0)
+        result = {}
+        for index, name in enumerate(names):
+            rows = table[:, index]
+            result[name] = _join(self._values[name][0], rows)
+        self._values.clear()
+        return result
+
+
+def _summary(reduce: Reduce, values: list[Tensor | float], weights: list[Tensor | float]) -> Tensor:
+    """``(value, weight, count)`` of one rank in fp64, on the CPU."""
+    v, w = _numbers(values), _numbers(weights)
+    known = ~v.isnan()
+    count = float(known.sum())
+    v, w = v[known], w[known]
+    if count == 0:
+        return torch.tensor([0.0, 0.0, 0.0], dtype=torch.float64)
+    if reduce == "mean":
+        value = (v * w).sum()
+    elif reduce == "sum":
+        value = v.sum()
+    elif reduce == "last":
+        value = v[-1]
+    else:
+        value = v.min() if reduce == "min" else v.max()
+    return torch.stack([value, w.sum(), torch.tensor(count, dtype=torch.float64)])
+
+
+def _numbers(values: list[Tensor | float]) -> Tensor:
+    """All values as one fp64 CPU tensor; the device's part travels in one copy."""
+    tensors = [(i, v) for i, v in enumerate(values) if isinstance(v, Tensor)]
+    result = torch.tensor([0.0 if isinstance(v, Tensor) else v for v in values], dtype=torch.float64)
+    if tensors:
+        stacked = torch.stack([v.double().reshape(()) for _, v in tensors]).cpu()
+        result[torch.tensor([i for i, _ in tensors])] = stacked
+    return result
+
+
+def _join(reduce: Reduce, rows: Tensor) -> float:
+    """One number from the ``(W, 3)`` summaries of all ranks."""
+    rows = rows[rows[:, 2] > 0]
+    if len(rows) == 0:
+        return math.nan
+    if reduce == "mean":
+        weight = float(rows[:, 1].sum())
+        return float(rows[:, 0].sum()) / weight if weight else 0.0
+    if reduce == "sum":
+        return float(rows[:, 0].sum())
+    if reduce == "last":
+        return float(rows[0, 0])
+    return float(rows[:, 0].min() if reduce == "min" else rows[:, 0].max())

@@ -1,0 +1,211 @@
+"""Calling reward functions: several, sync or async, with the dataset's columns and readable errors."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import inspect
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_ext.advantages import weighted_rewards
+
+RewardFunction = Callable[..., Any]
+
+
+class RewardError(RuntimeError):
+    """A reward function raised, or returned something that is not one reward per completion."""
+
+
+class RewardFunctions:
+    """The reward functions of a run.
+
+    Args:
+        functions: one function or several, each ``f(prompts, completions, completion_ids, **columns)``
+            returning one number (or None: does not apply) per completion; it may leave out arguments it does
+            not use.
+        weights: one factor per function, None = 1.0 each.
+
+    Raises:
+        TypeError: for something that cannot be called.
+        ValueError: for no function, or a number of weights that differs.
+    """
+
+    def __init__(
+        self, functions: RewardFunction | Sequence[RewardFunction], weights: Sequence[float] | None = None
+    ) -> None:
+        several = isinstance(functions, (list, tuple))
+        self.functions: list[RewardFunction] = list(functions) if several else [functions]  # type: ignore[arg-type,list-item]
+        if not self.functions:
+            raise ValueError("reward_funcs is empty: pass at least one reward function")
+        for function in self.functions:
+            if not callable(function) or isinstance(function, torch.nn.Module):
+                raise TypeError(
+                    f"reward_funcs holds {type(function).__name__}: pass functions "
+                    "f(prompts, completions, completion_ids, **columns) -> list of numbers"
+                )
+        if weights is not None and len(weights) != len(self.functions):
+            raise ValueError(
+                f"reward_weights has {len(weights)} value(s) for {len(self.functions)} reward function(s): "
+                "pass one weight per function"
+            )
+        self.weights = list(weights) if weights is not None else [1.0] * len(self.functions)
+        self.names = _unique_names(self.functions)
+        self._accepts = [_accepted_arguments(function) for function in self.functions]
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        columns: dict[str, list[Any]],
+    ) -> Tensor:
+        """Rewards of n completions.
+
+        The async functions run together, after the others have returned.
+
+        Returns:
+            ``(n, functions)`` fp32 on the CPU, NaN where a function does not apply.
+
+        Raises:
+            RewardError: naming the function that raised or returned something else.
+        """
+        arguments = {
+            **columns,
+            "prompts": list(prompts),
+            "completions": list(completions),
+            "completion_ids": [list(ids) for ids in completion_ids],
+        }
+        n = len(arguments["prompts"])
+        results: list[Any] = []
+        for function, name, accepts in zip(self.functions, self.names, self._accepts, strict=True):
+            chosen = arguments if accepts is None else {k: v for k, v in arguments.items() if k in accepts}
+            try:
+                results.append(function(**chosen))
+            except Exception as error:
+                _close(results)
+                raise _raised(name, error) from error
+        self._await(results)
+        columns_of_rewards = [_check(result, name, n) for result, name in zip(results, self.names, strict=True)]
+        return torch.stack(columns_of_rewards, dim=1)
+
+    def _await(self, results: list[Any]) -> None:
+        waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
+        if not waiting:
+            return
+        done = _run_together([results[i] for i in waiting])
+        for i, result in zip(waiting, done, strict=True):
+            if isinstance(result, BaseException):
+                raise _raised(self.names[i], result) from result
+            results[i] = result
+
+
+def reward_metrics(
+    rewards: Tensor, num_generations: int, names: Sequence[str], weights: Sequence[float]
+) -> dict[str, float]:
+    """What a run logs about the rewards of whole groups.
+
+    Args:
+        rewards: ``(n, functions)``, NaN where a function does not apply; rows of a group follow one another.
+        num_generations: rows per group.
+        names, weights: one per function.
+
+    Returns:
+        ``reward`` (mean of the weighted sums), ``reward_std`` (mean over groups of the unbiased deviation),
+        ``frac_reward_zero_std`` (share of groups whose rewards are all equal) and, per function,
+        ``rewards/<name>/mean`` and ``/std``. Rows without any reward are left out; NaN where nothing is left.
+    """
+    total = weighted_rewards(rewards.double(), list(weights))
+    groups = [group[~group.isnan()] for group in total.view(-1, num_generations)]
+    spread = [float(group.std()) if len(group) > 1 else 0.0 for group in groups]
+    equal = [len(group) == 0 or bool((group == group[0]).all()) for group in groups]
+    metrics = {
+        "reward": float(total.nanmean()),
+        "reward_std": sum(spread) / len(spread),
+        "frac_reward_zero_std": sum(equal) / len(equal),
+    }
+    for index, name in enumerate(names):
+        column = rewards[:, index].double()
+        column = column[~column.isnan()]
+        metrics[f"rewards/{name}/mean"] = float(column.mean()) if len(column) else math.nan
+        metrics[f"rewards/{name}/std"] = float(column.std()) if len(column) > 1 else 0.0
+    return metrics
+
+
+def _unique_names(functions: Sequence[RewardFunction]) -> list[str]:
+    names: list[str] = []
+    for function in functions:
+        inner = getattr(function, "func", function)  # functools.partial
+        name = getattr(inner, "__name__", type(inner).__name__)
+        repeats = sum(known == name or known.startswith(f"{name}_") for known in names)
+        names.append(f"{name}_{repeats + 1}" if name in names else name)
+    return names
+
+
+def _accepted_arguments(function: RewardFunction) -> frozenset[str] | None:
+    """Names a function can take, None where it takes any."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+
+
+def _run_together(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
+    async def gather() -> list[Any]:
+        return await asyncio.gather(*awaitables, return_exceptions=True)
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(gather())
+    # A notebook already runs a loop in this thread: use another thread's.
+    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
+        return pool.submit(asyncio.run, gather()).result()
+
+
+def _close(results: Sequence[Any]) -> None:
+    for result in results:
+        if inspect.iscoroutine(result):
+            result.close()
+
+
+def _raised(name: str, error: BaseException) -> RewardError:
+    return RewardError(f"reward function {name!r} raised {type(error).__name__}: {error}")
+
+
+def _check(result: Any, name: str, n: int) -> Tensor:
+    """One function's result as ``(n,)`` fp32, NaN for None."""
+    try:
+        values = result.tolist() if hasattr(result, "tolist") else list(result)
+    except TypeError:
+        raise RewardError(
+            f"reward function {name!r} returned {type(result).__name__}: return a list of {n} numbers"
+        ) from None
+    if not isinstance(values, list) or len(values) != n:
+        count = len(values) if isinstance(values, list) else 1
+        raise RewardError(
+            f"reward function {name!r} returned {count} value(s) for {n} completions: return one for each "
+            "(None where it does not apply)"
+        )
+    rewards = []
+    for index, value in enumerate(values):
+        try:
+            number = math.nan if value is None else float(value)
+        except (TypeError, ValueError):
+            raise RewardError(
+                f"reward function {name!r} returned {value!r} for completion {index}: return a number or None"
+            ) from None
+        if math.isinf(number):
+            raise RewardError(
+                f"reward function {name!r} returned {number} for completion {index}: rewards must be finite "
+                "(None or NaN where it does not apply)"
+            )
+        rewards.append(number)
+    return torch.tensor(rewards, dtype=torch.float32)

@@ -1,0 +1,179 @@
+"""Makes one generation batch: which prompts, their completions, their rewards, their advantages."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grpo_ext.advantages import group_advantages
+from grpo_ext.trainer.batching import PromptSchedule
+from grpo_ext.trainer.config import GRPOConfig
+from grpo_ext.trainer.data import columns_of
+from grpo_ext.trainer.generation import GenerationEngine, PromptEncoder, SamplingParams
+from grpo_ext.trainer.metrics import MetricWindow
+from grpo_ext.trainer.rewards import RewardFunctions, reward_metrics
+from grpo_ext.trainer.rollout import Rollout, Sample
+
+
+class RolloutMaker:
+    """Generation and scoring of a run, one generation batch at a time, over all ranks.
+
+    Args:
+        args: the run's parameters.
+        accelerator: joins the ranks.
+        dataset: the training prompts.
+        schedule: which of them when.
+        encoder: prompts to ids.
+        engine: ids to completions.
+        rewards: completions to rewards.
+        window: where metrics go.
+    """
+
+    def __init__(
+        self,
+        args: GRPOConfig,
+        accelerator: Any,
+        dataset: Any,
+        schedule: PromptSchedule,
+        encoder: PromptEncoder,
+        engine: GenerationEngine,
+        rewards: RewardFunctions,
+        window: MetricWindow,
+    ) -> None:
+        self.args = args
+        self.accelerator = accelerator
+        self.dataset = dataset
+        self.schedule = schedule
+        self.plan = schedule.plan
+        self.encoder = encoder
+        self.engine = engine
+        self.rewards = rewards
+        self.window = window
+        self.sampling = SamplingParams(
+            args.max_completion_length,
+            args.temperature,
+            args.top_p,
+            args.top_k,
+            args.min_p,
+            args.repetition_penalty,
+            dict(args.generation_kwargs or {}),  # type: ignore[arg-type]
+        )
+        self._warned_truncated = False
+
+    def make(self, model: nn.Module, key: tuple[int, int], start: int) -> tuple[Rollout, Sample, Tensor]:
+        """This rank's rows of a generation batch.
+
+        Args:
+            model: unwrapped.
+            key: ``(epoch, generation)``.
+            start: micro-steps of the run so far.
+
+        Returns:
+            The rollout, its prompts and completions as they came, and their ``(n, functions)`` rewards.
+        """
+        plan = self.plan
+        positions = plan.local_rows(self.accelerator.process_index)
+        rows = self.schedule.rows(*key)
+        with timed(self.window, "time/generation"):
+            sample = self.generate(model, self.dataset, [rows[p] for p in positions], self.sampling)
+        with timed(self.window, "time/rewards"):
+            rewards = self.score(sample)
+        advantages, by_group = self._advantages(gather(self.accelerator, rewards, self.args.device), key)
+        completions = sample.completions
+        trained = [done or not self.args.mask_truncated_completions for done in completions.finished]
+        lengths = [len(ids) for ids in completions.ids]
+        active, seen = self._totals(sample, trained)
+        if active == 0 and not self._warned_truncated:
+            self._warned_truncated = True
+            warnings.warn(
+                "every completion of a generation batch was truncated and mask_truncated_completions is on, so "
+                f"its loss is 0: raise max_completion_length ({self.args.max_completion_length})",
+                stacklevel=2,
+            )
+        weights = self.rewards.weights
+        self.window.update(reward_metrics(by_group, plan.num_generations, self.rewards.names, weights))
+        self.window.add_lengths(lengths, completions.finished)
+        slices = plan.steps_per_generation
+        rollout = Rollout(
+            key=key,
+            start=start,
+            rows_per_slice=plan.per_device_batch_size,
+            prompt_ids=sample.prompt_ids,
+            completion_ids=completions.ids,
+            trained=trained,
+            advantages=advantages[positions],
+            normaliser=max(active, 1.0) / plan.world_size * plan.gradient_accumulation_steps / slices,
+            tokens_seen=seen,
+            old_logps=[None] * slices,
+            ref_logps=[None] * slices,
+            sampling_logps=completions.sampling_logps,
+        )
+        return rollout, sample, rewards
+
+    def generate(self, model: nn.Module, dataset: Any, rows: list[int], sampling: SamplingParams) -> Sample:
+        """Completions for rows of a dataset."""
+        examples = [dataset[row] for row in rows]
+        prompts = [example["prompt"] for example in examples]
+        prompt_ids = self.encoder.encode(prompts)
+        completions = self.engine.generate(model, prompt_ids, sampling)
+        texts = self.encoder.decode(completions.ids)
+        return Sample(prompts, columns_of(examples), prompt_ids, completions, texts)
+
+    def score(self, sample: Sample) -> Tensor:
+        """``(n, functions)`` rewards of a sample."""
+        return self.rewards(sample.prompts, sample.replies(), sample.completions.ids, sample.columns)
+
+    def _totals(self, sample: Sample, trained: list[bool]) -> tuple[float, int]:
+        """Over all ranks: completion tokens in the loss, and tokens of prompts and completions."""
+        lengths = [len(ids) for ids in sample.completions.ids]
+        active = sum(n for n, keep in zip(lengths, trained, strict=True) if keep)
+        seen = sum(lengths) + sum(len(ids) for ids in sample.prompt_ids)
+        counts = torch.tensor([[active, seen]])
+        total = gather(self.accelerator, counts, self.args.device).sum(dim=0).tolist()
+        return float(total[0]), int(total[1])
+
+    def _advantages(self, gathered: Tensor, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Advantages by position of the generation batch, and the rewards group by group.
+
+        Args:
+            gathered: ``(n, functions)`` rewards of all ranks, rank after rank.
+            key: the generation batch.
+        """
+        by_position = torch.empty_like(gathered)
+        by_position[self.plan.gathered_rows()] = gathered
+        order = torch.tensor(self.schedule.group_order(*key))
+        by_group = torch.empty_like(gathered)
+        by_group[order] = by_position
+        missing = int(by_group.isnan().all(dim=1).sum())
+        if missing:
+            warnings.warn(
+                f"{missing} of {len(by_group)} completions got no reward from any function: they are left out "
+                "of their group's baseline and get advantage 0",
+                stacklevel=2,
+            )
+        advantages = group_advantages(
+            by_group,
+            self.plan.num_generations,
+            reward_weights=self.rewards.weights,
+            scale_rewards=self.args.scale_rewards,
+        )
+        return advantages[order].float(), by_group
+
+
+def gather(accelerator: Any, value: Tensor, device: torch.device) -> Tensor:
+    """Rows of all ranks, rank after rank, on the CPU."""
+    return accelerator.gather(value.to(device)).cpu() if accelerator.num_processes > 1 else value.cpu()
+
+
+@contextlib.contextmanager
+def timed(window: MetricWindow, name: str) -> Iterator[None]:
+    """Add the seconds that the block took to a window, summed between two logs."""
+    start = time.perf_counter()
+    yield
+    window.add(name, time.perf_counter() - start, reduce="sum")

@@ -1,0 +1,156 @@
+"""Defaults of SPEC section 6 and the message of every rule."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from transformers import TrainingArguments
+
+from grpo_ext import LossConfig
+from grpo_ext.trainer import GRPOConfig
+
+DEFAULTS = {
+    "beta": 0.0,
+    "num_iterations": 1,
+    "epsilon": 0.2,
+    "epsilon_high": None,
+    "delta": None,
+    "importance_sampling_level": "token",
+    "reward_weights": None,
+    "scale_rewards": "group",
+    "loss_type": "dapo",
+    "mask_truncated_completions": False,
+    "vllm_importance_sampling_correction": True,
+    "vllm_importance_sampling_mode": "token_truncate",
+    "vllm_importance_sampling_cap": 2.0,
+    "top_entropy_quantile": 1.0,
+    "use_bias_correction_kl": False,
+    "off_policy_mask_threshold": None,
+    "sapo_temperature_pos": 1.0,
+    "sapo_temperature_neg": 1.05,
+    "vespo_k_pos": 2,
+    "vespo_lambda_pos": 3,
+    "vespo_k_neg": 3,
+    "vespo_lambda_neg": 2,
+    "entropy_coef": 0.0,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": None,
+    "min_p": None,
+    "repetition_penalty": 1.0,
+    "num_generations": 8,
+    "max_prompt_length": None,
+    "max_completion_length": 512,
+    "steps_per_generation": None,
+    "generation_batch_size": None,
+    "use_vllm": False,
+    "vllm_mode": "colocate",
+}
+
+Make = Callable[..., GRPOConfig]
+
+
+def own_fields() -> list[dataclasses.Field[Any]]:
+    inherited = {f.name for f in dataclasses.fields(TrainingArguments)}
+    return [f for f in dataclasses.fields(GRPOConfig) if f.name not in inherited]
+
+
+def test_defaults_of_the_specification() -> None:
+    fields = {f.name: f.default for f in dataclasses.fields(GRPOConfig)}
+    assert {name: fields[name] for name in DEFAULTS} == DEFAULTS
+
+
+def test_every_field_has_one_help_text() -> None:
+    for field in own_fields():
+        assert field.metadata.get("help", "").endswith("."), field.name
+
+
+def test_every_loss_constant_is_a_field() -> None:
+    names = {f.name for f in dataclasses.fields(GRPOConfig)}
+    # these belong to the model: its forward applies them before the logits arrive
+    assert {f.name for f in dataclasses.fields(LossConfig)} - names == {"logit_softcap", "logit_scale"}
+
+
+def test_loss_config_takes_over_the_fields(make_config: Make) -> None:
+    config = make_config(loss_type="dr_grpo", epsilon_high=0.28, temperature=0.7, beta=0.04).loss_config()
+    assert config == LossConfig(
+        loss_type="dr_grpo", epsilon_high=0.28, temperature=0.7, beta=0.04, max_completion_length=5
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
+        ({"top_p": 1.1}, r"top_p must be in \(0, 1\], got 1.1"),
+        ({"top_k": -1}, r"top_k must be at least 0 \(0 or None = off\), got -1"),
+        ({"min_p": -0.1}, r"min_p must be in \[0, 1\], got -0.1"),
+        ({"min_p": 1.5}, r"min_p must be in \[0, 1\], got 1.5"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be positive, got 0.0"),
+        ({"eval_temperature": -1.0}, r"eval_temperature must be at least 0 \(0 = greedy\), got -1.0"),
+        ({"max_completion_length": 0}, "max_completion_length must be at least 1, got 0"),
+        ({"max_prompt_length": 0}, "max_prompt_length must be at least 1, got 0"),
+        ({"num_generations": 1}, "num_generations must be at least 2, got 1"),
+        ({"num_generations_eval": 0}, "num_generations_eval must be at least 1, got 0"),
+        ({"dtype": "int8"}, "dtype must be one of float16, bfloat16, float32; got 'int8'"),
+        ({"scale_rewards": "row"}, "scale_rewards must be one of group, batch, none, True or False; got 'row'"),
+        ({"vllm_mode": "cloud"}, "vllm_mode must be one of colocate, server; got 'cloud'"),
+        ({"use_vllm": True}, "use_vllm=True is not in this version: leave it False to generate with transformers"),
+        ({"loss_type": "ppo"}, "loss_type must be one of grpo, bnpo, dr_grpo, dapo, .*; got 'ppo'"),
+        ({"importance_sampling_level": "word"}, "importance_sampling_level must be one of token, sequence"),
+        ({"top_entropy_quantile": 0.0}, r"top_entropy_quantile must be in \(0, 1\], got 0.0"),
+        ({"beta": -0.1}, "beta must be at least 0"),
+        ({"epsilon": -0.1}, "epsilon must be at least 0"),
+        ({"steps_per_generation": 2, "generation_batch_size": 12}, "set only one of them"),
+        ({"generation_batch_size": 10}, r"generation_batch_size \(10\) must be divisible by per_device_train"),
+        ({"gradient_accumulation_steps": 2, "steps_per_generation": 3}, r"\(3\) and gradient_accumulation_steps \(2\)"),
+    ],
+)
+def test_rule(make_config: Make, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_config(**changes)
+
+
+def test_delta_inside_the_clip_range_warns(make_config: Make) -> None:
+    with pytest.warns(UserWarning, match=r"delta=1.1 is not above 1 \+ epsilon_high = 1.2"):
+        make_config(delta=1.1)
+
+
+def test_batch_raised_to_the_group(make_config: Make) -> None:
+    with pytest.warns(UserWarning, match="per_device_train_batch_size is raised from 3 to 4"):
+        config = make_config(per_device_train_batch_size=3, num_generations=4)
+    assert config.per_device_train_batch_size == 4
+    assert config.batch_plan.per_device_batch_size == 4
+
+
+def test_few_prompts_warn(make_config: Make) -> None:
+    with pytest.warns(UserWarning, match="only 2 different prompt"):
+        make_config(per_device_train_batch_size=4)
+
+
+def test_greedy_repeats_warn(make_config: Make) -> None:
+    with pytest.warns(UserWarning, match="num_generations_eval=2 with eval_temperature=0 repeats"):
+        make_config(num_generations_eval=2)
+
+
+@pytest.mark.parametrize(("given", "kept"), [(True, "group"), (False, "none"), ("batch", "batch")])
+def test_scale_rewards_takes_booleans(make_config: Make, given: str | bool, kept: str) -> None:
+    assert make_config(scale_rewards=given).scale_rewards == kept
+
+
+def test_best_model_is_the_one_of_the_highest_reward(make_config: Make) -> None:
+    config = make_config(
+        load_best_model_at_end=True, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1
+    )
+    assert config.metric_for_best_model == "reward"
+    assert config.greater_is_better is True
+
+
+def test_survives_a_round_trip(make_config: Make) -> None:
+    config = make_config(generation_batch_size=12)
+    fields = {k: v for k, v in config.to_dict().items() if k in {f.name for f in own_fields()}}
+    assert make_config(**fields).batch_plan == config.batch_plan

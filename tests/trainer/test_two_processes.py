@@ -1,0 +1,38 @@
+"""Two gloo processes see the same data, advantages and divisors as one with twice the rows: the same gradients."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import two_process_worker as worker
+
+# A step that replays logs no reward, so names are compared where they occur.
+SAME = ("loss", "reward", "reward_std", "kl", "entropy", "grad_norm", "num_tokens", "completions/mean_length")
+
+
+@pytest.mark.timeout(180)
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = subprocess.run(
+        [*command, worker.__file__, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=170,
+        cwd=Path(worker.__file__).parent,
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    two = torch.load(tmp_path / "two.pt")
+    for loss_type in worker.LOSS_TYPES:
+        one = worker.run(tmp_path, loss_type, 1)
+        assert len(one["gradients"]) == 3
+        for mine, theirs in zip(one["gradients"], two[loss_type]["gradients"], strict=True):
+            assert (mine - theirs).norm() / mine.norm() < 1e-5
+        for mine, theirs in zip(one["logs"], two[loss_type]["logs"], strict=True):
+            assert mine.keys() == theirs.keys()
+            for name in mine.keys() & set(SAME):
+                assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
+        assert one["eval_reward"] == pytest.approx(two[loss_type]["eval_reward"])
