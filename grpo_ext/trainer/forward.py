@@ -15,9 +15,8 @@ from grpo_ext.trainer.rollout import MicroBatch
 class CompletionForward:
     """Computes ``(B, T, V)`` logits that predict a micro-batch's completion tokens, in the model's own dtype.
 
-    The last completion token predicts nothing, so it is never fed; with ``share_prompts`` the keys and values
-    of a prompt are computed once for all its completions, gradients included: the same mathematics with fewer
-    tokens.
+    The last completion token predicts nothing, so it is never fed. With ``share_prompts`` the keys and values of a
+    prompt are computed once for all its completions, gradients included: the same mathematics with fewer tokens.
 
     Args:
         model: the causal language model, unwrapped; its forward signature decides what it is given.

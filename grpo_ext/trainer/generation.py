@@ -151,8 +151,7 @@ def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def cut_after_end(tokens: Tensor, end_ids: Sequence[int]) -> tuple[list[list[int]], list[bool]]:
-    """Cut each row after its first end token; whatever follows was padding, even where pad and end are one
-    id.
+    """Cut each row after its first end token; whatever follows was padding, even where pad and end are one id.
 
     Args:
         tokens: ``(n, T)`` int64.
@@ -203,8 +202,7 @@ def position_ids(mask: Tensor) -> Tensor:
 
 
 def shared_prompt_cache(model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, which: Tensor) -> Any | None:
-    """Keys and values of all but the last prompt token, computed once per distinct prompt, one row per
-    completion.
+    """Keys and values of all but the last prompt token, computed once per distinct prompt, one row per completion.
 
     Args:
         model: causal language model of transformers (or its PEFT or DDP wrapper).
