@@ -56,7 +56,7 @@ format: setup
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 bench: setup
-	$(BIN)/python bench/bench_row_loss.py $(ARGS)
+	$(BIN)/python bench/bench_row_loss.py --masked 0 $(ARGS)
 
 wheel: $(VENV)/tools
 	$(BIN)/python -m build --outdir dist

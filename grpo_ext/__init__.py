@@ -4,6 +4,7 @@ from grpo_ext import reference
 from grpo_ext._build_info import __version__, build_info
 from grpo_ext.advantages import group_advantages, importance_weights
 from grpo_ext.config import LossConfig
+from grpo_ext.linear import linear_grpo_loss, linear_selective_log_softmax
 from grpo_ext.losses import grpo_loss, policy_loss, selective_log_softmax
 from grpo_ext.output import GRPOLossOutput
 
@@ -15,6 +16,8 @@ __all__ = [
     "group_advantages",
     "grpo_loss",
     "importance_weights",
+    "linear_grpo_loss",
+    "linear_selective_log_softmax",
     "policy_loss",
     "reference",
     "selective_log_softmax",

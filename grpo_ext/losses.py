@@ -176,6 +176,8 @@ def policy_loss(
         raise ValueError("entropy_coef and top_entropy_quantile look at the entropy: pass entropy=, shape of logps")
     if entropy is not None and entropy.shape != logps.shape:
         raise ValueError(f"entropy must have the shape of logps {tuple(logps.shape)}, got {tuple(entropy.shape)}")
+    if entropy is not None and entropy.device != logps.device:
+        raise ValueError(f"entropy is on {entropy.device}, logps are on {logps.device}; move it to {logps.device}")
     flat_logps = _two_dimensional(logps.to(dtype).contiguous())
     flat_entropy = None if entropy is None else _two_dimensional(entropy.to(dtype).contiguous())
     tensors = _with_threshold(tensors, config, flat_entropy)
@@ -427,10 +429,23 @@ def _overwrite_mode(logits: Tensor) -> str:
             "inplace=True would overwrite a leaf that requires grad; pass logits that came out of another operation, "
             "or inplace=False"
         )
-    if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
+    if not _has_rows_of_its_own(logits):
         raise RuntimeError(
             f"inplace=True needs rows of their own, got overlapping ones (strides {logits.stride()}); pass "
             "logits.contiguous() or inplace=False"
         )
     # Under torch.compile the overwriting is part of the graph, and the compiler keeps the order of uses.
     return "overwrite_view" if torch.compiler.is_compiling() or logits._is_view() else "overwrite"
+
+
+def _has_rows_of_its_own(logits: Tensor) -> bool:
+    """Whether no two rows share memory: the slower outer dimension steps over everything the faster one covers."""
+    outer = [(stride, size) for stride, size in zip(logits.stride()[:-1], logits.shape[:-1], strict=True) if size > 1]
+    if len(outer) == 2 and outer[0][0] > outer[1][0]:
+        outer.reverse()
+    covered = logits.shape[-1]
+    for stride, size in outer:
+        if stride < covered:
+            return False
+        covered += (size - 1) * stride
+    return True

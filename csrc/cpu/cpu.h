@@ -28,7 +28,8 @@ template <class Real>
 void policy_loss(const PolicyParams<Real>& policy, int threads);
 
 // All of the above with one read of every logit; only where a row's coefficient
-// depends on no other row (fits_one_pass in grpo_ext/losses.py). Fills rows.logps and rows.entropy, which the policy reads, and rows.grad when it is not null.
+// depends on no other row (fits_one_pass in grpo_ext/losses.py). Fills rows.logps and rows.entropy,
+// which the policy reads, and rows.grad when it is not null.
 template <class Real>
 int64_t row_loss(const RowParams<Real>& rows, const PolicyParams<Real>& policy, int threads);
 

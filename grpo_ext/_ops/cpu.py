@@ -12,12 +12,13 @@ from grpo_ext._ops.packing import ENTROPY_COEF, count_call, given, policy_of, po
 from grpo_ext._ops.schemas import library
 
 
-def _raise_bad_id(row: int, ids: Tensor, vocab: int) -> None:
+def _raise_bad_id(row: int, ids: Tensor, vocab: int, masked: bool) -> None:
     if row >= 0:
         b, t = divmod(row, ids.shape[1])
+        name, remedy = ("completion_ids", "set completion_mask to 0 there, or ") if masked else ("ids", "")
         raise IndexError(
-            f"completion_ids[{b}, {t}] = {int(ids[b, t])} is outside [0, {vocab}), the vocabulary of the logits; "
-            "set completion_mask to 0 there, or pass logits of the full vocabulary"
+            f"{name}[{b}, {t}] = {int(ids[b, t])} is outside [0, {vocab}), the vocabulary of the logits; "
+            f"{remedy}pass logits of the full vocabulary"
         )
 
 
@@ -30,7 +31,7 @@ def _row_stats_cpu(
     lse = torch.empty_like(logps)
     rows = rows_of(logits, ids=ids, mask=mask, logps=logps, entropy=given(entropy), lse=lse)
     bad = _C.cpu_row_stats(rows, transform, torch.get_num_threads())
-    _raise_bad_id(bad, ids, logits.shape[-1])
+    _raise_bad_id(bad, ids, logits.shape[-1], mask is not None)
     return logps, entropy, lse
 
 
@@ -95,7 +96,7 @@ def _row_loss_into_cpu(
         logps.shape, mask, *tensors, logps=logps, entropy=entropy, loss=loss, kl=given(kl), metrics=metrics
     )
     bad = _C.cpu_row_loss(rows, transform, policy, spec, torch.get_num_threads())
-    _raise_bad_id(bad, ids, logits.shape[-1])
+    _raise_bad_id(bad, ids, logits.shape[-1], True)
     return loss, logps, entropy, kl, metrics
 
 

@@ -229,6 +229,7 @@ def measure_heldout(
         reward_weights=args.reward_weights,
         samples=samples or settings.heldout_samples,
         seed=args.seed if seed is None else seed,
+        max_prompt_length=args.max_prompt_length,
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from grpo_ext.advantages import weighted_rewards
 from grpo_ext.trainer.data import columns_of
 from grpo_ext.trainer.generation import PromptEncoder, SamplingParams, TransformersEngine, end_token_ids
+from grpo_ext.trainer.models import context_length
 from grpo_ext.trainer.rewards import RewardFunction, RewardFunctions
 
 
@@ -43,6 +44,7 @@ def heldout_reward(
     samples: int = 8,
     batch_size: int = 96,
     seed: int = 0,
+    max_prompt_length: int | None = None,
 ) -> HeldoutResult:
     """Sample `samples` answers to every question and average their rewards.
 
@@ -58,9 +60,10 @@ def heldout_reward(
         samples: answers per question.
         batch_size: sequences generated at a time.
         seed: of the sampling.
+        max_prompt_length: as in training: longer prompts keep their last so many tokens; None = no limit.
 
     Raises:
-        ValueError: an empty dataset, or fewer than one sample.
+        ValueError: an empty dataset, fewer than one sample, or a prompt too long for the model's context.
         RewardError: a reward function that raises or returns something else than one reward per completion.
     """
     if len(dataset) == 0:
@@ -69,7 +72,7 @@ def heldout_reward(
         raise ValueError(f"samples must be at least 1, got {samples}")
     rewards = RewardFunctions(reward_funcs, reward_weights)
     rows = [dict(row) for row in dataset for _ in range(samples)]
-    encoder = PromptEncoder(tokenizer)
+    encoder = PromptEncoder(tokenizer, max_prompt_length, context_length(model), sampling.max_new_tokens)
     prompt_ids = encoder.encode([row["prompt"] for row in rows])
     engine = TransformersEngine(end_token_ids(model, tokenizer), tokenizer.pad_token_id)
     device = next(model.parameters()).device

@@ -110,9 +110,13 @@ def _torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def _not_found(name: str) -> str:
+    from huggingface_hub import constants as hub
+
     if os.path.isdir(name):
         return f"the model in {name} cannot be loaded: see the error above"
     message = f"no model {name!r}: not a packaged name, not a folder, and the hub did not give it"
+    if hub.HF_HUB_OFFLINE:
+        message += " (HF_HUB_OFFLINE=1 forbids to ask it: set it to 0)"
     close = difflib.get_close_matches(name.lower(), PACKAGED_MODELS, n=1, cutoff=0.5)
     if close:
         return f"{message}. Did you mean {close[0]!r}?"

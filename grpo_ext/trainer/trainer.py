@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl
@@ -120,6 +120,9 @@ class GRPOTrainer(Trainer):
             processing_class=tokenizer,
             callbacks=callbacks,
         )
+        if self.accelerator.num_processes > 1:
+            # Ranks may hold completions of the same prompt: on one stream they would draw the same tokens.
+            set_seed(args.seed, device_specific=True)
         self.reference = Reference(module) if args.beta != 0 else None
         self.schedule = PromptSchedule(
             len(train_dataset),
@@ -377,7 +380,7 @@ class GRPOTrainer(Trainer):
 
         devices = [args.device] if args.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
-            torch.manual_seed(args.seed)
+            torch.manual_seed(args.seed + self.accelerator.process_index)
             local = evaluate_rows(rows, args.per_device_eval_batch_size, generate)
         result = {name: gather_object(values) for name, values in local.items()}
         metrics = evaluation_metrics(result, self.rewards.names, self.rewards.weights, metric_key_prefix)

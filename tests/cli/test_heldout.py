@@ -104,3 +104,15 @@ def test_bad_calls(model_and_tokenizer: Any, questions: Dataset) -> None:
         heldout_reward(model, tokenizer, questions, number_reward, FIVE, samples=0)
     with pytest.raises(RewardError, match="'short' returned 1 value"):
         heldout_reward(model, tokenizer, questions, short, FIVE, samples=2)
+
+
+def test_prompts_are_cut_and_measured_as_in_training(model_and_tokenizer: Any, questions: Dataset) -> None:
+    model, tokenizer = model_and_tokenizer
+    length = model.config.max_position_embeddings
+    with pytest.raises(ValueError, match=f"exceeds the model's context of {length}"):
+        heldout_reward(model, tokenizer, questions, number_reward, SamplingParams(max_new_tokens=length))
+    seen: list[int] = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda _m, ids, _o: seen.append(ids[0].shape[1]))
+    heldout_reward(model, tokenizer, questions, number_reward, FIVE, samples=1, max_prompt_length=3)
+    hook.remove()
+    assert seen[0] == 2  # cut to three tokens the prompts are alike: the prefill they share is all but the last

@@ -37,11 +37,13 @@ def test_ids_outside_the_vocabulary(impl: ModuleType, bad: int) -> None:
     assert impl.grpo_loss(**given).loss.isfinite()
 
 
-def test_the_error_names_the_position() -> None:
+def test_the_error_names_the_argument_and_the_position() -> None:
     given = arguments()
     given["completion_ids"][1, 2] = V
-    with pytest.raises(IndexError, match=r"1, 2"):
+    with pytest.raises(IndexError, match=r"^completion_ids\[1, 2\].*set completion_mask to 0 there"):
         grpo_ext.grpo_loss(**given)
+    with pytest.raises(IndexError, match=r"^ids\[1, 2\](?!.*mask)"):
+        grpo_ext.selective_log_softmax(given["logits"], given["completion_ids"])
 
 
 def test_a_bad_id_leaves_no_half_written_gradient() -> None:
@@ -106,6 +108,8 @@ def test_policy_loss_complains() -> None:
             grpo_ext.policy_loss(logps, A, one, config)
     with pytest.raises(ValueError, match="entropy must have the shape"):
         grpo_ext.policy_loss(logps, A, one, LossConfig(), entropy=torch.ones(B))
+    with pytest.raises(ValueError, match="entropy is on meta, logps are on cpu"):
+        grpo_ext.policy_loss(logps, A, one, LossConfig(), entropy=torch.ones(B, T, device="meta"))
     with pytest.raises(ValueError, match="logps must be"):
         grpo_ext.policy_loss(torch.zeros(B, T, V), A, one, LossConfig())
     with pytest.raises(ValueError, match="completion_mask"):

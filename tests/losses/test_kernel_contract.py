@@ -213,6 +213,12 @@ def test_in_place_refuses_what_it_must_not_overwrite(device: torch.device) -> No
     shared = torch.randn(1, 3, 9, device=device, requires_grad=True).clone().expand(2, 3, 9)
     with pytest.raises(RuntimeError, match="overlapping"):
         grpo_ext.grpo_loss(shared, **arguments, inplace=True)
+    flat = torch.randn(90, device=device, requires_grad=True) * 1.0
+    for strides in ((27, 4, 1), (9, 9, 1), (4, 18, 1), (18, 20, 1)):
+        with pytest.raises(RuntimeError, match="overlapping"):
+            grpo_ext.grpo_loss(flat.as_strided((2, 3, 9), strides), **arguments, inplace=True)
+    for strides in ((27, 9, 1), (9, 18, 1), (30, 10, 1)):
+        grpo_ext.grpo_loss((flat * 1.0).as_strided((2, 3, 9), strides), **arguments, inplace=True)
     # Without a gradient there is nothing to write.
     plain = torch.randn(2, 3, 9, device=device)
     before = plain.clone()

@@ -1,0 +1,295 @@
+"""GRPO loss from hidden states and the LM head, forward + backward, against the bare matrix products.
+
+    python bench/bench_linear.py                                        # CPU: 1024 rows, H 576, V 49152, fp32
+    python bench/bench_linear.py --device cuda                          # the four shapes of the README, bf16
+    python bench/bench_linear.py --device cuda --masked 0.27 --shapes 2048x151936
+
+F = 2 * rows * H * V operations. A frozen head needs two products of F each (logits, gradient of the hidden states), a
+trained one three. `bare` is those products by themselves, whole and without anything between them, in the same run,
+candidates taken in turn: `ratio` is the median time over the median of `bare`.
+
+Loss: dapo (token level, clip 0.2/0.28) with old log probabilities, mask and advantages. Candidates:
+
+    loss       linear_grpo_loss
+    loss_fp32  the same with logits_dtype="float32"
+    loss_512   the same with a memory budget of 512 MiB
+    sequence   the same at sequence level, whose coefficients are known only after the last token
+    logps      linear_selective_log_softmax, then the loss in torch: an upstream gradient that it cannot know
+    forward    log probabilities without gradient; its ratio is to one bare product
+    trl        ChunkedLogProb of TRL (1.16) in the place of `logps`, where TRL is installed
+    liger      LigerFusedLinearGRPOLoss of Liger-Kernel, where that is installed (CUDA)
+
+Columns: extra_mb is the peak memory above what lay there before, outputs included (`common.peak_extra_bytes`);
+logp_error the greatest difference of a log probability from fp64, over 64 rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+from torch import Tensor
+
+import grpo_ext
+
+CONFIG = grpo_ext.LossConfig(loss_type="dapo", epsilon=0.2, epsilon_high=0.28)
+SHAPES = {"cpu": "576x49152", "cuda": "576x49152,1024x151936,2048x151936,4096x151936"}
+Inputs = dict[str, Tensor]
+#: (hidden, weight, inputs) -> (loss, logps or None)
+Loss = Callable[[Tensor, Tensor, Inputs], tuple[Tensor, Tensor | None]]
+
+
+def torch_loss(logps: Tensor, inputs: Inputs) -> Tensor:
+    ratio = torch.exp(logps - inputs["old"])
+    advantages = inputs["advantages"].unsqueeze(1)
+    clipped = ratio.clamp(1 - CONFIG.epsilon, 1 + CONFIG.clip_high)
+    loss = -torch.min(ratio * advantages, clipped * advantages)
+    return (loss * inputs["mask"]).sum() / inputs["mask"].sum().clamp(min=1)
+
+
+def our_loss(config: grpo_ext.LossConfig = CONFIG, **options: Any) -> Loss:
+    def loss(hidden: Tensor, weight: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        out = grpo_ext.linear_grpo_loss(
+            hidden, weight, inputs["ids"], inputs["advantages"], inputs["mask"], config, old_logps=inputs["old"],
+            **options,
+        )  # fmt: skip
+        return out.loss, out.logps
+
+    return loss
+
+
+def our_logps(hidden: Tensor, weight: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    logps = grpo_ext.linear_selective_log_softmax(hidden, weight, inputs["ids"], mask=inputs["mask"])
+    assert isinstance(logps, Tensor)
+    return torch_loss(logps, inputs), logps
+
+
+def our_forward(hidden: Tensor, weight: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        logps = grpo_ext.linear_selective_log_softmax(hidden, weight, inputs["ids"], mask=inputs["mask"])
+    assert isinstance(logps, Tensor)
+    return logps, logps
+
+
+def trl_logps() -> Loss:
+    from trl.trainer import utils
+
+    chunked, chunk = utils._ChunkedLogProbFunction, getattr(utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 8192)
+
+    def loss(hidden: Tensor, weight: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        mask = inputs["mask"]
+        rows = chunked.apply(hidden[mask], weight, None, inputs["ids"][mask], 1.0, chunk, None, 1.0, ())[0]
+        logps = rows.new_zeros(mask.shape).masked_scatter(mask, rows)
+        return torch_loss(logps, inputs), logps
+
+    return loss
+
+
+def liger_loss() -> Loss:
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    module = LigerFusedLinearGRPOLoss(
+        beta=0.0, use_ref_model=False, epsilon_low=CONFIG.epsilon, epsilon_high=CONFIG.clip_high, loss_type="dapo",
+        temperature=1.0,
+    )  # fmt: skip
+
+    def loss(hidden: Tensor, weight: Tensor, inputs: Inputs) -> tuple[Tensor, None]:
+        out = module(
+            hidden, weight, inputs["ids"], inputs["mask"].long(), inputs["advantages"],
+            old_per_token_logps=inputs["old"],
+        )  # fmt: skip
+        return out[0], None
+
+    return loss
+
+
+KNOWN: dict[str, Callable[[], Loss]] = {
+    "loss": our_loss,
+    "loss_fp32": lambda: our_loss(logits_dtype="float32"),
+    "loss_512": lambda: our_loss(memory_budget=512 << 20),
+    "sequence": lambda: our_loss(CONFIG.replace(importance_sampling_level="sequence")),
+    "logps": lambda: our_logps,
+    "forward": lambda: our_forward,
+    "trl": trl_logps,
+    "liger": liger_loss,
+}
+
+
+def make_inputs(rows: int, size: int, vocab: int, dtype: torch.dtype, masked: float, device: torch.device) -> Inputs:
+    """Hidden states and a head whose logits spread like a language model's; ratios around 1."""
+    g = torch.Generator(device=device).manual_seed(0)
+    batch = next(b for b in (8, 4, 2, 1) if rows % b == 0)
+    shape = (batch, rows // batch)
+    hidden = torch.randn(*shape, size, generator=g, device=device).to(dtype)
+    weight = torch.randn(vocab, size, generator=g, device=device).mul_(2 / math.sqrt(size)).to(dtype)
+    ids = torch.randint(0, vocab, shape, generator=g, device=device)
+    # Right padding: as many masked rows as asked for, in sequences of different lengths.
+    lengths = torch.linspace(1 - 2 * masked, 1, batch, device=device) if masked else torch.ones(batch, device=device)
+    position = torch.arange(shape[1], device=device).expand(shape)
+    mask = position < (lengths * shape[1]).round().unsqueeze(1)
+    logps = grpo_ext.linear_selective_log_softmax(hidden, weight, ids, mask=mask)
+    assert isinstance(logps, Tensor)
+    return {
+        "hidden": hidden,
+        "weight": weight,
+        "ids": ids,
+        "mask": mask,
+        "old": logps + 0.1 * torch.randn(shape, generator=g, device=device),
+        "advantages": torch.randn(batch, generator=g, device=device),
+    }
+
+
+def bare_products(inputs: Inputs, count: int) -> Callable[[], None]:
+    """The first `count` of: logits, gradient of the hidden states, gradient of the head; all rows, buffers at hand."""
+    hidden, weight = inputs["hidden"].flatten(0, 1), inputs["weight"]
+    logits = hidden.new_zeros((hidden.shape[0], weight.shape[0]))
+    dhidden = torch.zeros_like(hidden)
+    dweight = torch.zeros_like(weight) if count > 2 else None
+
+    def products() -> None:
+        torch.mm(hidden, weight.t(), out=logits)
+        if count > 1:
+            torch.mm(logits, weight, out=dhidden)
+        if dweight is not None:
+            torch.mm(logits.t(), hidden, out=dweight)
+
+    return products
+
+
+def logp_error(logps: Tensor | None, inputs: Inputs) -> float:
+    if logps is None:
+        return math.nan
+    rows = inputs["mask"].flatten().nonzero().flatten()[:64]
+    inputs = {name: tensor.detach() for name, tensor in inputs.items()}
+    exact = grpo_ext.reference.linear_selective_log_softmax(
+        inputs["hidden"].flatten(0, 1)[rows].double(), inputs["weight"].double(), inputs["ids"].flatten()[rows]
+    )
+    assert isinstance(exact, Tensor)
+    return float((logps.detach().flatten()[rows].double() - exact).abs().max())
+
+
+def check_gradients(results: dict[str, Tensor]) -> None:
+    """Every candidate must give the gradient of the first, or the comparison means nothing."""
+    first = next(iter(results.values()))
+    for name, grad in results.items():
+        if name == "sequence":
+            continue  # another loss
+        error = (grad.float() - first.float()).norm() / first.float().norm()
+        # On random data a clip limit decides differently for a few rows when logits are rounded differently.
+        if error > (1e-3 if first.dtype == torch.float32 else 0.1):
+            raise AssertionError(f"{name}: the gradient of the hidden states is off by {error:.3g}")
+
+
+def measure(size: int, vocab: int, head: str, args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    dtype = common.DTYPES[args.dtype or ("fp32" if device.type == "cpu" else "bf16")]
+    inputs = make_inputs(args.rows, size, vocab, dtype, args.masked, device)
+    hidden = inputs["hidden"].requires_grad_()
+    weight = inputs["weight"].requires_grad_(head == "trained")
+
+    def preparing(loss: Loss) -> Callable[[], Callable[[], Any]]:
+        def prepare() -> Callable[[], Any]:
+            hidden.grad = weight.grad = None
+
+            def step() -> Tensor | None:
+                value, logps = loss(hidden, weight, inputs)
+                if value.requires_grad:
+                    value.backward()
+                return logps
+
+            return step
+
+        return prepare
+
+    prepared: dict[str, Callable[[], Callable[[], Any]]] = {}
+    errors: dict[str, float] = {}
+    grads: dict[str, Tensor] = {}
+    extra: dict[str, float] = {}
+    for name in args.candidates.split(","):
+        if name == "liger" and device.type != "cuda":
+            continue
+        try:
+            prepared[name] = preparing(KNOWN[name]())
+        except ImportError as missing:
+            print(f"{name}: left out, {missing}")
+            continue
+        errors[name] = logp_error(prepared[name]()(), inputs)
+        if hidden.grad is not None:
+            grads[name] = hidden.grad.clone()
+        hidden.grad = weight.grad = None
+        extra[name] = common.peak_extra_bytes(prepared[name], device)
+    hidden.grad = weight.grad = None
+    check_gradients(grads)
+    grads.clear()
+    with torch.no_grad():
+        bare = bare_products({k: v.detach() for k, v in inputs.items()}, 3 if head == "trained" else 2)
+        one = bare_products({k: v.detach() for k, v in inputs.items()}, 1)
+    prepared = {"bare": lambda: bare} | ({"bare_one": lambda: one} if "forward" in prepared else {}) | prepared
+    timings = common.interleaved(prepared, device, warmup=args.warmup, runs=args.runs)
+    where = common.machine(device)
+    rows = []
+    for name, timing in timings.items():
+        floor = timings["bare_one" if name in ("forward", "bare_one") else "bare"].median
+        row: dict[str, Any] = where | {
+            "rows": args.rows,
+            "valid": int(inputs["mask"].sum()),
+            "hidden": size,
+            "vocab": vocab,
+            "dtype": str(dtype).removeprefix("torch."),
+            "head": head,
+            "candidate": name,
+            "runs": args.runs,
+            "ms": timing.median,
+            "ms_min": timing.minimum,
+            "ratio": timing.median / floor,
+            "extra_mb": extra.get(name, math.nan) / 2**20,
+            "logp_error": errors.get(name, math.nan),
+        }
+        for peer in ("trl", "liger"):
+            row[f"x_{peer}"] = timings[peer].median / timing.median if peer in timings else math.nan
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--rows", type=int, default=None, help="tokens; default 1024 on the CPU, 8192 on the GPU")
+    parser.add_argument("--shapes", default=None, help="HxV,HxV; default: " + str(SHAPES))
+    parser.add_argument("--heads", default="frozen,trained")
+    parser.add_argument("--dtype", choices=tuple(common.DTYPES), default=None, help="default fp32 (CPU), bf16 (GPU)")
+    parser.add_argument("--masked", type=float, default=0.0, help="share of masked rows, below 0.5")
+    parser.add_argument("--candidates", default=None, help="default: all; without loss_fp32 and loss_512 on the CPU")
+    parser.add_argument("--runs", type=int, default=None, help="default 5 on the CPU, 20 on the GPU")
+    parser.add_argument("--warmup", type=int, default=None, help="default 1 on the CPU, 5 on the GPU")
+    parser.add_argument("--csv", type=Path, default=None, help="default: bench/results/linear_<device>.csv")
+    parser.add_argument("--append", action="store_true", help="keep the lines already in the CSV")
+    args = parser.parse_args()
+
+    device = torch.device(args.device)
+    on_cpu = device.type == "cpu"
+    args.rows = args.rows or (1024 if on_cpu else 8192)
+    args.runs = args.runs or (5 if on_cpu else 20)
+    args.warmup = args.warmup if args.warmup is not None else (1 if on_cpu else 5)
+    args.candidates = args.candidates or ",".join(n for n in KNOWN if not (on_cpu and n in ("loss_fp32", "loss_512")))
+    torch.set_num_threads(args.threads)
+    results: list[dict[str, Any]] = []
+    for shape in (args.shapes or SHAPES[device.type]).split(","):
+        size, vocab = (int(n) for n in shape.split("x"))
+        for head in args.heads.split(","):
+            results += measure(size, vocab, head, args, device)
+    path = args.csv or common.RESULTS / f"linear_{args.device}.csv"
+    common.write_csv(path, results, append=args.append)
+    print(f"{results[0]['device']}, {results[0]['cpu']} ({results[0]['isa']}), {args.threads} threads")
+    columns = "rows valid hidden vocab dtype head candidate ms ms_min ratio x_trl x_liger extra_mb logp_error"
+    common.print_table(results, columns.split())
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()

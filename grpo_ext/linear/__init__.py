@@ -1,0 +1,13 @@
+"""Fused linear: the product with the language-model head and what follows it, chunk by chunk.
+
+From the outside in: `loss` and `logps` (public functions, autograd), `arguments` (checks), `operators` (the chunk loops
+as ``torch.ops.grpo_ext.linear_*``), `chunks` (the loops), `vocabulary` and `parallel` (row kernels on a chunk of
+logits), `policy` (token losses on compacted rows), `head` (products), `rows` and `plan` (which rows, how many at once).
+"""
+
+from __future__ import annotations
+
+from grpo_ext.linear.logps import linear_selective_log_softmax
+from grpo_ext.linear.loss import linear_grpo_loss
+
+__all__ = ["linear_grpo_loss", "linear_selective_log_softmax"]

@@ -1,0 +1,130 @@
+"""Arguments of the fused linear functions: checked once, errors that name argument, shape and remedy."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_ext._ops import DTYPE_CODES, logit_transform
+from grpo_ext.config import LossConfig
+from grpo_ext.linear.chunks import Numerics
+from grpo_ext.linear.parallel import group_name
+from grpo_ext.linear.plan import parse_logits_dtype, product_dtypes
+
+#: Called with (weight, bias); inside the returned context the head is whole. What the context yields, (weight, bias),
+#: is used in their place; None: the same tensors, filled in place (ZeRO-3).
+Gather = Callable[[Tensor, Tensor | None], AbstractContextManager[tuple[Tensor, Tensor | None] | None]]
+
+
+def describe(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}"
+
+
+def whole(tensor: Tensor | None) -> Tensor | None:
+    """A sharded parameter (DTensor) as a plain tensor, by a gathering that autograd follows."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
+@contextlib.contextmanager
+def gathered(gather: Gather | None, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The head as the products may read it."""
+    if gather is None:
+        yield weight, bias
+        return
+    with gather(weight, bias) as full:
+        yield (weight, bias) if full is None else full
+
+
+def check_hidden(hidden: Tensor, ids: Tensor, ids_name: str) -> None:
+    """``hidden (B,T,H)`` or ``(N,H)``, ids int64 of its leading shape."""
+    if not isinstance(hidden, Tensor) or hidden.dim() not in (2, 3):
+        raise ValueError(f"hidden must be a (B,T,H) or (N,H) tensor, got {describe(hidden)}")
+    if hidden.dtype not in DTYPE_CODES:
+        raise TypeError(f"hidden must be float32, bfloat16, float16 or float64, got {describe(hidden)}; cast it first")
+    if hidden.dtype == torch.float64 and hidden.device.type != "cpu":
+        raise TypeError(f"float64 is served on the CPU only, hidden is {describe(hidden)}; pass float32")
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
+        raise TypeError(f"{ids_name} must be int64, got {describe(ids)}; pass {ids_name}.long()")
+    if ids.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"{ids_name} must have the leading shape of hidden {tuple(hidden.shape[:-1])}, got {describe(ids)}; "
+            "hidden[:, t] predicts ids[:, t]: slice both to the completion"
+        )
+    _same_device(ids_name, ids, hidden)
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, weight_grad: Tensor | None) -> None:
+    """``weight (V,H)``, ``bias (V,)``, ``weight_grad (V,H)`` fp32."""
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"weight must be (V,H) with H = {hidden.shape[-1]}, the last dimension of hidden; got {describe(weight)}: "
+            "pass lm_head.weight, and gather= for a head that is sharded"
+        )
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight has an empty vocabulary: {describe(weight)}")
+    if not weight.is_floating_point():
+        raise TypeError(f"weight must be a floating-point tensor, got {describe(weight)}; dequantise the head first")
+    _same_device("weight", weight, hidden)
+    if bias is not None:
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must be ({weight.shape[0]},), one value per row of weight, got {describe(bias)}")
+        _same_device("bias", bias, hidden)
+    if weight_grad is not None:
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        if weight_grad.shape != weight.shape or weight_grad.dtype != wide or not weight_grad.is_contiguous():
+            raise ValueError(
+                f"weight_grad must be a contiguous {tuple(weight.shape)} tensor of {wide}, got {describe(weight_grad)}"
+            )
+        _same_device("weight_grad", weight_grad, hidden)
+
+
+def check_mask(mask: Tensor | None, ids: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    if mask.shape != ids.shape:
+        raise ValueError(f"mask must have the shape of ids {tuple(ids.shape)}, got {describe(mask)}")
+    _same_device("mask", mask, ids)
+    return mask.detach().to(torch.bool)
+
+
+def check_sizes(memory_budget: int | None, valid_rows: int | None) -> None:
+    for name, value in (("memory_budget", memory_budget), ("valid_rows", valid_rows)):
+        if value is not None and (not isinstance(value, int) or value < (1 if name == "memory_budget" else 0)):
+            what = "a number of bytes above 0" if name == "memory_budget" else "a count of rows, at least 0"
+            raise ValueError(f"{name} must be None or {what}, got {value!r}")
+
+
+def numerics_of(
+    config: LossConfig,
+    hidden: Tensor,
+    weight: Tensor,
+    logits_dtype: torch.dtype | str | None,
+    memory_budget: int | None,
+    process_group: Any | None,
+) -> Numerics:
+    compute, logits = product_dtypes(hidden, weight, parse_logits_dtype(logits_dtype))
+    transform = logit_transform(config.temperature, config.logit_softcap, config.logit_scale)
+    return Numerics(transform, compute, logits, memory_budget or 0, group_name(process_group))
+
+
+def wanted_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[bool]:
+    """Of (hidden, weight, bias)."""
+    if not torch.is_grad_enabled():
+        return [False, False, False]
+    return [hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad]
+
+
+def _same_device(name: str, tensor: Tensor, hidden: Tensor) -> None:
+    if tensor.device != hidden.device:
+        raise ValueError(
+            f"{name} is on {tensor.device}, the hidden states are on {hidden.device}; move it: "
+            f"{name}.to({str(hidden.device)!r})"
+        )

@@ -1,0 +1,113 @@
+"""The head split over ranks: each holds ``(V / world, H)``, all see the same hidden states.
+
+Ranks exchange four numbers per row, once: the logsumexp and entropy of their shard, the target's processed logit and
+whether it is theirs. From then on each forms the gradient of its own logits; the gradients of the hidden states are
+summed over the ranks in one reduction.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from grpo_ext.linear.vocabulary import Statistics, WholeVocabulary
+
+
+def group_name(process_group: Any | None) -> str:
+    """The name under which operators find the group; empty for none and for a group of one."""
+    if process_group is None or dist.get_world_size(process_group) == 1:
+        return ""
+    if dist.get_rank(process_group) < 0:
+        raise ValueError("process_group: this process is not a member of the group that it passes")
+    return str(process_group.group_name)
+
+
+def resolve_group(name: str) -> Any | None:
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    return _resolve_process_group(name) if name else None  # type: ignore[arg-type]
+
+
+def world_size(name: str) -> int:
+    return dist.get_world_size(resolve_group(name)) if name else 1
+
+
+def sum_over_ranks(tensor: Tensor, group: Any) -> Tensor:
+    """In fp32 (fp64 for fp64), in the dtype of the tensor."""
+    wide = tensor if tensor.dtype == torch.float64 else tensor.float()
+    dist.all_reduce(wide, group=group)
+    return wide.to(tensor.dtype)
+
+
+class VocabularyShard:
+    """Rows ``[rank * V / world, (rank + 1) * V / world)`` of the head are on this rank."""
+
+    def __init__(self, transform: list[float], local_vocab: int, group: Any) -> None:
+        self.transform = transform
+        self.local_vocab = local_vocab
+        self.group = group
+        self.world = dist.get_world_size(group)
+        self.offset = dist.get_rank(group) * local_vocab
+        self.local = WholeVocabulary(transform)
+
+    def _localize(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(ids within the shard, 0 for foreign ones; whether the id is here)."""
+        here = (ids >= self.offset) & (ids < self.offset + self.local_vocab)
+        return torch.where(here, ids - self.offset, 0), here
+
+    def _processed(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """(x, dx/dz) of raw logits, in the statistics' dtype."""
+        scale, softcap, temperature = self.transform
+        u = scale * (z if z.dtype == torch.float64 else z.float())
+        if not softcap:
+            return u / temperature, torch.full_like(u, scale / temperature)
+        capped = torch.tanh(u / softcap)
+        return softcap * capped / temperature, (1 - capped) * (1 + capped) * (scale / temperature)
+
+    def statistics(self, Z: Tensor, ids: Tensor, live: Tensor | None, with_entropy: bool) -> Statistics:
+        own_ids, here = self._localize(ids)
+        part = self.local.statistics(Z, own_ids, live, True)
+        target, _ = self._processed(Z.gather(1, own_ids.unsqueeze(1)).squeeze(1))
+        record = torch.stack([part.lse, part.entropy, torch.where(here, target, 0.0), here.to(target.dtype)], dim=1)
+        gathered = record.new_empty((self.world * record.shape[0], 4))
+        # The newer name of the same; the older one warns where both exist.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(gathered, record.contiguous(), group=self.group)
+        lses, entropies, targets, owned = gathered.view(self.world, -1, 4).unbind(2)
+        lse = lses.logsumexp(dim=0)
+        share = torch.exp(lses - lse)  # of the probability, on each rank
+        # The entropy of a mixture of disjoint parts; a part without any finite logit has none.
+        entropy = torch.where(share == 0, 0.0, share * (entropies + (lse - lses))).sum(dim=0)
+        # A target that nobody owns or that is -inf has probability 0.
+        target = torch.where(owned.any(dim=0), torch.where(owned > 0, targets, 0.0).sum(dim=0), -math.inf)
+        logps = target - lse
+        if live is not None:
+            logps, entropy, lse = (torch.where(live, t, 0.0) for t in (logps, entropy, lse))
+        return Statistics(logps, entropy, lse)
+
+    def derivative_(self, Z: Tensor, ids: Tensor, live: Tensor | None) -> Statistics:
+        stats = self.statistics(Z, ids, live, True)
+        self.gradient_(Z, ids, live, stats, torch.ones_like(stats.logps), None)
+        return stats
+
+    def gradient_(
+        self, Z: Tensor, ids: Tensor, live: Tensor | None, stats: Statistics, coef: Tensor, entropy_coef: Tensor | None
+    ) -> None:
+        own_ids, here = self._localize(ids)
+        column = own_ids.unsqueeze(1)
+        # The kernel takes column `own_ids` for the target; where the target is elsewhere, that element is an ordinary
+        # one and is put right afterwards.
+        x, slope = self._processed(Z.gather(1, column).squeeze(1))
+        logp = x - stats.lse
+        factor = -coef
+        if entropy_coef is not None:
+            factor = factor - torch.where(entropy_coef == 0, 0.0, entropy_coef * (logp + stats.entropy))
+        ordinary = torch.where((factor == 0) | (x == -math.inf), 0.0, logp.exp() * factor * slope)
+        self.local.gradient_(Z, own_ids, live, stats, coef, entropy_coef)
+        if live is not None:
+            here = here | ~live
+        Z.scatter_(1, column, torch.where(here.unsqueeze(1), Z.gather(1, column), ordinary.unsqueeze(1).to(Z.dtype)))

@@ -1,0 +1,96 @@
+"""Sizes of a call: in which dtype the products run, how many rows share the logits buffer.
+
+A logits product always has the same shape, ``block`` rows times the head, whatever the number of rows of the call: the
+product then never changes its kernel, and the log probability of a row has the same bits in any company. The buffer
+holds a whole number of blocks, as many as the memory budget allows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+#: Default memory budget in bytes for logits and what is laid beside them. CUDA: 4096 rows of 151,936 bf16 logits, with
+#: room for the rows of hidden states. CPU: a few hundred rows; more stop helping once a product is long enough.
+DEFAULT_BUDGET = {"cuda": 1220 << 20, "cpu": 128 << 20}
+
+#: Rows of one logits product. Larger blocks waste more on the last one, half a block on average; smaller ones fill
+#: neither the GPU (1024 x 151,936 is 36 waves of 128 x 256 tiles on 132 SMs) nor the packed panels of a CPU product.
+BLOCK = {"cuda": 1024, "cpu": 128}
+
+#: The vocabulary stride of the buffer is a multiple of this many elements: rows start aligned for any vocabulary, and
+#: the gradient products of V = 50257 run on the kernels of V = 50304.
+ROW_ALIGNMENT = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkPlan:
+    """``block`` rows to a logits product, ``rows`` rows (a multiple of it) in the buffer, ``stride`` between rows."""
+
+    block: int
+    rows: int
+    stride: int
+
+
+def chunk_plan(
+    vocab: int,
+    hidden_size: int,
+    compute_dtype: torch.dtype,
+    logits_dtype: torch.dtype,
+    device_type: str,
+    memory_budget: int | None,
+) -> ChunkPlan:
+    """The plan that fits `memory_budget` bytes; a function of the head alone, never of the number of rows."""
+    budget = memory_budget or DEFAULT_BUDGET.get(device_type, DEFAULT_BUDGET["cuda"])
+    stride = -(-vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    per_row = stride * logits_dtype.itemsize + hidden_size * compute_dtype.itemsize
+    if logits_dtype != compute_dtype:  # the gradient is rounded into a buffer of its own
+        per_row += stride * compute_dtype.itemsize
+    fitting = max(1, budget // per_row)
+    block = BLOCK.get(device_type, BLOCK["cuda"])
+    while block > fitting:
+        block //= 2
+    return ChunkPlan(block, fitting // block * block, stride)
+
+
+def product_dtypes(hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype | None) -> tuple[torch.dtype, torch.dtype]:
+    """(dtype of the factors of the products, dtype of the logits).
+
+    Under autocast the factors have autocast's dtype, as in ``torch.nn.functional.linear``. The logits have the same
+    dtype unless `logits_dtype` asks for float32.
+    """
+    compute = hidden.dtype
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind) and compute != torch.float64:
+        compute = torch.get_autocast_dtype(kind)
+    elif hidden.dtype != weight.dtype:
+        raise TypeError(
+            f"hidden is {_name(hidden.dtype)} and weight {_name(weight.dtype)}: run under torch.autocast, or cast one "
+            f"of them, e.g. hidden.to({_name(weight.dtype)})"
+        )
+    logits = logits_dtype or compute
+    if logits not in (compute, torch.float32):
+        raise TypeError(
+            f"logits_dtype must be None, 'float32' or the dtype of the product ({_name(compute)}), got {_name(logits)}"
+        )
+    if compute == torch.float64:
+        logits = compute
+    if kind == "cpu" and logits != compute:
+        compute = logits  # no mixed products on the CPU: the factors are widened instead, which is exact
+    return compute, logits
+
+
+def parse_logits_dtype(value: torch.dtype | str | None) -> torch.dtype | None:
+    """``"float32"`` and ``torch.float32`` are the same."""
+    if value is None or isinstance(value, torch.dtype):
+        return value
+    dtype = getattr(torch, value, None) if isinstance(value, str) else None
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"logits_dtype must be None, 'float32' or a torch.dtype, got {value!r}")
+    return dtype
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype)

@@ -1,0 +1,33 @@
+"""The linear tests share the case tools of tests/losses."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from grpo_ext.linear.head import Head
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "losses"))
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Rows that entered the product with the head, and the one back to the hidden states."""
+    rows = {"logits": 0, "back": 0}
+    real_logits, real_back = Head.logits, Head.back_to_hidden
+
+    def logits(self: Head, hidden: Tensor, where: Any, count: int, *rest: Any) -> tuple[Tensor, Tensor]:
+        rows["logits"] += count
+        return real_logits(self, hidden, where, count, *rest)
+
+    def back(self: Head, gradient: Tensor, *rest: Any) -> None:
+        rows["back"] += gradient.shape[0]
+        real_back(self, gradient, *rest)
+
+    monkeypatch.setattr(Head, "logits", logits)
+    monkeypatch.setattr(Head, "back_to_hidden", back)
+    return rows

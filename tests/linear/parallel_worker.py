@@ -1,0 +1,129 @@
+"""What each rank of the vocabulary-parallel test does: compare its results with the whole head on one rank."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import grpo_ext
+from grpo_ext.config import LossConfig
+
+V, H, B, T = 258, 12, 4, 7
+
+CONFIGS: dict[str, LossConfig] = {
+    "token": LossConfig(),
+    "sequence": LossConfig(loss_type="grpo", importance_sampling_level="sequence"),
+    "vespo": LossConfig(loss_type="vespo"),
+    "everything": LossConfig(
+        loss_type="sapo", beta=0.1, entropy_coef=0.02, temperature=0.8, logit_softcap=5.0, logit_scale=1.3
+    ),
+    "quantile": LossConfig(top_entropy_quantile=0.6),
+}
+
+
+def data(dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(7)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(device, dtype)
+
+    statistics = torch.float64 if dtype == torch.float64 else torch.float32
+    out = {
+        "hidden": normal(B, T, H),
+        "weight": normal(V, H),
+        "bias": normal(V),
+        "ids": torch.randint(0, V, (B, T), generator=g).to(device),
+        "advantages": normal(B).to(statistics),
+        "mask": (torch.rand(B, T, generator=g) > 0.2).to(device),
+        "old": -5 + 0.3 * normal(B, T).to(statistics),
+    }
+    out["hidden"][~out["mask"]] = torch.nan
+    out["bias"][3] = -torch.inf  # a masked token
+    return out
+
+
+def gradients_of(
+    what: str, d: dict[str, Tensor], shard: slice, trained: bool, group: Any, budget: int | None
+) -> list[Tensor]:
+    """Values and gradients, those of the head for `shard`."""
+    hidden = d["hidden"].clone().requires_grad_()
+    weight, bias = (d[name][shard].clone().requires_grad_(trained) for name in ("weight", "bias"))
+    options: dict[str, Any] = {"bias": bias, "process_group": group, "memory_budget": budget}
+    if what == "log_softmax":
+        logp, entropy = grpo_ext.linear_selective_log_softmax(
+            hidden, weight, d["ids"], mask=d["mask"], return_entropy=True, temperature=0.7, **options
+        )
+        (logp * d["old"] + 0.3 * entropy).sum().backward()
+        values = [logp, entropy]
+    else:
+        config = CONFIGS[what]
+        if config.beta:
+            options["ref_logps"] = d["old"] + 0.2
+        out = grpo_ext.linear_grpo_loss(
+            hidden, weight, d["ids"], d["advantages"], d["mask"], config, old_logps=d["old"], **options
+        )
+        out.loss.backward()
+        assert out.entropy is not None
+        values = [out.loss, out.logps, out.entropy]
+    grads = [leaf.grad for leaf in (hidden, weight, bias) if leaf.grad is not None]
+    return [v.detach() for v in values] + grads
+
+
+def check_all(group: Any, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> None:
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    shard = slice(rank * V // world, (rank + 1) * V // world)
+    for dtype in dtypes:
+        d = data(dtype, device)
+        for what in ("log_softmax", *CONFIGS):
+            for trained in (False, True):
+                for budget in (None, 8 * (320 + H) * dtype.itemsize):
+                    got = gradients_of(what, d, shard, trained, group, budget)
+                    whole = gradients_of(what, d, slice(0, V), trained, None, budget)
+                    expected = [t[shard] if t.shape[:1] == (V,) else t for t in whole]
+                    assert len(got) == len(expected)
+                    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+                        tight = {torch.float64: 1e-10, torch.float32: 2e-5}.get(dtype, 2e-2)
+                        torch.testing.assert_close(
+                            a, b, rtol=tight, atol=tight * float(b.abs().max()),
+                            msg=lambda m, w=(what, trained, budget, i): f"{w}: {m}",
+                        )  # fmt: skip
+
+
+def check_dtensor(device: torch.device) -> None:
+    """A head sharded as FSDP2 does: gathered by autograd, its gradient comes back sharded."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    d = data(torch.float32, device)
+    d["bias"][3] = 0.0
+    for what in (LossConfig(), LossConfig(importance_sampling_level="sequence")):
+        weight = distribute_tensor(d["weight"], mesh, [Shard(0)]).requires_grad_()
+        twin = d["weight"].clone().requires_grad_()
+        for head in (weight, twin):
+            grpo_ext.linear_grpo_loss(
+                d["hidden"], head, d["ids"], d["advantages"], d["mask"], what, old_logps=d["old"]
+            ).loss.backward()
+        assert isinstance(weight.grad, DTensor)
+        torch.testing.assert_close(weight.grad.full_tensor(), twin.grad)
+
+
+def main(rank: int, world: int, path: str, kind: str) -> None:
+    torch.set_num_threads(1)
+    device = torch.device(kind, rank) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if kind == "cuda" else "gloo", init_method=f"file://{path}", rank=rank, world_size=world,
+        timeout=datetime.timedelta(seconds=60),
+    )  # fmt: skip
+    try:
+        dtypes = (torch.float32, torch.bfloat16) if kind == "cuda" else (torch.float64, torch.float32, torch.bfloat16)
+        check_all(dist.group.WORLD, device, dtypes)
+        check_dtensor(device)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,38 @@
+"""Vocabulary-parallel: two ranks with half the head each give what one rank gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import parallel_worker
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import grpo_ext
+from grpo_ext.linear.parallel import VocabularyShard
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="this torch was built without torch.distributed")
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_two_ranks(kind: str, tmp_path: Path) -> None:
+    """gloo on the CPU, NCCL on two GPUs; values and gradients, frozen and trained head, every route; and a DTensor."""
+    if kind == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    mp.spawn(parallel_worker.main, args=(2, str(tmp_path / "rendezvous"), kind), nprocs=2)
+
+
+def test_a_group_of_one_is_no_group(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'one'}", rank=0, world_size=1)
+    try:
+        hidden, weight, ids = torch.randn(3, 4), torch.randn(9, 4), torch.tensor([0, 8, 3])
+        alone = grpo_ext.linear_selective_log_softmax(hidden, weight, ids)
+        grouped = grpo_ext.linear_selective_log_softmax(hidden, weight, ids, process_group=dist.group.WORLD)
+        assert torch.equal(alone, grouped)
+        # The exchange itself, of a rank with itself.
+        shard = VocabularyShard([1.0, 0.0, 1.0], 9, dist.group.WORLD)
+        stats = shard.statistics(hidden @ weight.t(), ids, None, True)
+        torch.testing.assert_close(stats.logps, alone)
+    finally:
+        dist.destroy_process_group()
