@@ -1,7 +1,8 @@
 # make setup | train | test | lint | bench | wheel | clean
 #
 # Everything runs in .venv, made once and reused. Variables: PYTHON, GRPO_EXT_CUDA=AUTO|ON|OFF, and
-# for `make train` CONFIG and ARGS, e.g. make train ARGS="--seed 2 --max_steps 10".
+# for `make train` CONFIG and ARGS, e.g. make train ARGS="--seed 2 --max_steps 10". Nothing is asked of
+# a model hub unless HF_HUB_OFFLINE=0: make train HF_HUB_OFFLINE=0 ARGS="--model some/model".
 
 PYTHON ?= python3
 VENV := .venv

@@ -1,10 +1,18 @@
 """GRPO loss from logits, forward + backward: the compiled loss against plain torch and torch.compile of the same.
 
     python bench/bench_row_loss.py --device cpu --threads 2
+    python bench/bench_row_loss.py --device cuda --rows 8192 --vocab 32000,49152,128256,151936,262144 --dtypes bf16 \
+        --masked 0 --candidates inplace,fresh,op_inplace,op_fresh,op_stats,sequence,eager,liger,liger_sequence
 
 What is measured: the loss on `rows x V` logits that came out of another operation, and its backward up to the moment
 the gradient reaches that operation. The operation itself is a stand-in that hands out a buffer and drops the gradient:
 it costs nothing, for every candidate alike. Refilling the buffer is outside of the clock.
+
+On the GPU a short wait is enqueued before the clock starts, so that the host is ahead of the device and its own time
+stays out; `--host` measures that time alone. `op_*` are the operators without autograd: loss and gradient in place
+(`op_inplace`) or not (`op_fresh`), log probabilities and entropies only (`op_stats`). `sequence` is the sequence level
+off-policy: statistics, policy, gradient. `liger` is liger-kernel's Triton loss, in place; it wants one position more
+per sequence, which it does not read.
 
 Loss: dapo (token level, clip 0.2/0.28, one normaliser) with old log probabilities, mask and advantages. The peers
 compute that and nothing else; ours also returns entropies and the metrics.
@@ -14,14 +22,18 @@ Modes of ours: `inplace` writes the gradient over the logits. `fresh` allocates 
 freed, so this is paid in each step), and that takes longer than the arithmetic. The peers allocate several such
 tensors and pay the same for each of them; nothing is subtracted.
 
-Columns: ms is the median over the runs, candidates taken in turn. gbps counts one read of the logits and one write of
-the gradient, 2 * rows * V * itemsize, whoever does it; copy_gbps is the rate of a plain copy of as many bytes in the
-same process. extra_mb is the peak memory above the logits (see `common.peak_extra_bytes`).
+Columns: ms is the median over the runs, candidates taken in turn. gbps counts the bytes that must move: V * itemsize
+for each read of an unmasked row (one; two for `sequence`) and for each row of gradient written, whoever does it.
+copy_gbps is the rate of a plain copy of the logits in the same process, of_copy the share of it. extra_mb is the peak
+memory above the logits (see `common.peak_extra_bytes`).
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +43,7 @@ import torch
 from torch import Tensor
 
 import grpo_ext
+from grpo_ext import _ops
 
 CONFIG = grpo_ext.LossConfig(loss_type="dapo", epsilon=0.2, epsilon_high=0.28)
 Loss = Callable[[Tensor, dict[str, Tensor]], Tensor]
@@ -62,14 +75,16 @@ def torch_loss(logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
     return (loss * inputs["mask"]).sum() / inputs["mask"].sum().clamp(min=1)
 
 
-def our_loss(inplace: bool) -> Loss:
+def our_loss(inplace: bool, level: str = "token") -> Loss:
+    config = CONFIG.replace(importance_sampling_level=level)
+
     def loss(logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         return grpo_ext.grpo_loss(
             logits,
             inputs["ids"],
             inputs["advantages"],
             inputs["mask"],
-            CONFIG,
+            config,
             old_logps=inputs["old"],
             inplace=inplace,
         ).loss
@@ -77,15 +92,57 @@ def our_loss(inplace: bool) -> Loss:
     return loss
 
 
-def candidates(wanted: list[str]) -> dict[str, Loss]:
+def liger_loss(level: str) -> Loss:
+    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+    def loss(logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        return triton_grpo_loss(
+            logits,
+            inputs["old"],
+            None,
+            inputs["ids"],
+            inputs["advantages"],
+            inputs["mask"],
+            temperature=1.0,
+            beta=0.0,
+            eps_low=CONFIG.epsilon,
+            eps_high=CONFIG.clip_high,
+            inplace=True,
+            loss_type="dapo",
+            importance_sampling_level=level,
+            reduce=True,
+        )[0]
+
+    return loss
+
+
+@dataclasses.dataclass
+class Candidate:
+    """A way to compute the loss. `reads`: how often an unmasked row has to be read."""
+
+    loss: Loss | None
+    level: str = "token"
+    reads: int = 1
+    writes: int = 1
+    extra_position: bool = False
+    operator: str = ""  # "inplace", "fresh" or "stats": the operator, without autograd
+
+
+def candidates(wanted: list[str]) -> dict[str, Candidate]:
     """Losses by name. A peer that is not installed is left out, with a line that says so."""
-    known: dict[str, Callable[[], Loss]] = {
-        "inplace": lambda: our_loss(inplace=True),
-        "fresh": lambda: our_loss(inplace=False),
-        "eager": lambda: torch_loss,
-        "compile": lambda: torch.compile(torch_loss, fullgraph=True),
+    known: dict[str, Callable[[], Candidate]] = {
+        "inplace": lambda: Candidate(our_loss(inplace=True)),
+        "fresh": lambda: Candidate(our_loss(inplace=False)),
+        "op_inplace": lambda: Candidate(None, operator="inplace"),
+        "op_fresh": lambda: Candidate(None, operator="fresh"),
+        "op_stats": lambda: Candidate(None, operator="stats", writes=0),
+        "sequence": lambda: Candidate(our_loss(True, "sequence"), level="sequence", reads=2),
+        "eager": lambda: Candidate(torch_loss),
+        "compile": lambda: Candidate(torch.compile(torch_loss, fullgraph=True)),
+        "liger": lambda: Candidate(liger_loss("token"), extra_position=True),
+        "liger_sequence": lambda: Candidate(liger_loss("sequence"), "sequence", 2, extra_position=True),
     }
-    chosen: dict[str, Loss] = {}
+    chosen: dict[str, Candidate] = {}
     for name in wanted:
         try:
             chosen[name] = known[name]()
@@ -94,63 +151,106 @@ def candidates(wanted: list[str]) -> dict[str, Loss]:
     return chosen
 
 
-def make_inputs(rows: int, vocab: int, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+def make_inputs(rows: int, vocab: int, masked: float, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
     """fp32 logits `(B,T,V)` of the spread of a language model's, and what goes with them; ratios around 1."""
     generator = torch.Generator(device=device).manual_seed(0)
     batch = next(b for b in (8, 4, 2, 1) if rows % b == 0)
     shape = (batch, rows // batch)
     logits = torch.randn(*shape, vocab, generator=generator, device=device).mul_(3)
     ids = torch.randint(0, vocab, shape, generator=generator, device=device)
-    old = grpo_ext.reference.selective_log_softmax(logits, ids)
+    old = grpo_ext.selective_log_softmax(logits, ids)
     assert isinstance(old, Tensor)
     old = old + 0.2 * torch.randn(shape, generator=generator, device=device)
-    mask = torch.rand(shape, generator=generator, device=device) < 0.9
+    mask = torch.rand(shape, generator=generator, device=device) >= masked
     advantages = torch.randn(batch, generator=generator, device=device)
     return logits, {"ids": ids, "old": old, "mask": mask, "advantages": advantages}
 
 
-def check_gradients(prepare: dict[str, Callable[..., Callable[[], Any]]], dtype: torch.dtype) -> None:
-    """Every candidate must give the gradient of the first peer, or the comparison means nothing."""
-    rows: dict[str, Tensor] = {}
+def check_gradients(
+    prepare: dict[str, Callable[..., Callable[[], Any]]], chosen: dict[str, Candidate], dtype: torch.dtype
+) -> None:
+    """Every candidate must give the gradient of the first peer of its level, or the comparison means nothing."""
+    rows: dict[str, dict[str, Tensor]] = {}
     for name, prepared in prepare.items():
         kept: list[Tensor] = []
         prepared(kept)()
-        rows[name] = kept[0]
-    expected = rows.get("eager", next(iter(rows.values())))
+        if kept:
+            rows.setdefault(chosen[name].level, {})[name] = kept[0]
     tolerance = {"rtol": 2e-2, "atol": 1e-6} if dtype != torch.float32 else {"rtol": 1e-3, "atol": 1e-8}
-    for name, got in rows.items():
-        torch.testing.assert_close(got, expected, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+    for found in rows.values():
+        expected = found.get("eager", next(iter(found.values())))
+        for name, got in found.items():
+            torch.testing.assert_close(got, expected, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def measure(name_of_dtype: str, args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+def operator_call(which: str, logits: Tensor, inputs: dict[str, Tensor]) -> Callable[[], Any]:
+    kernels = torch.ops.grpo_ext
+    transform, spec = _ops.logit_transform(1.0, None, 1.0), _ops.loss_spec(CONFIG, 1.0)
+    if which == "stats":
+        return lambda: kernels.row_stats(logits, inputs["ids"], inputs["mask"], transform, True)
+    arguments = (inputs["ids"], inputs["mask"], inputs["advantages"], inputs["old"], *[None] * 5, spec, transform)
+    if which == "inplace":
+        return lambda: kernels.row_loss_(logits, *arguments)
+    return lambda: kernels.row_loss(logits, *arguments, True)
+
+
+def driver_version() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return ""
+
+
+def measure(name_of_dtype: str, vocab: int, args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     dtype = common.DTYPES[name_of_dtype]
-    exact, inputs = make_inputs(args.rows, args.vocab, device)
+    exact, inputs = make_inputs(args.rows, vocab, args.masked, device)
     source = exact.to(dtype)
     del exact
+    chosen = candidates(args.candidates.split(","))
     buffer = source.clone()
+    longer = None
+    if any(c.extra_position for c in chosen.values()):
+        longer = torch.cat([source, source[:, :1]], dim=1)
     anchor = torch.zeros((), device=device, requires_grad=True)
-    nbytes = 2 * source.numel() * source.element_size()
+    row_bytes = vocab * source.element_size()
+    valid = int(inputs["mask"].sum())
 
-    def preparing(loss: Loss) -> Callable[..., Callable[[], Any]]:
+    def preparing(candidate: Candidate) -> Callable[..., Callable[[], Any]]:
         def prepare(keep: list[Tensor] | None = None) -> Callable[[], Any]:
-            buffer.copy_(source)
-            logits = [Producer.apply(anchor, buffer, keep)]
+            if candidate.operator:
+                buffer.copy_(source)
+                return operator_call(candidate.operator, buffer, inputs)
+            loss = candidate.loss
+            assert loss is not None
+            if candidate.extra_position:
+                assert longer is not None
+                longer[:, :-1].copy_(source)
+                logits = [Producer.apply(anchor, longer, keep)]
+            else:
+                buffer.copy_(source)
+                logits = [Producer.apply(anchor, buffer, keep)]
             # The list lets go of the logits, as a model's forward does when it returns.
             return lambda: loss(logits.pop(), inputs).backward()
 
         return prepare
 
-    prepared = {name: preparing(loss) for name, loss in candidates(args.candidates.split(",")).items()}
-    check_gradients(prepared, dtype)
+    prepared = {name: preparing(candidate) for name, candidate in chosen.items()}
+    check_gradients(prepared, chosen, dtype)
     timings = common.interleaved(prepared, device, warmup=args.warmup, runs=args.runs)
-    ceiling = common.copy_rate(nbytes // 2, device)
+    ceiling = common.copy_rate(args.rows * row_bytes, device)
     where = common.machine(device)
+    if device.type == "cuda":
+        where |= {"driver": driver_version(), "cuda": torch.version.cuda}
     rows = []
     for name, timing in timings.items():
+        candidate = chosen[name]
+        nbytes = row_bytes * (valid * candidate.reads + args.rows * candidate.writes)
         row = {
             **where,
             "rows": args.rows,
-            "vocab": args.vocab,
+            "valid": valid,
+            "vocab": vocab,
             "dtype": name_of_dtype,
             "mode": name,
             "ms": timing.median,
@@ -158,13 +258,40 @@ def measure(name_of_dtype: str, args: argparse.Namespace, device: torch.device) 
             "runs": args.runs,
             "gbps": nbytes / timing.median / 1e6,
             "copy_gbps": ceiling,
+            "of_copy": nbytes / timing.median / 1e6 / ceiling,
             "extra_mb": common.peak_extra_bytes(prepared[name], device) / 1e6,
-            "logits_mb": nbytes / 2e6,
+            "logits_mb": args.rows * row_bytes / 1e6,
         }
-        for peer in ("eager", "compile"):
-            row[f"x_{peer}"] = timings[peer].median / timing.median if peer in timings else float("nan")
+        for peer in ("eager", "compile", "liger"):
+            other = "liger_sequence" if peer == "liger" and candidate.level == "sequence" else peer
+            row[f"x_{peer}"] = timings[other].median / timing.median if other in timings else float("nan")
         rows.append(row)
     return rows
+
+
+def host_cost(device: torch.device, rows: int = 8, vocab: int = 1024, runs: int = 300) -> None:
+    """Microseconds of the host for one forward and backward, best of several bursts; the device is not waited for."""
+    exact, inputs = make_inputs(rows, vocab, 0.0, device)
+    leaf = exact.requires_grad_()
+    loss = our_loss(inplace=False)
+
+    def ours() -> None:
+        leaf.grad = None
+        loss(leaf, inputs).backward()
+
+    def shortest() -> None:  # what torch itself takes for a multiplication, a sum and their backward
+        leaf.grad = None
+        (leaf * 1.0).sum().backward()
+
+    for name, call in (("forward + backward", ours), ("torch: (x * 1).sum().backward()", shortest)):
+        bursts = []
+        for _ in range(8):
+            common.synchronize(device)
+            begin = time.perf_counter()
+            for _ in range(runs // 8):
+                call()
+            bursts.append((time.perf_counter() - begin) / (runs // 8) * 1e6)
+        print(f"host, {rows} rows, {name}: {min(bursts):.1f} us")
 
 
 def main() -> None:
@@ -172,7 +299,9 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--rows", type=int, default=1024, help="tokens")
-    parser.add_argument("--vocab", type=int, default=49152, help="vocabulary; 49,152 is SmolLM2's")
+    parser.add_argument("--vocab", default="49152", help="vocabularies, e.g. 32000,49152; 49,152 is SmolLM2's")
+    parser.add_argument("--masked", type=float, default=0.1, help="share of rows with mask 0")
+    parser.add_argument("--host", action="store_true", help="only the host's time for a call with 8 rows")
     parser.add_argument("--dtypes", default="fp32,bf16")
     parser.add_argument("--candidates", default="inplace,fresh,eager,compile")
     parser.add_argument("--runs", type=int, default=15)
@@ -183,14 +312,18 @@ def main() -> None:
 
     device = torch.device(args.device)
     torch.set_num_threads(args.threads)
-    results = [row for dtype in args.dtypes.split(",") for row in measure(dtype, args, device)]
+    if args.host:
+        host_cost(device)
+        return
+    results = []
+    for dtype in args.dtypes.split(","):
+        for vocab in args.vocab.split(","):
+            results += measure(dtype, int(vocab), args, device)
     path = args.csv or common.RESULTS / f"row_loss_{args.device}.csv"
     common.write_csv(path, results, append=args.append)
     print(f"{results[0]['device']}, {results[0]['cpu']} ({results[0]['isa']}), {args.threads} threads")
-    common.print_table(
-        results,
-        ("rows", "vocab", "dtype", "mode", "ms", "ms_min", "x_eager", "x_compile", "gbps", "copy_gbps", "extra_mb"),
-    )
+    columns = "rows valid vocab dtype mode ms ms_min x_eager x_compile x_liger gbps of_copy extra_mb"
+    common.print_table(results, columns.split())
     print(f"written to {path}")
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import statistics
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def run(which: str, steps: int, seed: int) -> StepClock:
     model, tokenizer = load_model("smollm2-135m-instruct", dtype="bfloat16")
     train, _ = arithmetic_datasets("products", seed=seed)
     shared: dict[str, Any] = {
-        "output_dir": f"/tmp/bench-trainer-step-{which}",
+        "output_dir": tempfile.mkdtemp(),
         "per_device_train_batch_size": 32,
         "gradient_accumulation_steps": 1,
         "num_generations": 8,

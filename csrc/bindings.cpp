@@ -13,6 +13,7 @@
 #include "common/policy.h"
 #include "common/row_params.h"
 #include "cpu/cpu.h"
+#include "cuda/plan.h"
 #if defined(GRPO_CUDA)
 #include "cuda/cuda.h"
 #endif
@@ -193,6 +194,50 @@ void cpu_scale_rows(const py::tuple& rows, double factor, int threads) {
   is_fp64(rows) ? run(double()) : run(float());
 }
 
+// What plan.h decides for a device that need not be there.
+py::dict cuda_plan(int architecture, int64_t shared_bytes, int dtype, int64_t vocab) {
+  const cuda::Device device{architecture, 0, shared_bytes, true};
+  const cuda::RowPlan plan = cuda::plan_row_loss(device, DType(dtype), vocab);
+  py::dict out;
+  out["route"] = plan.ring ? "ring" : "streaming";
+  out["shares"] = plan.division.shares;
+  out["share"] = plan.division.share;
+  out["stages"] = plan.stages;
+  out["stage_bytes"] = plan.stage_bytes;
+  out["groups"] = plan.groups;
+  return out;
+}
+
+#if defined(GRPO_CUDA)
+cuda::Stream stream_of(uintptr_t handle) { return reinterpret_cast<cuda::Stream>(handle); }
+
+void cuda_row_stats(int device, uintptr_t stream, const py::tuple& rows, const Numbers& transform) {
+  cuda::row_stats(device, read_rows<float>(rows, transform), stream_of(stream));
+}
+
+void cuda_row_gradient(int device, uintptr_t stream, const py::tuple& rows,
+                       const Numbers& transform) {
+  cuda::row_gradient(device, read_rows<float>(rows, transform), stream_of(stream));
+}
+
+void cuda_policy_loss(int device, uintptr_t stream, const py::tuple& policy, const Numbers& spec,
+                      uintptr_t workspace) {
+  cuda::policy_loss(device, read_policy<float>(policy, spec), reinterpret_cast<void*>(workspace),
+                    stream_of(stream));
+}
+
+void cuda_row_loss(int device, uintptr_t stream, const py::tuple& rows, const Numbers& transform,
+                   const py::tuple& policy, const Numbers& spec, uintptr_t workspace) {
+  cuda::row_loss(device, read_rows<float>(rows, transform), read_policy<float>(policy, spec),
+                 reinterpret_cast<void*>(workspace), stream_of(stream));
+}
+
+void cuda_scale_rows(int device, uintptr_t stream, const py::tuple& rows, uintptr_t factor) {
+  cuda::scale_rows(device, read_rows<float>(rows, {1, 0, 1}), reinterpret_cast<float*>(factor),
+                   stream_of(stream));
+}
+#endif
+
 }  // namespace
 }  // namespace grpo
 
@@ -210,13 +255,17 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_row_loss", &cpu_row_loss);
   m.def("cpu_policy_loss", &cpu_policy_loss);
   m.def("cpu_scale_rows", &cpu_scale_rows);
+  m.def("cuda_plan", &cuda_plan);
 #if defined(GRPO_CUDA)
   m.attr("CUDA_ARCHITECTURES") = GRPO_CUDA_ARCHITECTURES;
   m.attr("CUDA_VERSION") = cuda::compiled_version();
-  m.def("cuda_scale_rows", [](const py::tuple& rows, uintptr_t factor, uintptr_t stream) {
-    cuda::scale_rows(read_rows<float>(rows, {1, 0, 1}), reinterpret_cast<const float*>(factor),
-                     reinterpret_cast<cuda::Stream>(stream));
-  });
+  m.def("cuda_workspace_bytes", &cuda::workspace_bytes);
+  m.def("select_cuda_route", &cuda::select_route);
+  m.def("cuda_row_stats", &cuda_row_stats);
+  m.def("cuda_row_gradient", &cuda_row_gradient);
+  m.def("cuda_policy_loss", &cuda_policy_loss);
+  m.def("cuda_row_loss", &cuda_row_loss);
+  m.def("cuda_scale_rows", &cuda_scale_rows);
 #else
   m.attr("CUDA_ARCHITECTURES") = "";
   m.attr("CUDA_VERSION") = 0;

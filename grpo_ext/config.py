@@ -107,6 +107,12 @@ class LossConfig:
             raise ValueError(
                 f"vllm_importance_sampling_clip_min ({self.importance_min}) exceeds the cap ({self.importance_cap})"
             )
+        if self.loss_type == "cispo" and self.clip_high < 1:
+            warnings.warn(
+                f"loss_type='cispo' caps the ratio at epsilon_high = {self.clip_high:g}, below 1: every weight is cut, "
+                "on-policy too; epsilon_high is the absolute cap here, e.g. 5.0",
+                stacklevel=3,
+            )
         if self.delta is not None and self.loss_type in CLIPPED_LOSS_TYPES and self.delta <= 1 + self.clip_high:
             warnings.warn(
                 f"delta={self.delta} is not above 1 + epsilon_high = {1 + self.clip_high:g}: "

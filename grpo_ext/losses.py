@@ -91,7 +91,7 @@ def selective_log_softmax(
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
-        IndexError: an id outside [0, V).
+        IndexError: an id outside [0, V), on the CPU. On a GPU nobody waits for the device to look: that row is NaN.
     """
     check_logits(logits, ids, "ids")
     config = LossConfig(temperature=temperature, logit_softcap=logit_softcap, logit_scale=logit_scale)
@@ -386,7 +386,8 @@ def grpo_loss(
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype or device does not fit.
-        IndexError: an id outside [0, V) at an unmasked position.
+        IndexError: an id outside [0, V) at an unmasked position, on the CPU. On a GPU nobody waits for the device to
+            look: log probability, loss and gradient of that row are NaN, and ``nonfinite_tokens`` counts it.
         RuntimeError: ``inplace`` on a leaf that requires grad, or on logits with overlapping rows.
 
     Source: https://arxiv.org/abs/2402.03300 and, for each loss type, `LossConfig`.

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import random
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -80,7 +81,7 @@ def load_reward(name: str) -> Callable[..., Any]:
             "your own is named package.module:function or file.py:function)"
         )
     try:
-        module = _module_of_file(source) if source.endswith(".py") else importlib.import_module(source)
+        module = _module_of_file(source) if source.endswith(".py") else _module_here(source)
         reward = getattr(module, attribute)
     except (ImportError, AttributeError, OSError) as error:
         raise SettingsError(f"cannot load the reward {name!r}: {error}") from error
@@ -89,11 +90,22 @@ def load_reward(name: str) -> Callable[..., Any]:
     return reward
 
 
+def _module_here(name: str) -> Any:
+    """A module, looked for in the current folder too: a console script does not search it by itself."""
+    sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(os.getcwd())
+
+
 def _module_of_file(path: str) -> Any:
-    spec = importlib.util.spec_from_file_location(os.path.splitext(os.path.basename(path))[0], path)
+    name = f"grpo_ext_reward_file_{os.path.splitext(os.path.basename(path))[0]}"
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
     return module
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import yaml
+from transformers.trainer_utils import get_last_checkpoint
 
 from grpo_ext.cli.convert import SettingsError
 from grpo_ext.cli.data import load_datasets, load_reward
@@ -46,6 +47,10 @@ def train_command(config: str, arguments: Sequence[str]) -> dict[str, Any]:
     settings = read_settings(config, arguments)
     resume = _resume(settings)
     folder = run_folder(settings, config, resume is not None)
+    if resume is True and not (os.path.isdir(folder) and get_last_checkpoint(folder)):
+        raise SettingsError(
+            f"{folder} holds no checkpoint to continue from: a run writes them with save_strategy: steps and save_steps"
+        )
     args = make_config(settings, folder)
     rewards = [load_reward(name) for name in settings.reward_funcs]
     train_set, heldout = load_datasets(settings.dataset, settings.seed)
@@ -151,8 +156,8 @@ def run_folder(settings: RunSettings, config: str, resuming: bool) -> str:
     if given:
         if not resuming and os.path.exists(os.path.join(given, METRICS_FILE)):
             raise SettingsError(
-                f"{given} already holds a run: choose another output_dir, or continue it with "
-                "--resume_from_checkpoint true"
+                f"{given} already holds a run: choose another output_dir"
+                + (", or continue it with --resume_from_checkpoint true" if get_last_checkpoint(given) else "")
             )
         return given
     if resuming:

@@ -364,7 +364,11 @@ class GRPOTrainer(Trainer):
         sampling = SamplingParams(
             args.max_completion_length,
             args.eval_temperature,
-            repetition_penalty=args.repetition_penalty,
+            args.top_p,
+            args.top_k,
+            args.min_p,
+            args.repetition_penalty,
+            dict(args.generation_kwargs or {}),  # type: ignore[arg-type]
         )
         model = self.accelerator.unwrap_model(self.model)
         rows = evaluation_rows(

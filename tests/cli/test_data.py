@@ -91,7 +91,16 @@ def test_rewards_by_name_module_and_file(tmp_path: Path) -> None:
     assert load_reward("number") is number_reward
     assert load_reward("grpo_ext.tasks.arithmetic:number_reward") is number_reward
     path = tmp_path / "mine.py"
-    path.write_text("def zero(completions, **columns):\n    return [0.0] * len(completions)\n", encoding="utf-8")
+    lines = (
+        "from __future__ import annotations",
+        "from dataclasses import dataclass",
+        "@dataclass",
+        "class Weights:",
+        "    zero: float = 0.0",
+        "def zero(completions, **columns):",
+        "    return [Weights().zero] * len(completions)",
+    )
+    path.write_text("\n".join(lines), encoding="utf-8")
     assert load_reward(f"{path}:zero")(["a", "b"]) == [0.0, 0.0]
 
 

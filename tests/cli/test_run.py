@@ -117,6 +117,15 @@ def test_a_finished_run_is_not_overwritten_but_continues(
     assert [record["step"] for record in _lines(run / "metrics.jsonl") if "reward" in record] == [1, 2, 3]
 
 
+def test_continuing_needs_a_checkpoint(
+    tmp_path: Path, write_yaml: Any, toy_settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_yaml(toy_settings)
+    arguments = ["--output_dir", str(tmp_path / "nothing"), "--resume_from_checkpoint", "true"]
+    assert main(["train", config, *arguments]) == 2
+    assert "no checkpoint to continue from" in capsys.readouterr().err
+
+
 def test_all_weights_and_no_heldout(tmp_path: Path, write_yaml: Any, toy_settings: dict[str, Any]) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"{n} + 1 =", "answer": n + 1}) + "\n" for n in range(5)))

@@ -89,6 +89,14 @@ def test_complaints(fields: dict, message: str) -> None:
         LossConfig(**fields)
 
 
+def test_a_cispo_cap_below_one_warns() -> None:
+    with pytest.warns(UserWarning, match="absolute cap"):
+        LossConfig(loss_type="cispo")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LossConfig(loss_type="cispo", epsilon_high=5.0)
+
+
 def test_a_narrow_delta_warns() -> None:
     with pytest.warns(UserWarning, match=r"delta=1.2 is not above 1 \+ epsilon_high = 1.2"):
         LossConfig(delta=1.2)
@@ -97,7 +105,7 @@ def test_a_narrow_delta_warns() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         LossConfig(delta=1.3)
-        LossConfig(delta=1.2, loss_type="cispo")
+        LossConfig(delta=1.2, loss_type="cispo", epsilon_high=5.0)
 
 
 def test_derived_values() -> None:

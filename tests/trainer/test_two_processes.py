@@ -26,6 +26,9 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     )
     assert process.returncode == 0, process.stderr[-4000:]
     two = torch.load(tmp_path / "two.pt")
+    completions = two.pop("sampled")
+    assert len(completions) == 8
+    assert completions[:4] != completions[4:]  # each rank draws from a stream of its own
     for loss_type in worker.LOSS_TYPES:
         one = worker.run(tmp_path, loss_type, 1)
         assert len(one["gradients"]) == 3

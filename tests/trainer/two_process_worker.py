@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from toys import EOS, WORDS, GradientCatcher, build_model, build_tokenizer, reward_number
 
@@ -70,8 +71,24 @@ def run(folder: Path, loss_type: str, world_size: int) -> dict[str, Any]:
     }
 
 
+def sampled(folder: Path) -> list[list[int]]:
+    """Completions of one prompt whose group lies on both ranks, from the model itself, rank after rank."""
+    args = GRPOConfig(
+        output_dir=str(folder / "sampled"),
+        per_device_train_batch_size=4,
+        num_generations=8,
+        max_completion_length=5,
+        use_cpu=True,
+        report_to="none",
+    )
+    trainer = GRPOTrainer(build_model(), reward_number, args, [{"prompt": "add 1"}], processing_class=build_tokenizer())
+    rollout, _, _ = trainer.rollouts.make(trainer.model, (0, 0), 0)
+    return gather_object(rollout.completion_ids)
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    results = {loss_type: run(Path(sys.argv[1]), loss_type, 2) for loss_type in LOSS_TYPES}
+    results: dict[str, Any] = {loss_type: run(Path(sys.argv[1]), loss_type, 2) for loss_type in LOSS_TYPES}
+    results["sampled"] = sampled(Path(sys.argv[1]))
     if torch.distributed.get_rank() == 0:
         torch.save(results, Path(sys.argv[1]) / "two.pt")

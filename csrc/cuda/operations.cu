@@ -1,0 +1,193 @@
+// The operations: a plan, parameters, launches.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <atomic>
+#include <cstring>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "launch.h"
+#include "policy.h"
+#include "ring.h"
+#include "streaming.h"
+
+namespace grpo::cuda {
+namespace {
+
+std::atomic<bool> use_ring{true};
+
+int32_t count_rows(const RowParams<float>& p) {
+  const int64_t rows = p.batch * p.length;
+  if (p.dtype == DType::kFloat64)
+    throw std::invalid_argument("grpo_ext: fp64 logits are served on the CPU only");
+  if (rows >= int64_t(1) << 31 || p.vocab >= int64_t(1) << 28)
+    throw std::invalid_argument("grpo_ext: " + std::to_string(rows) + " rows of " +
+                                std::to_string(p.vocab) +
+                                " logits; a call takes less than 2^31 rows of less than 2^28");
+  return int32_t(rows);
+}
+
+StreamingParams streaming_params(const RowParams<float>& rows) {
+  StreamingParams p{};
+  p.rows = rows;
+  p.row_count = count_rows(rows);
+  const RowDivision division = divide_row(rows.dtype, rows.vocab);
+  p.shares = division.shares;
+  p.share = division.share;
+  const int64_t tile = int64_t(kTileVectors) * kGroupThreads * 16;
+  // One 16-byte block more than the row has bytes for, where it starts between two of them.
+  p.tiles = int32_t((rows.vocab * element_bytes(rows.dtype) + 15 + tile - 1) / tile);
+  return p;
+}
+
+template <class F>
+auto for_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return f(__nv_bfloat16());
+    case DType::kFloat16:
+      return f(__half());
+    default:
+      return f(float());
+  }
+}
+
+bool general_logits(const RowParams<float>& p) {
+  return p.transform.softcap > 0 || p.transform.scale < 0;
+}
+
+void launch_stats(const RowParams<float>& rows, Stream stream) {
+  const StreamingParams p = streaming_params(rows);
+  if (p.row_count == 0) return;
+  const void* kernel = for_dtype(rows.dtype, [&](auto element) {
+    return stats_kernel_address<decltype(element)>(general_logits(rows));
+  });
+  launch(kernel, {unsigned(p.row_count), unsigned(kGroupThreads)}, stream, p);
+}
+
+void launch_gradient(const RowParams<float>& rows, Stream stream) {
+  const StreamingParams p = streaming_params(rows);
+  if (p.row_count == 0) return;
+  const void* kernel = for_dtype(rows.dtype, [&](auto element) {
+    return gradient_kernel_address<decltype(element)>(general_logits(rows) ||
+                                                      rows.entropy_coef != nullptr);
+  });
+  const int64_t blocks = int64_t(p.row_count) * p.tiles;
+  if (blocks >= int64_t(1) << 31)
+    throw std::invalid_argument("grpo_ext: more than 32 TiB of logits in one call");
+  launch(kernel, {unsigned(blocks), unsigned(kGroupThreads)}, stream, p);
+}
+
+PolicyKernelParams policy_params(const PolicyParams<float>& policy, void* workspace,
+                                 bool with_logps) {
+  PolicyKernelParams p{};
+  p.policy = policy;
+  p.workspace = divide_workspace(workspace, policy.batch, policy.length);
+  p.chunks = int32_t(chunks_per_sequence(policy.length));
+  p.with_logps = with_logps;
+  return p;
+}
+
+}  // namespace
+
+int compiled_version() { return CUDART_VERSION; }
+
+bool select_route(const char* name) {
+  const bool streaming = !std::strcmp(name, "streaming");
+  if (!streaming && std::strcmp(name, "auto") != 0) return false;
+  use_ring = !streaming;
+  return true;
+}
+
+const Device& device_of(int index) {
+  static std::mutex mutex;
+  static std::vector<Device*> known;  // never freed: references stay valid
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (index >= int(known.size())) known.resize(index + 1, nullptr);
+  if (known[index] == nullptr) {
+    const auto attribute = [&](cudaDeviceAttr which) {
+      int value = 0;
+      GRPO_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, index));
+      return value;
+    };
+    Device device{};
+    device.architecture = attribute(cudaDevAttrComputeCapabilityMajor) * 10 +
+                          attribute(cudaDevAttrComputeCapabilityMinor);
+    device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
+    device.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+#if defined(GRPO_CUDA_RING)
+    device.has_ring = true;
+#endif
+    known[index] = new Device(device);
+  }
+  return *known[index];
+}
+
+void row_stats(int device, const RowParams<float>& rows, Stream stream) {
+  const DeviceGuard guard(device);
+  launch_stats(rows, stream);
+}
+
+void row_gradient(int device, const RowParams<float>& rows, Stream stream) {
+  const DeviceGuard guard(device);
+  launch_gradient(rows, stream);
+}
+
+void policy_loss(int device, const PolicyParams<float>& policy, void* workspace, Stream stream) {
+  const DeviceGuard guard(device);
+  const PolicyKernelParams p = policy_params(policy, workspace, true);
+  launch_terms(p, stream);
+  launch_emit(p, device_of(device).architecture >= 90, stream);
+}
+
+void row_loss(int device, const RowParams<float>& rows, const PolicyParams<float>& policy,
+              void* workspace, Stream stream) {
+  const DeviceGuard guard(device);
+  const int32_t row_count = count_rows(rows);
+  const RowPlan plan = plan_row_loss(device_of(device), rows.dtype, rows.vocab);
+  PolicyKernelParams p = policy_params(policy, workspace, false);
+  if (!rows.grad) {
+    p.with_logps = true;
+    launch_stats(rows, stream);
+    launch_terms(p, stream);
+    launch_emit(p, device_of(device).architecture >= 90, stream);
+    return;
+  }
+#if defined(GRPO_CUDA_RING)
+  if (plan.ring && use_ring && row_count > 0) {
+    launch_terms(p, stream);
+    RingParams ring{};
+    ring.rows = rows;
+    ring.policy = policy;
+    ring.terms = p.workspace.terms;
+    ring.row_count = row_count;
+    ring.share = plan.division.share;
+    ring.stages = plan.stages;
+    ring.stage_bytes = plan.stage_bytes;
+    ring.groups = plan.groups;
+    launch_ring(ring, plan, stream);
+    // Against every token's own log probability: a NaN in one shows in the whole sequence.
+    if (policy.spec.level == Level::kSequence) {
+      p.with_logps = true;
+      launch_terms(p, stream);
+    }
+    launch_emit(p, true, stream);
+    return;
+  }
+#endif
+  RowParams<float> with_lse = rows;
+  with_lse.lse = p.workspace.lse;
+  launch_stats(with_lse, stream);
+  p.with_logps = true;
+  launch_terms(p, stream);
+  p.policy.coef = p.workspace.coef;
+  p.policy.entropy_coef = policy.spec.entropy_coef != 0 ? p.workspace.entropy_coef : nullptr;
+  launch_emit(p, false, stream);
+  with_lse.coef = p.policy.coef;
+  with_lse.entropy_coef = p.policy.entropy_coef;
+  launch_gradient(with_lse, stream);
+}
+
+}  // namespace grpo::cuda
