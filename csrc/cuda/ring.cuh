@@ -303,10 +303,8 @@ __device__ __forceinline__ void consume_rows(const RingParams& p, RingShared& sh
     if (warp == 0 && waited) input = load_input(p, row, sequence, lane);
 
     // A parity alone would let a group pass that is a whole lap ahead of the loads.
-    if (lane == 0)
-      while (atomicOr(&sh.loading[s], 0u) != number) {
-      }
-    __syncwarp();
+    while (atomicOr(&sh.loading[s], 0u) != number) {
+    }
     wait(&sh.full[s], full_lap & 1);
     Part part = with_shared_vectors(share, skip, [&](const auto& vectors) {
       return part_of_thread<T>(vectors, length, map, thread);
