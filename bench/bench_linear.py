@@ -18,6 +18,12 @@ Loss: dapo (token level, clip 0.2/0.28) with old log probabilities, mask and adv
     forward    log probabilities without gradient; its ratio is to one bare product
     trl        ChunkedLogProb of TRL (1.16) in the place of `logps`, where TRL is installed
     liger      LigerFusedLinearGRPOLoss of Liger-Kernel, where that is installed (CUDA)
+    quack      chunked_linear_cross_entropy of QuACK, where that is installed (Hopper): plain cross entropy of all rows,
+               another loss and less to do
+
+On a Hopper GPU ours take the probability route (docs/probabilities.md). A name with ``:logits`` behind it goes by way
+of logits there too, and ``@`` with three digits walks the product's tiles otherwise (tile, raster, swizzle;
+`grpo_ext._ops.probability.Tiling`): ``--candidates loss,loss:logits,loss@111,forward@018``.
 
 Columns: extra_mb is the peak memory above what lay there before, outputs included (`common.peak_extra_bytes`);
 logp_error the greatest difference of a log probability from fp64, over 64 rows.
@@ -26,8 +32,10 @@ logp_error the greatest difference of a log probability from fp64, over 64 rows.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +44,8 @@ import torch
 from torch import Tensor
 
 import grpo_ext
+from grpo_ext.linear.chunks import Numerics
+from grpo_ext.linear.probabilities import select_route, serves
 
 CONFIG = grpo_ext.LossConfig(loss_type="dapo", epsilon=0.2, epsilon_high=0.28)
 SHAPES = {"cpu": "576x49152", "cuda": "576x49152,1024x151936,2048x151936,4096x151936"}
@@ -90,6 +100,16 @@ def trl_logps() -> Loss:
     return loss
 
 
+def quack_loss() -> Loss:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    def loss(hidden: Tensor, weight: Tensor, inputs: Inputs) -> tuple[Tensor, None]:
+        rows, ids = hidden.flatten(0, 1), inputs["ids"].flatten()
+        return chunked_linear_cross_entropy(rows, weight, ids, chunk_size=4096, reduction="mean"), None
+
+    return loss
+
+
 def liger_loss() -> Loss:
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
@@ -117,7 +137,48 @@ KNOWN: dict[str, Callable[[], Loss]] = {
     "forward": lambda: our_forward,
     "trl": trl_logps,
     "liger": liger_loss,
+    "quack": quack_loss,
 }
+OTHERS = ("bare", "bare_one", "trl", "liger", "quack")
+#: On a GPU by way of logits as well.
+BOTH_ROUTES = ("loss", "loss_512", "sequence", "logps", "forward")
+
+
+def split_name(name: str) -> tuple[str, str, str]:
+    """(candidate, route, tiling) of ``candidate[:route][@tiling]``."""
+    rest, _, tiling = name.partition("@")
+    candidate, _, route = rest.partition(":")
+    return candidate, route or "auto", tiling
+
+
+@contextlib.contextmanager
+def variant(name: str) -> Iterator[None]:
+    """The route and the tiling that a candidate's name asks for."""
+    _, route, tiling = split_name(name)
+    before = os.environ.get("GRPO_EXT_TILING")
+    select_route(route)
+    if tiling:
+        os.environ["GRPO_EXT_TILING"] = ",".join(tiling)
+    try:
+        yield
+    finally:
+        select_route("auto")
+        if tiling:
+            del os.environ["GRPO_EXT_TILING"]
+            if before is not None:
+                os.environ["GRPO_EXT_TILING"] = before
+
+
+def route_of(name: str, size: int, vocab: int, dtype: torch.dtype, device: torch.device) -> str:
+    """What a candidate of ours goes by way of; empty for others."""
+    candidate = split_name(name)[0]
+    if candidate in OTHERS:
+        return ""
+    logits_dtype = torch.float32 if candidate == "loss_fp32" else dtype
+    numerics = Numerics([1.0, 0.0, 1.0], dtype, logits_dtype, 0, "")
+    with variant(name):
+        weight = torch.empty(vocab, size, dtype=dtype, device=device)
+        return "probabilities" if serves(weight, numerics) else "logits"
 
 
 def make_inputs(rows: int, size: int, vocab: int, dtype: torch.dtype, masked: float, device: torch.device) -> Inputs:
@@ -177,7 +238,7 @@ def check_gradients(results: dict[str, Tensor]) -> None:
     """Every candidate must give the gradient of the first, or the comparison means nothing."""
     first = next(iter(results.values()))
     for name, grad in results.items():
-        if name == "sequence":
+        if split_name(name)[0] in ("sequence", "quack"):
             continue  # another loss
         error = (grad.float() - first.float()).norm() / first.float().norm()
         # On random data a clip limit decides differently for a few rows when logits are rounded differently.
@@ -191,14 +252,15 @@ def measure(size: int, vocab: int, head: str, args: argparse.Namespace, device: 
     hidden = inputs["hidden"].requires_grad_()
     weight = inputs["weight"].requires_grad_(head == "trained")
 
-    def preparing(loss: Loss) -> Callable[[], Callable[[], Any]]:
+    def preparing(name: str, loss: Loss) -> Callable[[], Callable[[], Any]]:
         def prepare() -> Callable[[], Any]:
             hidden.grad = weight.grad = None
 
             def step() -> Tensor | None:
-                value, logps = loss(hidden, weight, inputs)
-                if value.requires_grad:
-                    value.backward()
+                with variant(name):
+                    value, logps = loss(hidden, weight, inputs)
+                    if value.requires_grad:
+                        value.backward()
                 return logps
 
             return step
@@ -210,10 +272,11 @@ def measure(size: int, vocab: int, head: str, args: argparse.Namespace, device: 
     grads: dict[str, Tensor] = {}
     extra: dict[str, float] = {}
     for name in args.candidates.split(","):
-        if name == "liger" and device.type != "cuda":
+        candidate = split_name(name)[0]
+        if candidate in ("liger", "quack") and device.type != "cuda":
             continue
         try:
-            prepared[name] = preparing(KNOWN[name]())
+            prepared[name] = preparing(name, KNOWN[candidate]())
         except ImportError as missing:
             print(f"{name}: left out, {missing}")
             continue
@@ -228,12 +291,13 @@ def measure(size: int, vocab: int, head: str, args: argparse.Namespace, device: 
     with torch.no_grad():
         bare = bare_products({k: v.detach() for k, v in inputs.items()}, 3 if head == "trained" else 2)
         one = bare_products({k: v.detach() for k, v in inputs.items()}, 1)
-    prepared = {"bare": lambda: bare} | ({"bare_one": lambda: one} if "forward" in prepared else {}) | prepared
+    forward = any(split_name(name)[0] == "forward" for name in prepared)
+    prepared = {"bare": lambda: bare} | ({"bare_one": lambda: one} if forward else {}) | prepared
     timings = common.interleaved(prepared, device, warmup=args.warmup, runs=args.runs)
     where = common.machine(device)
     rows = []
     for name, timing in timings.items():
-        floor = timings["bare_one" if name in ("forward", "bare_one") else "bare"].median
+        floor = timings["bare_one" if split_name(name)[0] in ("forward", "bare_one") else "bare"].median
         row: dict[str, Any] = where | {
             "rows": args.rows,
             "valid": int(inputs["mask"].sum()),
@@ -242,6 +306,7 @@ def measure(size: int, vocab: int, head: str, args: argparse.Namespace, device: 
             "dtype": str(dtype).removeprefix("torch."),
             "head": head,
             "candidate": name,
+            "route": route_of(name, size, vocab, dtype, device),
             "runs": args.runs,
             "ms": timing.median,
             "ms_min": timing.minimum,
@@ -249,7 +314,7 @@ def measure(size: int, vocab: int, head: str, args: argparse.Namespace, device: 
             "extra_mb": extra.get(name, math.nan) / 2**20,
             "logp_error": errors.get(name, math.nan),
         }
-        for peer in ("trl", "liger"):
+        for peer in ("trl", "liger", "quack"):
             row[f"x_{peer}"] = timings[peer].median / timing.median if peer in timings else math.nan
         rows.append(row)
     return rows
@@ -276,7 +341,9 @@ def main() -> None:
     args.rows = args.rows or (1024 if on_cpu else 8192)
     args.runs = args.runs or (5 if on_cpu else 20)
     args.warmup = args.warmup if args.warmup is not None else (1 if on_cpu else 5)
-    args.candidates = args.candidates or ",".join(n for n in KNOWN if not (on_cpu and n in ("loss_fp32", "loss_512")))
+    usual = [n for n in KNOWN if not (on_cpu and n in ("loss_fp32", "loss_512"))]
+    usual += [] if on_cpu else [f"{n}:logits" for n in BOTH_ROUTES]
+    args.candidates = args.candidates or ",".join(usual)
     torch.set_num_threads(args.threads)
     results: list[dict[str, Any]] = []
     for shape in (args.shapes or SHAPES[device.type]).split(","):
@@ -286,7 +353,8 @@ def main() -> None:
     path = args.csv or common.RESULTS / f"linear_{args.device}.csv"
     common.write_csv(path, results, append=args.append)
     print(f"{results[0]['device']}, {results[0]['cpu']} ({results[0]['isa']}), {args.threads} threads")
-    columns = "rows valid hidden vocab dtype head candidate ms ms_min ratio x_trl x_liger extra_mb logp_error"
+    columns = "rows valid hidden vocab dtype head candidate route ms ms_min ratio x_trl x_liger x_quack "
+    columns += "extra_mb logp_error"
     common.print_table(results, columns.split())
     print(f"written to {path}")
 

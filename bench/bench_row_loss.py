@@ -24,8 +24,9 @@ tensors and pay the same for each of them; nothing is subtracted.
 
 Columns: ms is the median over the runs, candidates taken in turn. gbps counts the bytes that must move: V * itemsize
 for each read of an unmasked row (one; two for `sequence`) and for each row of gradient written, whoever does it.
-copy_gbps is the rate of a plain copy of the logits in the same process, of_copy the share of it. extra_mb is the peak
-memory above the logits (see `common.peak_extra_bytes`).
+copy_gbps is the rate of a plain copy of the logits in the same process, of_copy the share of it; of_read, for a
+candidate that writes nothing of that size, is the share of the rate at which torch.sum reads as many bytes. extra_mb is
+the peak memory above the logits (see `common.peak_extra_bytes`).
 """
 
 from __future__ import annotations
@@ -239,6 +240,7 @@ def measure(name_of_dtype: str, vocab: int, args: argparse.Namespace, device: to
     check_gradients(prepared, chosen, dtype)
     timings = common.interleaved(prepared, device, warmup=args.warmup, runs=args.runs)
     ceiling = common.copy_rate(args.rows * row_bytes, device)
+    reading = common.read_rate(args.rows * row_bytes, device)
     where = common.machine(device)
     if device.type == "cuda":
         where |= {"driver": driver_version(), "cuda": torch.version.cuda}
@@ -259,6 +261,7 @@ def measure(name_of_dtype: str, vocab: int, args: argparse.Namespace, device: to
             "gbps": nbytes / timing.median / 1e6,
             "copy_gbps": ceiling,
             "of_copy": nbytes / timing.median / 1e6 / ceiling,
+            "of_read": float("nan") if candidate.writes else nbytes / timing.median / 1e6 / reading,
             "extra_mb": common.peak_extra_bytes(prepared[name], device) / 1e6,
             "logits_mb": args.rows * row_bytes / 1e6,
         }
@@ -322,7 +325,7 @@ def main() -> None:
     path = args.csv or common.RESULTS / f"row_loss_{args.device}.csv"
     common.write_csv(path, results, append=args.append)
     print(f"{results[0]['device']}, {results[0]['cpu']} ({results[0]['isa']}), {args.threads} threads")
-    columns = "rows valid vocab dtype mode ms ms_min x_eager x_compile x_liger gbps of_copy extra_mb"
+    columns = "rows valid vocab dtype mode ms ms_min x_eager x_compile x_liger gbps of_copy of_read extra_mb"
     common.print_table(results, columns.split())
     print(f"written to {path}")
 

@@ -138,6 +138,13 @@ def copy_rate(nbytes: int, device: torch.device, *, runs: int = 11) -> float:
     return 2 * nbytes / timing["copy"].median / 1e6
 
 
+def read_rate(nbytes: int, device: torch.device, *, runs: int = 11) -> float:
+    """GB/s of torch's sum over `nbytes`: what a kernel that only reads is held against."""
+    source = torch.ones(nbytes // 4, device=device)
+    timing = interleaved({"sum": lambda: lambda: source.sum()}, device, warmup=2, runs=runs)
+    return nbytes / timing["sum"].median / 1e6
+
+
 def write_csv(path: Path, rows: Sequence[dict[str, Any]], *, append: bool = False) -> None:
     """One line per row, the keys of the first row as header. Appending keeps what is there."""
     path.parent.mkdir(parents=True, exist_ok=True)

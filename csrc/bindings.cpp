@@ -16,6 +16,7 @@
 #include "cuda/plan.h"
 #if defined(GRPO_CUDA)
 #include "cuda/cuda.h"
+#include "cuda/probability.h"
 #endif
 
 namespace py = pybind11;
@@ -195,9 +196,11 @@ void cpu_scale_rows(const py::tuple& rows, double factor, int threads) {
 }
 
 // What plan.h decides for a device that need not be there.
-py::dict cuda_plan(int architecture, int64_t shared_bytes, int dtype, int64_t vocab) {
+py::dict cuda_plan(int architecture, int64_t shared_bytes, int dtype, int64_t vocab,
+                   bool statistics_only) {
   const cuda::Device device{architecture, 0, shared_bytes, true};
-  const cuda::RowPlan plan = cuda::plan_row_loss(device, DType(dtype), vocab);
+  const cuda::RowPlan plan = statistics_only ? cuda::plan_row_stats(device, DType(dtype), vocab)
+                                             : cuda::plan_row_loss(device, DType(dtype), vocab);
   py::dict out;
   out["route"] = plan.ring ? "ring" : "streaming";
   out["shares"] = plan.division.shares;
@@ -236,6 +239,101 @@ void cuda_scale_rows(int device, uintptr_t stream, const py::tuple& rows, uintpt
   cuda::scale_rows(device, read_rows<float>(rows, {1, 0, 1}), reinterpret_cast<float*>(factor),
                    stream_of(stream));
 }
+
+// (count, first, index, mask): ChunkRows.
+cuda::ChunkRows read_chunk(const py::tuple& t) {
+  return {t[0].cast<int32_t>(), t[1].cast<int64_t>(), pointer<const int64_t>(t[2]),
+          pointer<const uint8_t>(t[3])};
+}
+
+// TargetParams, ProductParams, FoldParams and ScaleParams, field by field; dtypes come first.
+void cuda_target_reference(int device, uintptr_t stream, const py::tuple& chunk,
+                           const py::tuple& t) {
+  size_t k = 0;
+  cuda::TargetParams p{};
+  p.dtype = DType(t[k++].cast<int>());
+  p.rows = read_chunk(chunk);
+  p.hidden_size = t[k++].cast<int32_t>();
+  p.vocab = t[k++].cast<int32_t>();
+  p.shard = pointer<const int64_t>(t[k++]);
+  p.hidden = pointer<const void>(t[k++]);
+  p.hidden_stride = t[k++].cast<int64_t>();
+  p.weight = pointer<const void>(t[k++]);
+  p.weight_stride = t[k++].cast<int64_t>();
+  p.bias = pointer<const float>(t[k++]);
+  p.ids = pointer<const int64_t>(t[k++]);
+  p.guess = pointer<const float>(t[k++]);
+  p.slope = t[k++].cast<float>();
+  p.reference = pointer<float>(t[k++]);
+  p.target = pointer<int32_t>(t[k++]);
+  p.exponent = pointer<float>(t[k++]);
+  cuda::target_reference(device, p, stream_of(stream));
+}
+
+void cuda_probability_product(int device, uintptr_t stream, const py::tuple& t) {
+  size_t k = 0;
+  cuda::ProductParams p{};
+  p.dtype = DType(t[k++].cast<int>());
+  p.rows = t[k++].cast<int32_t>();
+  p.vocab = t[k++].cast<int32_t>();
+  p.hidden_size = t[k++].cast<int32_t>();
+  p.hidden = pointer<const void>(t[k++]);
+  p.hidden_stride = t[k++].cast<int64_t>();
+  p.weight = pointer<const void>(t[k++]);
+  p.weight_stride = t[k++].cast<int64_t>();
+  p.bias = pointer<const float>(t[k++]);
+  p.reference = pointer<const float>(t[k++]);
+  p.target = pointer<const int32_t>(t[k++]);
+  p.slope = t[k++].cast<float>();
+  p.probabilities = pointer<void>(t[k++]);
+  p.stride = t[k++].cast<int64_t>();
+  p.partials = pointer<float>(t[k++]);
+  p.partials_stride = t[k++].cast<int64_t>();
+  p.exponent = pointer<float>(t[k++]);
+  p.tile = t[k++].cast<int32_t>();
+  p.raster = t[k++].cast<int32_t>();
+  p.swizzle = t[k++].cast<int32_t>();
+  cuda::probability_product(device, p, stream_of(stream));
+}
+
+void cuda_fold_partials(int device, uintptr_t stream, const py::tuple& chunk, const py::tuple& t) {
+  size_t k = 0;
+  cuda::FoldParams p{};
+  p.dtype = DType(t[k++].cast<int>());
+  p.rows = read_chunk(chunk);
+  p.tiles = t[k++].cast<int32_t>();
+  p.partials = pointer<const float>(t[k++]);
+  p.partials_stride = t[k++].cast<int64_t>();
+  p.exponent = pointer<const float>(t[k++]);
+  p.target = pointer<const int32_t>(t[k++]);
+  p.slope = t[k++].cast<float>();
+  p.sums = pointer<float>(t[k++]);
+  p.logps = pointer<float>(t[k++]);
+  p.entropy = pointer<float>(t[k++]);
+  p.factor = pointer<float>(t[k++]);
+  p.residual = pointer<float>(t[k++]);
+  p.probabilities = pointer<void>(t[k++]);
+  p.stride = t[k++].cast<int64_t>();
+  p.stored = t[k++].cast<int32_t>();
+  cuda::fold_partials(device, p, stream_of(stream));
+}
+
+void cuda_scale_product(int device, uintptr_t stream, const py::tuple& chunk, const py::tuple& t) {
+  size_t k = 0;
+  cuda::ScaleParams p{};
+  p.dtype = DType(t[k++].cast<int>());
+  p.out_dtype = DType(t[k++].cast<int>());
+  p.rows = read_chunk(chunk);
+  p.hidden_size = t[k++].cast<int32_t>();
+  p.product = pointer<const float>(t[k++]);
+  p.factor = pointer<const float>(t[k++]);
+  p.residual = pointer<const float>(t[k++]);
+  p.target = pointer<const int32_t>(t[k++]);
+  p.weight = pointer<const void>(t[k++]);
+  p.weight_stride = t[k++].cast<int64_t>();
+  p.out = pointer<void>(t[k++]);
+  cuda::scale_product(device, p, stream_of(stream));
+}
 #endif
 
 }  // namespace
@@ -255,7 +353,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_row_loss", &cpu_row_loss);
   m.def("cpu_policy_loss", &cpu_policy_loss);
   m.def("cpu_scale_rows", &cpu_scale_rows);
-  m.def("cuda_plan", &cuda_plan);
+  m.def("cuda_plan", &cuda_plan, py::arg("architecture"), py::arg("shared_bytes"), py::arg("dtype"),
+        py::arg("vocab"), py::arg("statistics_only") = false);
 #if defined(GRPO_CUDA)
   m.attr("CUDA_ARCHITECTURES") = GRPO_CUDA_ARCHITECTURES;
   m.attr("CUDA_VERSION") = cuda::compiled_version();
@@ -266,8 +365,18 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_policy_loss", &cuda_policy_loss);
   m.def("cuda_row_loss", &cuda_row_loss);
   m.def("cuda_scale_rows", &cuda_scale_rows);
+  m.def("cuda_target_reference", &cuda_target_reference);
+  m.def("cuda_probability_product", &cuda_probability_product);
+  m.def("cuda_fold_partials", &cuda_fold_partials);
+  m.def("cuda_scale_product", &cuda_scale_product);
+#if defined(GRPO_CUDA_PROBABILITIES)
+  m.attr("CUDA_PROBABILITIES") = true;
+#else
+  m.attr("CUDA_PROBABILITIES") = false;
+#endif
 #else
   m.attr("CUDA_ARCHITECTURES") = "";
   m.attr("CUDA_VERSION") = 0;
+  m.attr("CUDA_PROBABILITIES") = false;
 #endif
 }

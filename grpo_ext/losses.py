@@ -17,9 +17,9 @@ from grpo_ext import _ops
 from grpo_ext._checks import Number, PolicyTensors, check_logits, policy_tensors
 from grpo_ext._ops import logit_transform, loss_spec, statistics_dtype
 from grpo_ext.config import LossConfig
-from grpo_ext.output import METRIC_NAMES, GRPOLossOutput
+from grpo_ext.output import GRPOLossOutput, named_metrics
 
-kernels = torch.ops.grpo_ext
+kernels = _ops.kernels
 kernel_calls = _ops.kernel_calls
 
 
@@ -75,6 +75,7 @@ def selective_log_softmax(
     logit_softcap: float | None = None,
     logit_scale: float = 1.0,
     return_entropy: bool = False,
+    process_group: Any | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log probability of one token per row, without the ``[tokens, vocabulary]`` log-softmax.
 
@@ -84,6 +85,9 @@ def selective_log_softmax(
         temperature, logit_softcap, logit_scale: processed logits are
             ``softcap(logit_scale * logits) / temperature`` with ``softcap(u) = c * tanh(u / c)``.
         return_entropy: also return the entropy of each row's distribution, in nats, with gradient.
+        process_group: ranks that hold the columns of the logits in consecutive shards ``(..., V / world)``, of any
+            sizes, and the same ``ids``, which are those of the whole vocabulary. The results are the same on all ranks;
+            each gets the gradient of its own columns, for an upstream gradient that is the same on all.
 
     Returns:
         ``logp`` of the shape of ``ids``, fp32 (fp64 for fp64 logits), or ``(logp, entropy)``. Backward allocates one
@@ -91,12 +95,19 @@ def selective_log_softmax(
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
-        IndexError: an id outside [0, V), on the CPU. On a GPU nobody waits for the device to look: that row is NaN.
+        IndexError: an id outside [0, V), on the CPU. On a GPU nobody waits for the device to look: that row is NaN
+            (-inf with a ``process_group``).
     """
     check_logits(logits, ids, "ids")
     config = LossConfig(temperature=temperature, logit_softcap=logit_softcap, logit_scale=logit_scale)
     transform = logit_transform(config.temperature, config.logit_softcap, config.logit_scale)
-    logps, entropy = _SelectiveLogSoftmax.apply(logits, _two_dimensional(ids.contiguous()), transform, return_entropy)
+    flat_ids = _two_dimensional(ids.contiguous())
+    shared = None
+    if process_group is not None:
+        from grpo_ext.linear.sharded_logits import sharded_log_softmax
+
+        shared = sharded_log_softmax(_three_dimensional(logits), flat_ids, transform, process_group, return_entropy)
+    logps, entropy = shared or _SelectiveLogSoftmax.apply(logits, flat_ids, transform, return_entropy)
     if return_entropy:
         return logps.view(ids.shape), entropy.view(ids.shape)
     return logps.view(ids.shape)
@@ -222,7 +233,7 @@ def _output(
         logps.view(shape),
         None if entropy is None else entropy.view(shape),
         kl.view(shape) if kl.numel() == logps.numel() and kl.dim() == 2 else None,
-        dict(zip(METRIC_NAMES, metrics.unbind(), strict=True)),
+        named_metrics(metrics),
     )
 
 
@@ -245,7 +256,8 @@ class _GRPOLoss(torch.autograd.Function):
         mode: str,
         *policy: Any,
     ) -> tuple[Tensor | None, ...]:
-        tensors = PolicyTensors(*policy)
+        ctx.inputs = 6 + len(policy)
+        tensors = policy[0] if len(policy) == 1 else PolicyTensors(*policy)
         run = _one_pass if fits_one_pass(config, tensors) else _staged
         loss, logps, entropy, kl, metrics, grad = run(
             _three_dimensional(logits), ids, config, tensors, spec, transform, mode
@@ -277,7 +289,7 @@ class _GRPOLoss(torch.autograd.Function):
             raise RuntimeError(
                 "the gradient of grpo_loss was handed over in an earlier backward; compute the loss once per backward"
             )
-        no_more = (None,) * (5 + len(PolicyTensors._fields))
+        no_more = (None,) * (ctx.inputs - 1)
         if ctx.grad.dtype == torch.float64 and not ctx.overwrites and grad_loss is not None:
             return ctx.grad * grad_loss, *no_more  # fp64 is for checking: may be asked again (gradcheck)
         grad, ctx.grad = ctx.grad, None
@@ -417,7 +429,8 @@ def grpo_loss(
         loss_spec(config, float(grad_scale)),
         logit_transform(config.temperature, config.logit_softcap, config.logit_scale),
         mode,
-        *tensors,
+        # One argument is looked at faster than eight; a compiler wants to see them all.
+        *(tensors if torch.compiler.is_compiling() else (tensors,)),
     )
     _, loss, logps, entropy, kl, metrics = outputs
     return _output(loss, logps, entropy, kl, metrics, completion_ids.shape)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 #: Keys of ``GRPOLossOutput.metrics``, in this order; detached 0-d tensors on the loss's device.
@@ -26,6 +28,51 @@ METRIC_NAMES: tuple[str, ...] = (
 )
 
 
+class LossMetrics(Mapping[str, Tensor]):
+    """The metrics of a loss by name, as they lie in one tensor: one that nobody asks for costs nothing.
+
+    Args:
+        packed: ``(len(METRIC_NAMES),)``, in the order of `METRIC_NAMES`.
+    """
+
+    __slots__ = ("packed",)
+
+    def __init__(self, packed: Tensor) -> None:
+        self.packed = packed
+
+    def __getitem__(self, name: str) -> Tensor:
+        try:
+            return self.packed[_PLACES[name]]
+        except KeyError:
+            raise KeyError(f"{name!r} is not a metric of the loss; there are {', '.join(METRIC_NAMES)}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(METRIC_NAMES)
+
+    def __len__(self) -> int:
+        return len(METRIC_NAMES)
+
+    def __or__(self, other: Mapping[str, Any]) -> dict[str, Any]:
+        return {**self, **other}
+
+    def __ror__(self, other: Mapping[str, Any]) -> dict[str, Any]:
+        return {**other, **self}
+
+    def __repr__(self) -> str:
+        values = self.packed.tolist()
+        return f"LossMetrics({dict(zip(METRIC_NAMES, values, strict=True))})"
+
+
+_PLACES = {name: place for place, name in enumerate(METRIC_NAMES)}
+
+
+def named_metrics(packed: Tensor) -> Mapping[str, Tensor]:
+    """The packed metrics by name; a plain dict where torch.compile traces."""
+    if torch.compiler.is_compiling():
+        return dict(zip(METRIC_NAMES, packed.unbind(), strict=True))
+    return LossMetrics(packed)
+
+
 class GRPOLossOutput(NamedTuple):
     """Result of ``grpo_loss``, ``policy_loss`` and ``linear_grpo_loss``.
 
@@ -44,4 +91,4 @@ class GRPOLossOutput(NamedTuple):
     logps: Tensor
     entropy: Tensor | None
     kl: Tensor | None
-    metrics: dict[str, Tensor]
+    metrics: Mapping[str, Tensor]

@@ -85,27 +85,41 @@ GRPO_HOST_DEVICE void add_token(const PolicyParams<Real>& p, const SequenceTerms
   }
 }
 
+// Every metric as a quotient, in the order of kMetricNames.
+struct Metrics {
+  double numerators[kMetricCount], denominators[kMetricCount];
+
+  GRPO_HOST_DEVICE explicit Metrics(const BatchSums& sums) {
+    const double tokens = greater(sums.tokens, 1.0);
+    const double ratios = greater(sums.ratios, 1.0);
+    int k = 0;
+    const auto add = [&](double numerator, double denominator) {
+      numerators[k] = numerator;
+      denominators[k++] = denominator;
+    };
+    add(sums.tokens, 1);
+    add(sums.entropy, tokens);
+    add(sums.kl, tokens);
+    add(sums.clipped_low, ratios);
+    add(sums.clipped_high, ratios);
+    add(sums.clipped_low + sums.clipped_high, ratios);
+    add(sums.ratio_sum, ratios);
+    add(sums.ratio_max, 1);
+    add(sums.importance_sum, tokens);
+    add(sums.tokens > 0 ? sums.importance_min : 0.0, 1);
+    add(sums.importance_max, 1);
+    add(sums.difference_sum, tokens);
+    add(sums.difference_max, 1);
+    add(sums.kept, greater(sums.sequences, 1.0));
+    add(sums.nonfinite, 1);
+  }
+};
+
 template <class Real>
 GRPO_HOST_DEVICE void write_metrics(const BatchSums& sums, Real* out) {
-  const double tokens = greater(sums.tokens, 1.0);
-  const double ratios = greater(sums.ratios, 1.0);
-  const bool any = sums.tokens > 0;
-  int k = 0;
-  out[k++] = Real(sums.tokens);
-  out[k++] = Real(sums.entropy / tokens);
-  out[k++] = Real(sums.kl / tokens);
-  out[k++] = Real(sums.clipped_low / ratios);
-  out[k++] = Real(sums.clipped_high / ratios);
-  out[k++] = Real((sums.clipped_low + sums.clipped_high) / ratios);
-  out[k++] = Real(sums.ratio_sum / ratios);
-  out[k++] = Real(sums.ratio_max);
-  out[k++] = Real(sums.importance_sum / tokens);
-  out[k++] = any ? Real(sums.importance_min) : Real(0);
-  out[k++] = Real(sums.importance_max);
-  out[k++] = Real(sums.difference_sum / tokens);
-  out[k++] = Real(sums.difference_max);
-  out[k++] = Real(sums.kept / greater(sums.sequences, 1.0));
-  out[k++] = Real(sums.nonfinite);
+  const Metrics metrics(sums);
+  for (int k = 0; k < kMetricCount; ++k)
+    out[k] = Real(metrics.numerators[k] / metrics.denominators[k]);
 }
 
 }  // namespace grpo

@@ -64,6 +64,7 @@ struct SequenceTerms {
   Real log_ratio;        // mean of d, for the sequence level
   Real importance;       // isw, when there is one per sequence
   Real vespo_weight;     // lw of SPEC section 2.3
+  Real tokens;           // unmasked ones
   Real inv_tokens;       // 1 / max(tokens, 1)
   Real shared_gradient;  // sequence level: sum_t weight dl_t/dw / tokens, for every token alike
   bool keep;             // off-policy mask
@@ -189,6 +190,7 @@ GRPO_HOST_DEVICE SequenceTerms<Real> sequence_terms(const PolicyParams<Real>& p,
   SequenceTerms<Real> terms{};
   const double tokens = sums.tokens > 1 ? sums.tokens : 1.0;
   terms.weight = reduction_weight(p, sums.tokens, batch_tokens);
+  terms.tokens = Real(sums.tokens);
   terms.inv_tokens = Real(1.0 / tokens);
   terms.log_ratio = Real(sums.log_ratio / tokens);
   terms.importance = Real(1);

@@ -58,9 +58,17 @@ bool general_logits(const RowParams<float>& p) {
   return p.transform.softcap > 0 || p.transform.scale < 0;
 }
 
-void launch_stats(const RowParams<float>& rows, Stream stream) {
+void launch_stats(const Device& device, const RowParams<float>& rows, Stream stream) {
   const StreamingParams p = streaming_params(rows);
   if (p.row_count == 0) return;
+#if defined(GRPO_CUDA_RING)
+  const RowPlan plan = plan_row_stats(device, rows.dtype, rows.vocab);
+  if (plan.ring && use_ring) {
+    launch_stats_ring(
+        {rows, p.row_count, p.shares, p.share, plan.stages, plan.stage_bytes, plan.groups}, stream);
+    return;
+  }
+#endif
   const void* kernel = for_dtype(rows.dtype, [&](auto element) {
     return stats_kernel_address<decltype(element)>(general_logits(rows));
   });
@@ -127,7 +135,7 @@ const Device& device_of(int index) {
 
 void row_stats(int device, const RowParams<float>& rows, Stream stream) {
   const DeviceGuard guard(device);
-  launch_stats(rows, stream);
+  launch_stats(device_of(device), rows, stream);
 }
 
 void row_gradient(int device, const RowParams<float>& rows, Stream stream) {
@@ -150,7 +158,7 @@ void row_loss(int device, const RowParams<float>& rows, const PolicyParams<float
   PolicyKernelParams p = policy_params(policy, workspace, false);
   if (!rows.grad) {
     p.with_logps = true;
-    launch_stats(rows, stream);
+    launch_stats(device_of(device), rows, stream);
     launch_terms(p, stream);
     launch_emit(p, device_of(device).architecture >= 90, stream);
     return;
@@ -167,19 +175,20 @@ void row_loss(int device, const RowParams<float>& rows, const PolicyParams<float
     ring.stages = plan.stages;
     ring.stage_bytes = plan.stage_bytes;
     ring.groups = plan.groups;
+    // A sequence is reported against every token's own log probability: a NaN in one shows in all.
+    const bool reports = policy.spec.level == Level::kToken;
+    if (reports) ring.report = {p.workspace.sums, p.workspace.finished};
     launch_ring(ring, plan, stream);
-    // Against every token's own log probability: a NaN in one shows in the whole sequence.
-    if (policy.spec.level == Level::kSequence) {
-      p.with_logps = true;
-      launch_terms(p, stream);
-    }
+    if (reports) return;
+    p.with_logps = true;
+    launch_terms(p, stream);
     launch_emit(p, true, stream);
     return;
   }
 #endif
   RowParams<float> with_lse = rows;
   with_lse.lse = p.workspace.lse;
-  launch_stats(with_lse, stream);
+  launch_stats(device_of(device), with_lse, stream);
   p.with_logps = true;
   launch_terms(p, stream);
   p.policy.coef = p.workspace.coef;

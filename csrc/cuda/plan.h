@@ -22,9 +22,8 @@ constexpr int kShareAlignment = 64;  // elements: whole 128-byte lines
 // them run at 90 %), behind one line that a differently aligned gradient may look into.
 constexpr int kStageLine = 128;
 constexpr int kStagePadding = 2 * kStageLine + 32;
-constexpr int kRingStaticBytes = 8 * 1024;
-constexpr int kMaxGroups = 3;  // of consumers; a third one pays where the stages suffice for it
-constexpr int kStagesForThreeGroups = 5;
+constexpr int kRingStaticBytes = 28 * 1024;
+constexpr int kMaxGroups = 2;  // of consumers
 
 struct Device {
   int architecture;  // 90 for sm_90
@@ -70,8 +69,19 @@ inline RowPlan plan_row_loss(const Device& device, DType dtype, int64_t vocab) {
     plan.ring = true;
     plan.stages = int(stages < kMaxStages ? stages : kMaxStages);
     plan.stage_bytes = int(stage);
-    plan.groups = plan.stages >= kStagesForThreeGroups ? kMaxGroups : 2;
+    plan.groups = kMaxGroups;
   }
+  return plan;
+}
+
+// Shorter rows are for the streaming kernel: many blocks per multiprocessor hide more latency than
+// one CTA with a few stages of so few bytes.
+constexpr int64_t kLeastStatsRingBytes = 16 * 1024;
+
+// The plan for statistics alone.
+inline RowPlan plan_row_stats(const Device& device, DType dtype, int64_t vocab) {
+  RowPlan plan = plan_row_loss(device, dtype, vocab);
+  if (vocab * element_bytes(dtype) < kLeastStatsRingBytes) plan.ring = false;
   return plan;
 }
 

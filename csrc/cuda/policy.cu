@@ -8,6 +8,7 @@ namespace {
 
 constexpr int kWarps = kPolicyThreads / 32;
 constexpr int64_t kAlignment = 16;
+constexpr int64_t kSumBytes = int64_t(kMaxReporters) * kSumCount * int64_t(sizeof(double));
 
 __device__ __forceinline__ void merge(double* a, const double& b) { *a += b; }
 __device__ __forceinline__ void merge(ChunkSums* a, const ChunkSums& b) {
@@ -237,6 +238,7 @@ Workspace divide_workspace(void* memory, int64_t batch, int64_t length) {
     return static_cast<void*>(here);
   };
   w.finished = static_cast<uint32_t*>(take(sizeof(uint32_t)));
+  w.sums = static_cast<double*>(take(kSumBytes));
   w.terms = static_cast<SequenceTerms<float>*>(take(batch * int64_t(sizeof(*w.terms))));
   w.chunks = static_cast<ChunkSums*>(
       take(batch * chunks_per_sequence(length) * int64_t(sizeof(*w.chunks))));
@@ -246,7 +248,8 @@ Workspace divide_workspace(void* memory, int64_t batch, int64_t length) {
 }
 
 int64_t workspace_bytes(int64_t batch, int64_t length) {
-  return round_up(sizeof(uint32_t)) + round_up(batch * int64_t(sizeof(SequenceTerms<float>))) +
+  return round_up(sizeof(uint32_t)) + round_up(kSumBytes) +
+         round_up(batch * int64_t(sizeof(SequenceTerms<float>))) +
          round_up(batch * chunks_per_sequence(length) * int64_t(sizeof(ChunkSums))) +
          3 * round_up(batch * length * int64_t(sizeof(float)));
 }

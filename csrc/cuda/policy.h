@@ -4,6 +4,7 @@
 #include "../common/metrics.h"
 #include "../common/policy.h"
 #include "cuda.h"
+#include "report.h"
 
 namespace grpo::cuda {
 
@@ -19,6 +20,7 @@ struct ChunkSums {
 // The caller's scratch memory, cut up.
 struct Workspace {
   uint32_t* finished;           // [1] blocks that have reported
+  double* sums;                 // [kMaxReporters, kSumCount]
   SequenceTerms<float>* terms;  // [B]
   ChunkSums* chunks;            // [B * chunks per sequence]
   // Where statistics and gradient are separate launches, [B,T] each.

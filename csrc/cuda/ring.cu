@@ -12,14 +12,15 @@
 namespace grpo::cuda {
 namespace {
 
-const void* kernel_for(DType dtype, bool general) {
+template <class F>
+const void* for_dtype(DType dtype, const F& address) {
   switch (dtype) {
     case DType::kBFloat16:
-      return ring_kernel_address<__nv_bfloat16>(general);
+      return address(__nv_bfloat16());
     case DType::kFloat16:
-      return ring_kernel_address<__half>(general);
+      return address(__half());
     default:
-      return ring_kernel_address<float>(general);
+      return address(float());
   }
 }
 
@@ -57,16 +58,32 @@ int active_clusters(const void* kernel, int cluster, int threads, int shared_byt
 void launch_ring(const RingParams& params, const RowPlan& plan, Stream stream) {
   const auto& t = params.rows.transform;
   const bool general = t.softcap > 0 || t.scale < 0 || params.policy.spec.entropy_coef != 0;
-  const void* kernel = kernel_for(params.rows.dtype, general);
+  const void* kernel = for_dtype(params.rows.dtype, [&](auto element) {
+    return ring_kernel_address<decltype(element)>(general);
+  });
   const int cluster = plan.division.shares;
   const int shared_bytes = plan.stages * plan.stage_bytes;
   const int threads = ring_threads(plan.groups);
-  const int clusters = active_clusters(kernel, cluster, threads, shared_bytes);
+  const int fitting = active_clusters(kernel, cluster, threads, shared_bytes);
+  const int clusters = fitting < kMaxReporters ? fitting : kMaxReporters;
   Launch how{unsigned(cluster * (params.row_count < clusters ? params.row_count : clusters)),
              unsigned(threads)};
   how.cluster = cluster;
   how.shared_bytes = shared_bytes;
   how.beside_previous = true;
+  launch(kernel, how, stream, params);
+}
+
+void launch_stats_ring(const StatsRingParams& params, Stream stream) {
+  const auto& t = params.rows.transform;
+  const void* kernel = for_dtype(params.rows.dtype, [&](auto element) {
+    return stats_ring_kernel_address<decltype(element)>(t.softcap > 0 || t.scale < 0);
+  });
+  const int shared_bytes = params.stages * params.stage_bytes;
+  const int threads = stats_ring_threads(params.groups);
+  const int fitting = active_clusters(kernel, 1, threads, shared_bytes);
+  Launch how{unsigned(params.row_count < fitting ? params.row_count : fitting), unsigned(threads)};
+  how.shared_bytes = shared_bytes;
   launch(kernel, how, stream, params);
 }
 

@@ -1,25 +1,33 @@
 // Persistent clusters, each CTA with its share of a row in a ring of shared-memory stages.
 //
-// A loading warp keeps the ring full with bulk copies, a storing warp sends finished stages off the
-// same way and clears masked rows. Groups of consumers take rows in turn: while one waits for the
-// row's other CTAs, another one computes. Per row a group
-//   1. sums its share; each warp pushes a 16-byte record to every CTA of the cluster,
-//   2. folds all records in a fixed order, which gives logp, the loss coefficient and the scale,
-//   3. turns the stage into the gradient.
+// Warps with roles. A loading warp keeps the ring full with bulk copies. Groups of consumers take
+// rows in turn; a warp of a group sums its part of a row, pushes a 16-byte record to every CTA of
+// the cluster, and goes on to the next row until the verdict on this one is there. The group's
+// deciding warp folds the records of all CTAs in a fixed order, which gives logp, the loss
+// coefficient and the scale. Then the consumers turn the stage into the gradient, and a storing
+// warp sends it off with a bulk copy and clears masked rows. A reporting warp writes what else is
+// known of a row and adds it up, 32 rows at a time.
+//
 // In place this is safe: nobody writes before every CTA has summed what it has loaded of the row,
 // and the 16-byte blocks that two rows or shares have in common are written element by element.
 #pragma once
 
+#include "report.cuh"
 #include "ring.h"
-#include "row_math.cuh"
-#include "rows.cuh"
+#include "ring_parts.cuh"
 
 namespace grpo::cuda {
 
-constexpr uint32_t kZeroBytes = 1024;
+constexpr uint32_t kZeroBytes = 4096;
 constexpr int kMaxRecords = kMaxCluster * kGroupWarps;
-constexpr uint32_t kBulkBytes = 16384;
 constexpr int kTermsWords = sizeof(SequenceTerms<float>) / 4;
+
+// A warp sums at most kAhead rows of its group whose gradient it has not formed. A CTA's records of
+// turn t come after its gradients of turn t - kAhead, so after the other CTAs' records of that
+// turn, so after their gradients of t - 2 kAhead: with that many slots no record is overwritten
+// unread.
+constexpr uint32_t kAhead = 2;
+constexpr uint32_t kSlots = 2 * kAhead;
 
 // What a row's coefficient is made of beside its logits.
 struct RowInputs {
@@ -29,64 +37,35 @@ struct RowInputs {
 constexpr int kInputWords = sizeof(RowInputs) / 4;
 static_assert(kInputWords == 5 + kTermsWords && kInputWords <= 32, "one lane per number");
 
+// What the consumers need to form a row's gradient.
+struct Verdict {
+  GradientTerms gradient;
+  uint32_t row;
+  int64_t id;
+};
+
+// A row with its verdict spoken, for the reporting warp, which takes kBatchRows of a group at a
+// time.
+constexpr int kBatchRows = 32, kBatches = 2;
+struct Decided {
+  RowInputs inputs;
+  float logp, entropy;
+  uint32_t row;
+};
+
 struct RingShared {
   alignas(128) uint4 zeros[kZeroBytes / 16];
   uint64_t full[kMaxStages], ready[kMaxStages], empty[kMaxStages];
-  uint32_t loading[kMaxStages];                // number of the row that `full` is about
-  uint64_t exchanged[kMaxGroups][2];           // two phases per group take turns
-  Record records[kMaxGroups][2][kMaxRecords];  // rank-major
-  RowInputs inputs[kMaxGroups];
-  GradientTerms gradient[kMaxGroups];
+  uint32_t rows[kMaxStages];                        // what `full` announces; kNoRow: the end
+  uint64_t exchanged[kMaxGroups][kSlots];           // all records of a row are there
+  uint64_t decided[kMaxGroups][kSlots];             // its verdict is
+  Record records[kMaxGroups][kSlots][kMaxRecords];  // rank-major
+  Verdict verdicts[kMaxGroups][kSlots];
+  Decided batches[kMaxGroups][kBatches][kBatchRows];
+  uint64_t complete[kMaxGroups][kBatches], reported[kMaxGroups][kBatches];
+  double sums[kSumCount][32];  // of every 32nd row
 };
 static_assert(sizeof(RingShared) <= kRingStaticBytes, "plan.h counts on it");
-
-// Until the phase of this parity is over. Warps that wait long do not poll at full speed: they
-// would take a fifth of the instruction slots.
-__device__ __forceinline__ void wait(uint64_t* barrier, uint32_t parity) {
-  while (!ptx::mbarrier_try_wait(ptx::shared_address(barrier), parity)) {
-  }
-}
-__device__ __forceinline__ void wait_patiently(uint64_t* barrier, uint32_t parity) {
-  while (!ptx::mbarrier_try_wait(ptx::shared_address(barrier), parity)) __nanosleep(64);
-}
-
-// The rows of one cluster: every `step`-th, with the masks of 32 of them read ahead.
-class RowCursor {
- public:
-  __device__ RowCursor(const RingParams& p, uint32_t first, uint32_t step)
-      : mask_(p.rows.mask), row_(first), step_(step), count_(p.row_count) {
-    ahead_ = peek(first + (threadIdx.x & 31) * step_);
-    refill();
-  }
-  __device__ bool more() const { return row_ < count_; }
-  __device__ uint32_t row() const { return row_; }
-  __device__ bool live() const { return window_ >> at_ & 1; }
-  __device__ void advance() {
-    row_ += step_;
-    if (++at_ == 32) refill();
-  }
-
- private:
-  __device__ bool peek(uint32_t row) const { return row < count_ && (!mask_ || mask_[row]); }
-  __device__ void refill() {
-    window_ = __ballot_sync(~0u, ahead_);
-    at_ = 0;
-    ahead_ = peek(row_ + (32 + (threadIdx.x & 31)) * step_);
-  }
-  const uint8_t* mask_;
-  uint32_t row_, step_, count_;
-  uint32_t window_;
-  int at_;
-  bool ahead_;
-};
-
-// The place in stage number `stage` of the 16-byte block that `from` lies in.
-template <class T>
-__device__ __forceinline__ unsigned char* place_in_stage(const RingParams& p, unsigned char* stages,
-                                                         int stage, const T* from) {
-  const int in_line = int(reinterpret_cast<uintptr_t>(from)) & (kStageLine - 16);
-  return stages + stage * p.stage_bytes + kStageLine + in_line;
-}
 
 // Whether the gradient of a row lies like its logits with respect to 16-byte blocks.
 template <class T>
@@ -100,27 +79,24 @@ template <class T>
 __device__ __forceinline__ void load_rows(const RingParams& p, RingShared& sh,
                                           unsigned char* stages, RowCursor cursor, uint32_t rank) {
   const int length = share_length(p.rows.vocab, rank, p.share);
-  const uint32_t bytes = length * sizeof(T);
-  int stage = 0;
-  uint32_t lap = 0, number = 0;
+  const bool elected = (threadIdx.x & 31) == 0;
+  RingPlace place = {0, 0};
   for (; cursor.more(); cursor.advance()) {
     if (!cursor.live()) continue;
-    if ((threadIdx.x & 31) == 0) {
-      const uint32_t full = ptx::shared_address(&sh.full[stage]);
-      if (lap > 0) wait_patiently(&sh.empty[stage], (lap - 1) & 1);
+    if (elected) {
+      const int stage = place.stage;
+      if (place.lap > 0) wait_patiently(&sh.empty[stage], (place.lap - 1) & 1);
       const T* logits = logits_row<T>(p.rows, cursor.row()) + int64_t(rank) * p.share;
-      const char* from = reinterpret_cast<const char*>(logits);
-      const uint32_t skip = uint32_t(reinterpret_cast<uintptr_t>(from) & 15);
-      // Whole 16-byte blocks: up to 15 bytes of the neighbours on either side come along.
-      const uint32_t total = length > 0 ? (skip + bytes + 15) / 16 * 16 : 0;
-      const uint32_t to = ptx::shared_address(place_in_stage(p, stages, stage, logits));
-      atomicExch(&sh.loading[stage], number);
-      ptx::mbarrier_arrive_expect(full, total);
-      for (uint32_t o = 0; o < total; o += kBulkBytes)
-        ptx::bulk_load(to + o, from - skip + o, min(kBulkBytes, total - o), full);
+      sh.rows[stage] = cursor.row();
+      load_share(logits, length, place_in_stage(stages, p.stage_bytes, stage, logits),
+                 ptx::shared_address(&sh.full[stage]));
     }
-    ++number;
-    if (++stage == p.stages) stage = 0, ++lap;
+    place.advance(1, p.stages);
+  }
+  for (int group = 0; group < p.groups && elected; ++group, place.advance(1, p.stages)) {
+    if (place.lap > 0) wait_patiently(&sh.empty[place.stage], (place.lap - 1) & 1);
+    sh.rows[place.stage] = kNoRow;
+    ptx::mbarrier_arrive(ptx::shared_address(&sh.full[place.stage]));
   }
 }
 
@@ -152,18 +128,6 @@ __device__ __forceinline__ PolicyParams<float> policy_of_row(const PolicyParams<
   return q;
 }
 
-template <bool kGeneral>
-__device__ __forceinline__ GradientTerms row_terms(const RingParams& p, const RowInputs& in,
-                                                   const RowStats& stats, bool valid_target,
-                                                   float slope) {
-  const PolicyParams<float> q = policy_of_row(p.policy, in);
-  const TokenLoss<float> token = evaluate_token(q, in.terms, 0, 0, stats.logp, stats.entropy);
-  float coef = logp_coefficient(q, in.terms, token);
-  if (!valid_target) coef = NAN;
-  const float entropy_coef = kGeneral ? entropy_coefficient(q, in.terms) : 0.f;
-  return gradient_terms(coef, entropy_coef, stats.logp, stats.entropy, stats.log2_norm, slope);
-}
-
 // The storing warp's part of a masked row.
 template <class T>
 __device__ __forceinline__ void clear_share(const Destination<T>& out, const RingShared& sh,
@@ -183,22 +147,25 @@ __device__ __forceinline__ void store_rows(const RingParams& p, RingShared& sh,
   const int lane = threadIdx.x & 31;
   const int64_t first = int64_t(rank) * p.share;
   const int length = share_length(p.rows.vocab, rank, p.share);
-  int stage = 0;
-  uint32_t lap = 0;
+  RingPlace place = {0, 0};
   for (; cursor.more(); cursor.advance()) {
     const uint32_t row = cursor.row();
     const Destination<T> out(grad_row<T>(p.rows, row) + first, length);
     if (!cursor.live()) {
       clear_share(out, sh, lane);
-      if (rank == 0 && lane == 0) p.rows.logps[row] = p.rows.entropy[row] = 0.f;
+      if (rank == 0 && lane == 0) {
+        p.rows.logps[row] = p.rows.entropy[row] = 0.f;
+        if (p.policy.kl) p.policy.kl[row] = 0.f;
+      }
       continue;
     }
     if (lane == 0) {
-      wait_patiently(&sh.ready[stage], lap & 1);
+      const int stage = place.stage;
+      wait_patiently(&sh.ready[stage], place.lap & 1);
       const uint32_t bytes = uint32_t(max(0, out.end_whole() - out.first_whole())) * 16;
       if (bytes > 0 && same_alignment<T>(p, row, first)) {
         const unsigned char* share =
-            place_in_stage(p, stages, stage, logits_row<T>(p.rows, row) + first);
+            place_in_stage(stages, p.stage_bytes, stage, logits_row<T>(p.rows, row) + first);
         ptx::bulk_store(out.base + out.first_whole() * 16,
                         ptx::shared_address(share + out.first_whole() * 16), bytes);
         ptx::bulk_commit();
@@ -206,7 +173,7 @@ __device__ __forceinline__ void store_rows(const RingParams& p, RingShared& sh,
       }
       ptx::mbarrier_arrive(ptx::shared_address(&sh.empty[stage]));
     }
-    if (++stage == p.stages) stage = 0, ++lap;
+    place.advance(1, p.stages);
     __syncwarp();
   }
   if (lane == 0) {
@@ -268,100 +235,235 @@ __device__ __forceinline__ void write_gradient(unsigned char* share, int skip,
   }
 }
 
+// One warp's part of a row's sums, pushed to all CTAs.
 template <class T, bool kGeneral>
-__device__ __forceinline__ void consume_rows(const RingParams& p, RingShared& sh,
-                                             unsigned char* stages, RowCursor cursor, uint32_t rank,
-                                             uint32_t ranks) {
-  const int group = threadIdx.x / kGroupThreads, thread = threadIdx.x % kGroupThreads;
-  const int lane = thread & 31, warp = thread >> 5;
+__device__ __forceinline__ void sum_row(const RingParams& p, RingShared& sh, unsigned char* stages,
+                                        int stage, int group, uint32_t slot,
+                                        const LogitMap<kGeneral>& map, uint32_t rank,
+                                        uint32_t ranks) {
+  const int thread = threadIdx.x % kGroupThreads, lane = thread & 31, warp = thread >> 5;
+  const uint32_t row = sh.rows[stage];
   const int64_t first = int64_t(rank) * p.share;
   const int length = share_length(p.rows.vocab, rank, p.share);
-  const LogitMap<kGeneral> map(p.rows.transform);
-  int next_group = 0;
-  uint32_t live_rows = 0, turns = 0;  // so far, and those of this group
-  bool waited = false;
-  int stage = 0;
-  uint32_t lap = 0;
-  for (; cursor.more(); cursor.advance()) {
-    const uint32_t row = cursor.row();
-    if (!cursor.live()) continue;
-    const int s = stage;
-    const uint32_t full_lap = lap, number = live_rows++;
-    if (++stage == p.stages) stage = 0, ++lap;
-    if (next_group != group) {
-      next_group = next_group + 1 == p.groups ? 0 : next_group + 1;
-      continue;
-    }
-    next_group = next_group + 1 == p.groups ? 0 : next_group + 1;
-
-    const int64_t id = p.rows.ids[row];  // used only when the sums are done
-    const T* logits = logits_row<T>(p.rows, row) + first;
-    const int skip = int(reinterpret_cast<uintptr_t>(logits) & 15);
-    unsigned char* share = place_in_stage(p, stages, s, logits);
-    const uint32_t sequence = row / uint32_t(p.rows.length);
-    float input = 0.f;
-    if (warp == 0 && waited) input = load_input(p, row, sequence, lane);
-
-    // A parity alone would let a group pass that is a whole lap ahead of the loads.
-    while (atomicOr(&sh.loading[s], 0u) != number) {
-    }
-    wait(&sh.full[s], full_lap & 1);
-    Part part = with_shared_vectors(share, skip, [&](const auto& vectors) {
-      return part_of_thread<T>(vectors, length, map, thread);
-    });
-    part = merge_warp(part, map.log2_slope);
-    const bool valid_target = id >= 0 && id < p.rows.vocab;
-    const int target = id >= first && id < first + length ? int(id - first) : -1;
-    const uint32_t turn = turns++, phase = turn & 1;
-    const uint32_t exchanged = ptx::shared_address(&sh.exchanged[group][phase]);
-    if (lane < ranks) {
-      Record record = {part.max, part.sum, part.weighted, 0.f};
-      if (warp == 0 && target >= 0)
-        record.w = map.u(to_float(reinterpret_cast<const T*>(share + skip)[target]));
-      Record* box = &sh.records[group][phase][rank * kGroupWarps + warp];
-      if (ranks > 1) {
-        ptx::store_async(ptx::map_to_rank(ptx::shared_address(box), lane), record,
-                         ptx::map_to_rank(exchanged, lane));
-      } else {
-        *box = record;
-        ptx::mbarrier_arrive(exchanged);
-      }
-    }
-    if (warp == 0) {
-      if (!waited) {  // the first row's sums need nothing of the kernel before
-        ptx::wait_for_previous_kernel();
-        waited = true;
-        input = load_input(p, row, sequence, lane);
-      }
-      if (lane < kInputWords) reinterpret_cast<float*>(&sh.inputs[group])[lane] = input;
-      __syncwarp();
-      wait(&sh.exchanged[group][phase], (turn >> 1) & 1);
-      const RowStats stats = fold(sh.records[group][phase], int(ranks) * kGroupWarps, map.slope,
-                                  map.log2_slope, valid_target);
-      const GradientTerms g =
-          row_terms<kGeneral>(p, sh.inputs[group], stats, valid_target, map.slope);
-      if (lane == 0) {
-        sh.gradient[group] = g;
-        // For the next row but one of this group; its records may already be on their way.
-        if (ranks > 1) ptx::mbarrier_arrive_expect(exchanged, ranks * kGroupWarps * sizeof(Record));
-        if (rank == 0) {
-          p.rows.logps[row] = stats.logp;
-          p.rows.entropy[row] = stats.entropy;
-        }
-      }
-    }
-    ptx::named_barrier(group + 1, kGroupThreads);
-    const GradientTerms g = sh.gradient[group];
-    const Destination<T> out(grad_row<T>(p.rows, row) + first, length);
-    write_gradient<T>(share, skip, out, map, g, target, thread);
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(&sh.ready[s]));
+  const int64_t id = warp == 0 ? p.rows.ids[row] : -1;  // used only when the sums are done
+  const T* logits = logits_row<T>(p.rows, row) + first;
+  const int skip = int(reinterpret_cast<uintptr_t>(logits) & 15);
+  const unsigned char* share = place_in_stage(stages, p.stage_bytes, stage, logits);
+  Part part = with_shared_vectors(share, skip, [&](const auto& vectors) {
+    return part_of_thread<T>(vectors, length, map, thread);
+  });
+  part = merge_warp(part, map.log2_slope);
+  float target = 0.f;
+  if (lane == 0 && id >= first && id < first + length)
+    target = map.u(to_float(reinterpret_cast<const T*>(share + skip)[id - first]));
+  target = __shfl_sync(~0u, target, 0);
+  const uint32_t exchanged = ptx::shared_address(&sh.exchanged[group][slot]);
+  if (lane < ranks) {
+    const Record record = {part.max, part.sum, part.weighted, target};
+    Record* box = &sh.records[group][slot][rank * kGroupWarps + warp];
+    if (ranks > 1)
+      ptx::store_async(ptx::map_to_rank(ptx::shared_address(box), lane), record,
+                       ptx::map_to_rank(exchanged, lane));
+    else
+      *box = record;
   }
-  ptx::wait_for_previous_kernel();  // also without a row: the next kernel counts on both
+  // In a misaligned row another thread's gradient may overwrite what this one has read.
+  if (skip != 0)
+    ptx::mbarrier_arrive(exchanged);
+  else if (lane == 0)
+    ptx::mbarrier_arrive<32>(exchanged);
+}
+
+// One warp's part of a row's gradient.
+template <class T, bool kGeneral>
+__device__ __forceinline__ void finish_row(const RingParams& p, RingShared& sh,
+                                           unsigned char* stages, int stage, const Verdict& verdict,
+                                           const LogitMap<kGeneral>& map, uint32_t rank) {
+  const int thread = threadIdx.x % kGroupThreads;
+  const int64_t first = int64_t(rank) * p.share, id = verdict.id;
+  const int length = share_length(p.rows.vocab, rank, p.share);
+  const int target = id >= first && id < first + length ? int(id - first) : -1;
+  const uint32_t row = verdict.row;
+  const T* logits = logits_row<T>(p.rows, row) + first;
+  const int skip = int(reinterpret_cast<uintptr_t>(logits) & 15);
+  const Destination<T> out(grad_row<T>(p.rows, row) + first, length);
+  write_gradient<T>(place_in_stage(stages, p.stage_bytes, stage, logits), skip, out, map,
+                    verdict.gradient, target, thread);
+  __syncwarp();
+  if ((thread & 31) == 0) ptx::mbarrier_arrive(ptx::shared_address(&sh.ready[stage]));
 }
 
 template <class T, bool kGeneral>
-__global__ void __launch_bounds__(ring_threads(kMaxGroups), 1)
+__device__ __forceinline__ void consume_rows(const RingParams& p, RingShared& sh,
+                                             unsigned char* stages, uint32_t rank, uint32_t ranks) {
+  const int group = threadIdx.x / kGroupThreads;
+  const LogitMap<kGeneral> map(p.rows.transform);
+  RingPlace to_sum = {group, 0};
+  int to_finish = group;  // stage
+  uint32_t summed = 0, finished = 0;
+  bool more = true;
+  while (more || finished < summed) {
+    const bool waits = finished < summed, may_sum = more && summed - finished < kAhead;
+    if (waits) {
+      const uint32_t slot = finished % kSlots, parity = finished / kSlots & 1;
+      uint64_t* decided = &sh.decided[group][slot];
+      if (!may_sum) wait(decided, parity);
+      if (!may_sum || is_over(decided, parity)) {
+        finish_row<T, kGeneral>(p, sh, stages, to_finish, sh.verdicts[group][slot], map, rank);
+        to_finish += p.groups;
+        if (to_finish >= p.stages) to_finish -= p.stages;
+        ++finished;
+        continue;
+      }
+    }
+    // A parity cannot tell a phase from the one two before. This warp has seen a later row than
+    // the stage's last but one, so when the last one has left, the next to fill it is ours.
+    uint64_t *empty = &sh.empty[to_sum.stage], *full = &sh.full[to_sum.stage];
+    const uint32_t lap = to_sum.lap;
+    if (waits) {
+      if ((lap > 0 && !is_over(empty, (lap - 1) & 1)) || !is_over(full, lap & 1)) {
+        __nanosleep(20);
+        continue;
+      }
+    } else {
+      if (lap > 0) wait(empty, (lap - 1) & 1);
+      wait(full, lap & 1);
+    }
+    if (sh.rows[to_sum.stage] == kNoRow) {
+      more = false;
+    } else {
+      sum_row<T, kGeneral>(p, sh, stages, to_sum.stage, group, summed % kSlots, map, rank, ranks);
+      to_sum.advance(p.groups, p.stages);
+      ++summed;
+    }
+  }
+}
+
+// The rows of one group, with what their verdicts take: one number of RowInputs per lane, under
+// way.
+struct Pending {
+  uint32_t row;
+  int64_t id;
+  float input;
+};
+class PendingRows {
+ public:
+  __device__ PendingRows(const RowCursor& cursor, int group) : cursor_(cursor), skip_(group) {}
+  __device__ Pending next(const RingParams& p) {
+    for (; cursor_.more(); cursor_.advance()) {
+      if (!cursor_.live() || skip_-- > 0) continue;
+      skip_ = p.groups - 1;
+      const uint32_t row = cursor_.row();
+      cursor_.advance();
+      return {row, p.rows.ids[row],
+              load_input(p, row, row / uint32_t(p.rows.length), threadIdx.x & 31)};
+    }
+    return {kNoRow, 0, 0.f};
+  }
+
+ private:
+  RowCursor cursor_;
+  int skip_;  // rows of other groups before ours
+};
+
+// A group's deciding warp.
+template <bool kGeneral>
+__device__ __forceinline__ void decide_rows(const RingParams& p, RingShared& sh,
+                                            const RowCursor& cursor, int group, uint32_t rank,
+                                            uint32_t ranks) {
+  const int lane = threadIdx.x & 31;
+  const LogitMap<kGeneral> map(p.rows.transform);
+  PendingRows rows(cursor, group);
+  ptx::wait_for_previous_kernel();  // its terms
+  uint32_t turn = 0;
+  for (Pending next = rows.next(p);; ++turn) {
+    const Pending now = next;
+    const uint32_t batch = turn / kBatchRows % kBatches, lap = turn / (kBatchRows * kBatches);
+    if (turn % kBatchRows == 0 && rank == 0 && lap > 0)
+      wait(&sh.reported[group][batch], (lap - 1) & 1);
+    Decided& d = sh.batches[group][batch][turn % kBatchRows];
+    if (now.row == kNoRow) {
+      if (lane == 0) d.row = kNoRow;
+      if (rank == 0) ptx::mbarrier_arrive(ptx::shared_address(&sh.complete[group][batch]));
+      return;
+    }
+    next = rows.next(p);
+    if (lane < kInputWords) reinterpret_cast<float*>(&d.inputs)[lane] = now.input;
+    __syncwarp();
+    const uint32_t slot = turn % kSlots;
+    uint64_t* exchanged = &sh.exchanged[group][slot];
+    const Record* records = sh.records[group][slot];
+    wait(exchanged, turn / kSlots & 1);
+    // For turn + kSlots; its records may already be on their way.
+    if (ranks > 1 && lane == 0)
+      ptx::mbarrier_arrive_expect(ptx::shared_address(exchanged),
+                                  ranks * kGroupWarps * sizeof(Record));
+    const bool valid_target = now.id >= 0 && now.id < p.rows.vocab;
+    const float target =
+        valid_target ? records[uint32_t(now.id) / uint32_t(p.share) * kGroupWarps].w : NAN;
+    const RowStats stats =
+        fold(records, int(ranks) * kGroupWarps, target, map.slope, map.log2_slope);
+    const PolicyParams<float> q = policy_of_row(p.policy, d.inputs);
+    const TokenLoss<float> token =
+        evaluate_token(q, d.inputs.terms, 0, 0, stats.logp, stats.entropy);
+    const float coef = valid_target ? logp_coefficient(q, d.inputs.terms, token) : NAN;
+    const float entropy_coef = kGeneral ? entropy_coefficient(q, d.inputs.terms) : 0.f;
+    if (lane == 0) {
+      sh.verdicts[group][slot] = {
+          gradient_terms(coef, entropy_coef, stats.logp, stats.entropy, stats.log2_norm, map.slope),
+          now.row, now.id};
+      ptx::mbarrier_arrive(ptx::shared_address(&sh.decided[group][slot]));
+      d.logp = stats.logp;
+      d.entropy = stats.entropy;
+      d.row = now.row;
+    }
+    if (rank == 0 && turn % kBatchRows == kBatchRows - 1)
+      ptx::mbarrier_arrive(ptx::shared_address(&sh.complete[group][batch]));
+  }
+}
+
+// One row: its outputs, and its part of the lane's sums.
+__device__ __forceinline__ void report_row(const RingParams& p, RingShared& sh, const Decided& d) {
+  const PolicyParams<float> q = policy_of_row(p.policy, d.inputs);
+  const TokenLoss<float> token = evaluate_token(q, d.inputs.terms, 0, 0, d.logp, d.entropy);
+  p.rows.logps[d.row] = d.logp;
+  p.rows.entropy[d.row] = d.entropy;
+  if (p.policy.kl) p.policy.kl[d.row] = token.kl;
+  if (!p.report.sums) return;
+  BatchSums row;
+  add_token(q, d.inputs.terms, 0, d.logp, d.entropy, token, &row);
+  add_ratio(&row, token.ratio, token.clipped_low, token.clipped_high);
+  add_to_column(sh.sums, threadIdx.x & 31, row);
+}
+
+// The reporting warp, in the first CTA of the cluster. The groups' batches take turns; every group
+// ends with an incomplete one, and no group is more than a batch ahead of another.
+__device__ __forceinline__ void report_rows(const RingParams& p, RingShared& sh, uint32_t cluster,
+                                            uint32_t clusters) {
+  const int lane = threadIdx.x & 31;
+  clear_column(sh.sums, lane);
+  ptx::wait_for_previous_kernel();  // its terms
+  const int sequences = p.report.sums ? count_sequences(p.policy, p.terms) : 0;
+  uint32_t ended = 0;
+  for (uint32_t number = 0; ended + 1 < 1u << p.groups; ++number) {
+    const uint32_t batch = number % kBatches, parity = number / kBatches & 1;
+    for (int group = 0; group < p.groups; ++group) {
+      if (ended >> group & 1) continue;
+      wait_patiently(&sh.complete[group][batch], parity);
+      const Decided* rows = sh.batches[group][batch];
+      // Behind the end lies what an earlier batch has left.
+      const uint32_t ends = __ballot_sync(~0u, rows[lane].row == kNoRow);
+      const int count = ends ? __ffs(ends) - 1 : kBatchRows;
+      if (lane < count) report_row(p, sh, rows[lane]);
+      if (ends) ended |= 1u << group;
+      ptx::mbarrier_arrive(ptx::shared_address(&sh.reported[group][batch]));
+    }
+  }
+  if (p.report.sums) finish_report(p.report, p.policy, sequences, sh.sums, cluster, clusters);
+}
+
+template <class T, bool kGeneral>
+__global__ void __launch_bounds__(kRingThreadsWithRoom, 1)
     ring_kernel(const __grid_constant__ RingParams p) {
   extern __shared__ __align__(128) unsigned char stages[];
   __shared__ RingShared sh;
@@ -371,18 +473,21 @@ __global__ void __launch_bounds__(ring_threads(kMaxGroups), 1)
       ptx::mbarrier_init(ptx::shared_address(&sh.full[s]), 1);
       ptx::mbarrier_init(ptx::shared_address(&sh.ready[s]), kGroupWarps);
       ptx::mbarrier_init(ptx::shared_address(&sh.empty[s]), 1);
-      sh.loading[s] = ~0u;
     }
-    // A lone CTA's warps arrive themselves; in a cluster the bytes of all records are counted.
-    for (int g = 0; g < p.groups; ++g)
-      for (int phase = 0; phase < 2; ++phase)
-        ptx::mbarrier_init(ptx::shared_address(&sh.exchanged[g][phase]),
-                           ranks > 1 ? 1 : kGroupWarps);
+    for (int i = 0; i < p.groups * int(kSlots); ++i) {
+      const uint32_t exchanged = ptx::shared_address(&sh.exchanged[0][i]);
+      // The CTA's own threads arrive; in a cluster the bytes of all records are counted as well.
+      ptx::mbarrier_init(exchanged, kGroupThreads + (ranks > 1));
+      ptx::mbarrier_init(ptx::shared_address(&sh.decided[0][i]), 1);
+    }
+    for (int i = 0; i < p.groups * kBatches; ++i) {
+      ptx::mbarrier_init(ptx::shared_address(&sh.complete[0][i]), 32);
+      ptx::mbarrier_init(ptx::shared_address(&sh.reported[0][i]), 32);
+    }
     ptx::fence_mbarrier_init();
-    for (int g = 0; g < p.groups && ranks > 1; ++g)
-      for (int phase = 0; phase < 2; ++phase)
-        ptx::mbarrier_arrive_expect(ptx::shared_address(&sh.exchanged[g][phase]),
-                                    ranks * kGroupWarps * sizeof(Record));
+    for (int i = 0; i < p.groups * int(kSlots) && ranks > 1; ++i)
+      ptx::mbarrier_arrive_expect(ptx::shared_address(&sh.exchanged[0][i]),
+                                  ranks * kGroupWarps * sizeof(Record));
   }
   if (threadIdx.x < kZeroBytes / 16) sh.zeros[threadIdx.x] = {0, 0, 0, 0};
   ptx::fence_shared_for_bulk();
@@ -390,14 +495,18 @@ __global__ void __launch_bounds__(ring_threads(kMaxGroups), 1)
   ptx::cluster_arrive();
   ptx::cluster_wait();
   ptx::let_next_kernel_start();
-  const RowCursor cursor(p, blockIdx.x / ranks, gridDim.x / ranks);
+  const RowCursor cursor(p.rows.mask, p.row_count, blockIdx.x / ranks, gridDim.x / ranks);
   const int helper = int(threadIdx.x / 32) - p.groups * kGroupWarps;
   if (helper == 0)
     load_rows<T>(p, sh, stages, cursor, rank);
   else if (helper == 1)
     store_rows<T>(p, sh, stages, cursor, rank);
-  else
-    consume_rows<T, kGeneral>(p, sh, stages, cursor, rank, ranks);
+  else if (helper == 2 && rank == 0)
+    report_rows(p, sh, blockIdx.x / ranks, gridDim.x / ranks);
+  else if (helper >= 3)
+    decide_rows<kGeneral>(p, sh, cursor, helper - 3, rank, ranks);
+  else if (helper < 0)
+    consume_rows<T, kGeneral>(p, sh, stages, rank, ranks);
   __syncwarp();
   ptx::cluster_arrive();
   ptx::cluster_wait();  // nobody leaves while records for it may be under way

@@ -1,20 +1,24 @@
-// The one-launch kernel of sm_90: loss coefficients and gradient with one read and one write.
+// The persistent kernels of sm_90: loss and gradient with one read and one write; statistics alone.
 #pragma once
 
 #include "../common/policy.h"
 #include "../common/row_params.h"
 #include "cuda.h"
 #include "plan.h"
+#include "report.h"
 
 namespace grpo::cuda {
 
-// Groups of consumers, a loading and a storing warp.
-constexpr int ring_threads(int groups) { return groups * kGroupThreads + 64; }
+// Groups of consumers, each with a deciding warp; a loading, a storing and a reporting warp.
+constexpr int ring_threads(int groups) { return groups * (kGroupThreads + 32) + 96; }
+// For the compiler: so few registers that blocks of small kernels fit beside.
+constexpr int kRingThreadsWithRoom = 800;
 
 struct RingParams {
   RowParams<float> rows;  // grad is set; may be the logits
   PolicyParams<float> policy;
   const SequenceTerms<float>* terms;  // [B], from the kernel launched before
+  Report report;                      // loss and metrics, where no kernel after this one forms them
   int32_t row_count;
   int32_t share;        // elements of a row per CTA
   int32_t stages;       // shares in shared memory
@@ -25,8 +29,22 @@ struct RingParams {
 // Rows of rows.dtype under the given plan.
 void launch_ring(const RingParams& params, const RowPlan& plan, Stream stream);
 
-// One instantiation file per dtype. Returns the kernel's address.
+// Groups of consumers, a loading and a deciding warp.
+constexpr int stats_ring_threads(int groups) { return groups * kGroupThreads + 64; }
+
+struct StatsRingParams {
+  RowParams<float> rows;
+  int32_t row_count;
+  int32_t shares, share;  // division of a row
+  int32_t stages, stage_bytes, groups;
+};
+
+void launch_stats_ring(const StatsRingParams& params, Stream stream);
+
+// One instantiation file per dtype. Return the kernel's address.
 template <class T>
 const void* ring_kernel_address(bool general);
+template <class T>
+const void* stats_ring_kernel_address(bool general);
 
 }  // namespace grpo::cuda

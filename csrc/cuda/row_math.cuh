@@ -181,12 +181,16 @@ __device__ __forceinline__ Part part_of_thread(const Load& load, int length,
   return part;
 }
 
+// The greatest of a warp's numbers, none of them NaN: as integers, which order alike.
+__device__ __forceinline__ float max_of_warp(float x) {
+  const int bits = __float_as_int(x);
+  const int top = __reduce_max_sync(~0u, bits < 0 ? bits ^ 0x7fffffff : bits);
+  return __int_as_float(top < 0 ? top ^ 0x7fffffff : top);
+}
+
 // All lanes get the sum over the warp.
 __device__ __forceinline__ Part merge_warp(Part part, float log2_slope) {
-  float max = part.max;
-#pragma unroll
-  for (int o = 16; o; o >>= 1) max = fmaxf(max, __shfl_xor_sync(~0u, max, o));
-  lift(&part, max, log2_slope);
+  lift(&part, max_of_warp(part.max), log2_slope);
 #pragma unroll
   for (int o = 16; o; o >>= 1) {
     part.sum = __fadd_rn(part.sum, __shfl_xor_sync(~0u, part.sum, o));
@@ -203,9 +207,10 @@ struct RowStats {
   float logp, entropy, lse;
 };
 
-// One warp folds the records of all warps of all shares, at most 64.
-__device__ __forceinline__ RowStats fold(const Record* records, int count, float slope,
-                                         float log2_slope, bool valid_target) {
+// One warp folds the records of all warps of all shares, at most 64. `target`: u of the row's
+// token.
+__device__ __forceinline__ RowStats fold(const Record* records, int count, float target,
+                                         float slope, float log2_slope) {
   const int lane = threadIdx.x & 31;
   Record a = {-INFINITY, 0.f, 0.f, 0.f}, b = a;
   if (lane < count) a = records[lane];
@@ -217,10 +222,6 @@ __device__ __forceinline__ RowStats fold(const Record* records, int count, float
   part.sum = __fadd_rn(part.sum, other.sum);
   part.weighted = __fadd_rn(part.weighted, other.weighted);
   part = merge_warp(part, log2_slope);
-  float target = __fadd_rn(a.w, b.w);
-#pragma unroll
-  for (int o = 16; o; o >>= 1) target = __fadd_rn(target, __shfl_xor_sync(~0u, target, o));
-  if (!valid_target) target = NAN;
   // Against the greatest u itself, whose t is not quite 0: a row of one token gets exactly 0.
   const float r = reference(part.max, log2_slope);
   const float residue = __fmaf_rn(part.max, log2_slope, -r);

@@ -31,7 +31,8 @@ void scale_rows(int device, const RowParams<float>& p, const float* factor, Stre
   const DeviceGuard guard(device);
   const int64_t rows = p.batch * p.length;
   if (rows == 0 || p.vocab == 0) return;
-  const int grid = int(rows < 4096 ? rows : 4096);
+  const int most = 4 * device_of(device).multiprocessors;
+  const int grid = int(rows < most ? rows : most);
   switch (p.dtype) {
     case DType::kFloat32:
       scale_kernel<float><<<grid, kThreads, 0, stream>>>(p, factor);

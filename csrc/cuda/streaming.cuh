@@ -44,8 +44,9 @@ __global__ void __launch_bounds__(kGroupThreads, 3)
   }
   __syncthreads();
   if (warp != 0) return;
-  const RowStats stats =
-      fold(records, p.shares * kGroupWarps, map.slope, map.log2_slope, valid_target);
+  const float target =
+      valid_target ? records[uint32_t(id) / uint32_t(p.share) * kGroupWarps].w : NAN;
+  const RowStats stats = fold(records, p.shares * kGroupWarps, target, map.slope, map.log2_slope);
   if (lane == 0) {
     p.rows.logps[row] = stats.logp;
     if (p.rows.entropy) p.rows.entropy[row] = stats.entropy;

@@ -15,6 +15,7 @@ if _C.METRIC_NAMES != METRIC_NAMES:
     raise ImportError("grpo_ext: the compiled extension belongs to another version of the package; reinstall it")
 
 from grpo_ext._ops import cpu, cuda, schemas
+from grpo_ext._ops.direct import kernels
 from grpo_ext._ops.packing import DTYPE_CODES, kernel_calls, statistics_dtype
 from grpo_ext._ops.spec import logit_transform, loss_spec
 
@@ -23,6 +24,7 @@ __all__ = [
     "cpu",
     "cuda",
     "kernel_calls",
+    "kernels",
     "logit_transform",
     "loss_spec",
     "schemas",

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from grpo_ext import _C
+from grpo_ext._ops.direct import implements
 from grpo_ext._ops.packing import ENTROPY_COEF, count_call, given, policy_of, policy_outputs, rows_of, stats_outputs
-from grpo_ext._ops.schemas import library
 
 
 def _raise_bad_id(row: int, ids: Tensor, vocab: int, masked: bool) -> None:
@@ -22,7 +22,7 @@ def _raise_bad_id(row: int, ids: Tensor, vocab: int, masked: bool) -> None:
         )
 
 
-@torch.library.impl(library, "row_stats", "CPU")
+@implements("row_stats", "CPU")
 def _row_stats_cpu(
     logits: Tensor, ids: Tensor, mask: Tensor | None, transform: list[float], with_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,19 +55,19 @@ def _row_gradient_into_cpu(
     _C.cpu_row_gradient(rows, transform, torch.get_num_threads())
 
 
-@torch.library.impl(library, "row_gradient", "CPU")
+@implements("row_gradient", "CPU")
 def _row_gradient_cpu(logits: Tensor, *arguments: Any) -> Tensor:
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     _row_gradient_into_cpu(logits, grad, *arguments)
     return grad
 
 
-@torch.library.impl(library, "row_gradient_", "CPU")
+@implements("row_gradient_", "CPU")
 def _row_gradient_inplace_cpu(logits: Tensor, *arguments: Any) -> None:
     _row_gradient_into_cpu(logits, logits, *arguments)
 
 
-@torch.library.impl(library, "policy_loss", "CPU")
+@implements("policy_loss", "CPU")
 def _policy_loss_cpu(
     logps: Tensor, entropy: Tensor | None, mask: Tensor, *tensors_and_spec: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -100,7 +100,7 @@ def _row_loss_into_cpu(
     return loss, logps, entropy, kl, metrics
 
 
-@torch.library.impl(library, "row_loss", "CPU")
+@implements("row_loss", "CPU")
 def _row_loss_cpu(
     logits: Tensor, ids: Tensor, mask: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -110,7 +110,7 @@ def _row_loss_cpu(
     return *_row_loss_into_cpu(logits, grad if with_grad else None, ids, mask, tuple(tensors), spec, transform), grad
 
 
-@torch.library.impl(library, "row_loss_", "CPU")
+@implements("row_loss_", "CPU")
 def _row_loss_inplace_cpu(
     logits: Tensor, ids: Tensor, mask: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -118,7 +118,7 @@ def _row_loss_inplace_cpu(
     return _row_loss_into_cpu(logits, logits, ids, mask, tuple(tensors), spec, transform)
 
 
-@torch.library.impl(library, "scale_rows_", "CPU")
+@implements("scale_rows_", "CPU")
 def _scale_rows_cpu(grad: Tensor, factor: Tensor) -> None:
     value = float(factor)
     if value != 1.0:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from grpo_ext import _C
+from grpo_ext._ops.direct import implements
 from grpo_ext._ops.packing import ENTROPY_COEF, count_call, given, policy_of, policy_outputs, rows_of, stats_outputs
-from grpo_ext._ops.schemas import library
 
 if _C.CUDA_VERSION and torch.version.cuda is not None:
     #: Handle of the current stream; torch.cuda.current_stream() builds an object around it, which takes 1 µs.
@@ -29,7 +29,7 @@ if _C.CUDA_VERSION and torch.version.cuda is not None:
         batch, length = logps.shape
         return logps.new_empty(_C.cuda_workspace_bytes(batch, length), dtype=torch.uint8)
 
-    @torch.library.impl(library, "row_stats", "CUDA")
+    @implements("row_stats", "CUDA")
     def _row_stats_cuda(
         logits: Tensor, ids: Tensor, mask: Tensor | None, transform: list[float], with_entropy: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,17 +59,17 @@ if _C.CUDA_VERSION and torch.version.cuda is not None:
         )  # fmt: skip
         _C.cuda_row_gradient(*_place(logits), rows, transform)
 
-    @torch.library.impl(library, "row_gradient", "CUDA")
+    @implements("row_gradient", "CUDA")
     def _row_gradient_cuda(logits: Tensor, *arguments: Any) -> Tensor:
         grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         _row_gradient_into_cuda(logits, grad, *arguments)
         return grad
 
-    @torch.library.impl(library, "row_gradient_", "CUDA")
+    @implements("row_gradient_", "CUDA")
     def _row_gradient_inplace_cuda(logits: Tensor, *arguments: Any) -> None:
         _row_gradient_into_cuda(logits, logits, *arguments)
 
-    @torch.library.impl(library, "policy_loss", "CUDA")
+    @implements("policy_loss", "CUDA")
     def _policy_loss_cuda(
         logps: Tensor, entropy: Tensor | None, mask: Tensor, *tensors_and_spec: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -99,7 +99,7 @@ if _C.CUDA_VERSION and torch.version.cuda is not None:
         _C.cuda_row_loss(*_place(logits), rows, transform, policy, spec, _workspace(logps).data_ptr())
         return loss, logps, entropy, kl, metrics
 
-    @torch.library.impl(library, "row_loss", "CUDA")
+    @implements("row_loss", "CUDA")
     def _row_loss_cuda(
         logits: Tensor, ids: Tensor, mask: Tensor, *rest: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -108,14 +108,14 @@ if _C.CUDA_VERSION and torch.version.cuda is not None:
         into = grad if with_grad else None
         return *_row_loss_into_cuda(logits, into, ids, mask, tuple(tensors), spec, transform), grad
 
-    @torch.library.impl(library, "row_loss_", "CUDA")
+    @implements("row_loss_", "CUDA")
     def _row_loss_inplace_cuda(
         logits: Tensor, ids: Tensor, mask: Tensor, *rest: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         *tensors, spec, transform = rest
         return _row_loss_into_cuda(logits, logits, ids, mask, tuple(tensors), spec, transform)
 
-    @torch.library.impl(library, "scale_rows_", "CUDA")
+    @implements("scale_rows_", "CUDA")
     def _scale_rows_cuda(grad: Tensor, factor: Tensor) -> None:
         factor = factor.float()
         _C.cuda_scale_rows(*_place(grad), rows_of(None, grad=grad), factor.data_ptr())

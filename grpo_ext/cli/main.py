@@ -47,9 +47,21 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--samples", type=_positive, help="answers per question (default: as in training)")
     evaluate.add_argument("--seed", type=int, help="of the sampling (default: the run's)")
 
-    plot = commands.add_parser("plot", help="draw a run's reward curve as a PNG")
-    plot.add_argument("run", metavar="RUN", help="a run folder")
-    plot.add_argument("--output", metavar="FILE.png", help="where to (default: reward.png in the run folder)")
+    plot = commands.add_parser("plot", help="draw a run's reward curve, or compare runs in one HTML file")
+    plot.add_argument("runs", metavar="RUN", nargs="+", help="run folders; several are compared")
+    plot.add_argument("--output", metavar="FILE", help="PNG of one run, HTML of several (the PNG beside it)")
+
+    bench = commands.add_parser(
+        "bench",
+        help="measure this machine: the loss, the fused head, a training step",
+        usage="grpo-ext bench row|linear|training|all [options] [-- arguments of the script]",
+        allow_abbrev=False,
+    )
+    bench.add_argument("subject", choices=("row", "linear", "training", "all"))
+    bench.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where torch sees one")
+    bench.add_argument("--threads", type=_positive, help="CPU threads (default: torch's)")
+    bench.add_argument("--output", default="bench-results", metavar="FOLDER", help="of the CSV, PNG and log files")
+    bench.add_argument("--quick", action="store_true", help="small shapes: tries the command, measures little")
 
     commands.add_parser("info", help="print what this build holds and the versions in use")
     return parser
@@ -65,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, or 2 when the request was wrong (the message is on standard error).
     """
     try:
-        _run(build_parser().parse_args(argv))
+        own, extra = _split(sys.argv[1:] if argv is None else list(argv))
+        _run(build_parser().parse_args(own), extra)
     except SettingsError as error:
         print(f"grpo-ext: error: {error}", file=sys.stderr)
         return 2
@@ -77,7 +90,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The arguments of `bench`, and what stands behind ``--``: for the measuring script."""
+    if argv[:1] != ["bench"] or "--" not in argv:
+        return argv, []
+    place = argv.index("--")
+    return argv[:place], argv[place + 1 :]
+
+
+def _run(arguments: argparse.Namespace, extra: Sequence[str]) -> None:
     # Each command imports its own needs: --help does not wait for transformers.
     if arguments.command == "train":
         from grpo_ext.cli.train import final_line, train_command
@@ -96,7 +117,23 @@ def _run(arguments: argparse.Namespace) -> None:
     elif arguments.command == "plot":
         from grpo_ext.cli.plot import plot_run
 
-        print(plot_run(arguments.run, arguments.output))
+        if len(arguments.runs) == 1 and not (arguments.output or "").endswith((".html", ".htm")):
+            print(plot_run(arguments.runs[0], arguments.output))
+        else:
+            from grpo_ext.cli.compare import compare_runs
+
+            print("\n".join(compare_runs(arguments.runs, arguments.output or "comparison.html")))
+    elif arguments.command == "bench":
+        from grpo_ext.cli.bench import bench_command
+
+        bench_command(
+            arguments.subject,
+            device=arguments.device,
+            threads=arguments.threads,
+            output=arguments.output,
+            quick=arguments.quick,
+            extra=extra,
+        )
     else:
         from grpo_ext.cli.info import print_info
 

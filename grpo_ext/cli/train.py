@@ -103,6 +103,7 @@ def train_command(config: str, arguments: Sequence[str]) -> dict[str, Any]:
         "train_seconds": round(train_seconds, 1),
         "step_seconds": step_seconds(folder),
         "kernel_calls": trainer.kernel_calls,
+        "loss_path": trainer.loss_path,
         "backend": backend(args.device.type),
         "versions": versions(),
     }

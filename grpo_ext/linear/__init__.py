@@ -3,6 +3,7 @@
 From the outside in: `loss` and `logps` (public functions, autograd), `arguments` (checks), `operators` (the chunk loops
 as ``torch.ops.grpo_ext.linear_*``), `chunks` (the loops), `vocabulary` and `parallel` (row kernels on a chunk of
 logits), `policy` (token losses on compacted rows), `head` (products), `rows` and `plan` (which rows, how many at once).
+On Hopper GPUs `probabilities` and `probabilities_loops` stand in the place of `head`, `vocabulary` and `chunks`.
 """
 
 from __future__ import annotations

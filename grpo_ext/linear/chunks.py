@@ -40,40 +40,22 @@ class Numerics(NamedTuple):
         return torch.float64 if self.logits_dtype == torch.float64 else torch.float32
 
 
-class Rowwise:
-    """What all loops need: tokens flattened to rows, the head, the kernels for its vocabulary, outputs per token."""
+class Tokens:
+    """What all loops need: tokens flattened to rows, which of them count, outputs per token."""
 
     def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        ids: Tensor,
-        mask: Tensor | None,
-        selection: Selection,
-        numerics: Numerics,
+        self, hidden: Tensor, ids: Tensor, mask: Tensor | None, selection: Selection, numerics: Numerics
     ) -> None:
         self.hidden = hidden.reshape(-1, hidden.shape[-1])
         self.ids = ids.reshape(-1)
         self.selection = selection
         self.numerics = numerics
         self.group = resolve_group(numerics.group)
-        self.head = Head(
-            weight,
-            bias,
-            numerics.plan(weight),
-            numerics.compute_dtype,
-            numerics.logits_dtype,
-            selection.count,
-        )
-        self.kernels: Vocabulary = WholeVocabulary(numerics.transform)
-        if self.group is not None:
-            self.kernels = VocabularyShard(numerics.transform, weight.shape[0], self.group)
         # Masked rows are among the selected ones only where their number was not counted.
-        self._mask = None if mask is None else mask.reshape(-1)
+        self.mask = None if mask is None else mask.reshape(-1)
 
     def live(self, where: Rows) -> Tensor | None:
-        return None if self._mask is None else self._mask[where]
+        return None if self.mask is None else self.mask[where]
 
     def per_token(self) -> Tensor:
         return torch.zeros(self.ids.shape, dtype=self.numerics.statistics_dtype, device=self.ids.device)
@@ -89,6 +71,33 @@ class Rowwise:
         if self.group is not None:
             gradient = sum_over_ranks(gradient, self.group)
         return gradient.to(self.hidden.dtype)
+
+
+class Rowwise(Tokens):
+    """With the head whose products leave logits, and the row kernels for its vocabulary."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ids: Tensor,
+        mask: Tensor | None,
+        selection: Selection,
+        numerics: Numerics,
+    ) -> None:
+        super().__init__(hidden, ids, mask, selection, numerics)
+        self.head = Head(
+            weight,
+            bias,
+            numerics.plan(weight),
+            numerics.compute_dtype,
+            numerics.logits_dtype,
+            selection.count,
+        )
+        self.kernels: Vocabulary = WholeVocabulary(numerics.transform)
+        if self.group is not None:
+            self.kernels = VocabularyShard(numerics.transform, weight.shape[0], self.group)
 
 
 def put(out: Tensor, where: Rows, values: Tensor) -> None:

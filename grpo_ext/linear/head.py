@@ -140,11 +140,15 @@ class HeadGradient:
         self._bias_sum: Tensor | None = None
         self._one_chunk = one_chunk
 
-    def add(self, gradient: Tensor, rows: Tensor) -> None:
+    def add(self, gradient: Tensor, rows: Tensor, factor: Tensor | None = None) -> None:
+        """factor: (rows,) of the gradient's rows, where it is not in them yet; `rows` has it already."""
         if self.weight is not None:
             self._add_product(gradient.t(), rows)
         if self.bias is not None:
-            total = gradient.sum(dim=0, dtype=_sum_dtype(gradient.dtype))
+            if factor is None:
+                total = gradient.sum(dim=0, dtype=_sum_dtype(gradient.dtype))
+            else:
+                total = weighted_rows(gradient, factor)
             self._bias_sum = total if self._bias_sum is None else self._bias_sum.add_(total)
 
     def _add_product(self, left: Tensor, right: Tensor) -> None:
@@ -176,6 +180,17 @@ class HeadGradient:
         if self.bias is not None:
             of_bias = torch.zeros_like(self.bias) if self._bias_sum is None else self._bias_sum.to(self.bias.dtype)
         return of_weight, of_bias
+
+
+def weighted_rows(gradient: Tensor, factor: Tensor) -> Tensor:
+    """``factor @ gradient`` in fp32 (fp64 for fp64)."""
+    wide = _sum_dtype(gradient.dtype)
+    row = factor.to(gradient.dtype).unsqueeze(0)
+    if gradient.dtype == wide:
+        return torch.mm(row, gradient).squeeze(0)
+    if gradient.is_cuda:
+        return torch.mm(row, gradient, out_dtype=wide).squeeze(0)
+    return torch.mm(row.to(wide), gradient.to(wide)).squeeze(0)
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -54,6 +54,7 @@ class _LinearLogps(torch.autograd.Function):
         mask: Tensor | None,
         active: Tensor | None,
         weight_grad: Tensor | None,
+        guess: Tensor | None,
         request: Request,
     ) -> tuple[Tensor, Tensor]:
         numerics, wanted = request.numerics, request.wanted
@@ -70,7 +71,7 @@ class _LinearLogps(torch.autograd.Function):
                 keep = 0 < found.count <= numerics.plan(full_weight).rows
             logps, entropy, lse, rows, logits = kernels.linear_logps(
                 hidden, full_weight, full_bias, ids, *which, *numerics,
-                request.with_entropy or request.entropy_gradient, derivative, keep,
+                request.with_entropy or request.entropy_gradient, derivative, keep, guess, request.entropy_gradient,
             )  # fmt: skip
         again = not derivative or request.with_entropy
         ctx.save_for_backward(
@@ -90,7 +91,7 @@ class _LinearLogps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         rows, mask, *saved = ctx.saved_tensors
-        no_more = (None,) * 5
+        no_more = (None,) * 6
         if grad_logps is None and grad_entropy is None:
             return None, None, None, *no_more
         if ctx.derivative and (grad_entropy is None or not ctx.request.with_entropy):
@@ -114,6 +115,7 @@ class _LinearLogps(torch.autograd.Function):
             dhidden, dweight, dbias = kernels.linear_gradient(
                 hidden, full_weight, full_bias, ids, *which, *request.numerics, logps, entropy,
                 lse.new_empty(0) if ctx.derivative else lse, coef, entropy_coef, request.wanted, weight_grad, kept,
+                request.entropy_gradient,
             )  # fmt: skip
         wanted = request.wanted
         return (
@@ -151,9 +153,15 @@ def linear_logps(
     active: Tensor | None,
     weight_grad: Tensor | None,
     request: Request,
+    guess: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(logps, entropy) of the shape of ids, 0 where the mask is 0; no gradient but at ``active`` rows."""
-    result: tuple[Tensor, Tensor] = _LinearLogps.apply(hidden, weight, bias, ids, mask, active, weight_grad, request)
+    """(logps, entropy) of the shape of ids, 0 where the mask is 0; no gradient but at ``active`` rows.
+
+    guess: about the log probabilities to be found; centres the references of the probability route.
+    """
+    result: tuple[Tensor, Tensor] = _LinearLogps.apply(
+        hidden, weight, bias, ids, mask, active, weight_grad, guess, request
+    )
     return result
 
 
@@ -193,7 +201,7 @@ def linear_selective_log_softmax(
             ``softcap(logit_scale * logits) / temperature`` with ``softcap(u) = c * tanh(u / c)``.
         return_entropy: also return the entropy of each row's distribution, in nats, with gradient.
         logits_dtype: None: logits are rounded to the dtype of the product, as a model does; ``"float32"``: they stay as
-            the product accumulates them.
+            the product accumulates them. In bf16 on Hopper GPUs nothing is rounded either way (docs/probabilities.md).
         process_group: ranks that hold equal consecutive shards of ``weight`` (and ``bias``), and the same everything
             else. ``ids`` are those of the whole vocabulary.
         memory_budget: bytes for logits; None: 1220 MiB on CUDA devices, 128 MiB on the CPU

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from grpo_ext._checks import PolicyTensors
-from grpo_ext._ops.packing import policy_outputs
+from grpo_ext._ops.packing import ENTROPY_COEF, policy_outputs
 from grpo_ext._ops.schemas import _POLICY_ARGUMENTS
+from grpo_ext.linear import probabilities_loops
 from grpo_ext.linear.chunks import Numerics, Rowwise, gradients, log_probabilities, loss_gradients
 from grpo_ext.linear.head import HeadGradient
-from grpo_ext.linear.parallel import world_size
+from grpo_ext.linear.parallel import total_vocabulary
 from grpo_ext.linear.policy import RowPolicy
+from grpo_ext.linear.probabilities import Probabilities, serves
 from grpo_ext.linear.rows import Selection, select_rows, select_sequences
 from grpo_ext.linear.vocabulary import kernels
 
@@ -29,14 +31,15 @@ _cudagraph_unsafe = getattr(torch.Tag, "cudagraph_unsafe", None)  # they may wai
 _TAGS = () if _cudagraph_unsafe is None else (_cudagraph_unsafe,)
 library.define(
     f"linear_logps(Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, {_ROWS}, {_NUMERICS}, "
-    "bool with_entropy, bool derivative, bool keep) "
+    "bool with_entropy, bool derivative, bool keep, Tensor? guess, bool entropy_gradient) "
     "-> (Tensor logps, Tensor entropy, Tensor lse, Tensor derivative, Tensor logits)",
     tags=_TAGS,
 )
 library.define(
     f"linear_gradient(Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, {_ROWS}, {_NUMERICS}, "
     "Tensor logps, Tensor entropy, Tensor lse, Tensor coef, Tensor? entropy_coef, bool[] wanted, "
-    "Tensor(a!)? weight_grad, Tensor(b!)? logits) -> (Tensor dhidden, Tensor dweight, Tensor dbias)",
+    "Tensor(a!)? weight_grad, Tensor(b!)? logits, bool entropy_gradient) "
+    "-> (Tensor dhidden, Tensor dweight, Tensor dbias)",
     tags=_TAGS,
 )
 library.define(
@@ -101,12 +104,18 @@ def check_ids_in_range(ids: Tensor, mask: Tensor | None, vocab: int) -> None:
 @torch.library.impl(library, "linear_logps", "CompositeExplicitAutograd")
 def _linear_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     which, rest = RowArguments(*rest[:ROW_ARGUMENTS]), rest[ROW_ARGUMENTS:]
-    numerics, (with_entropy, derivative, keep) = Numerics(*rest[:NUMERIC_ARGUMENTS]), rest[NUMERIC_ARGUMENTS:]
-    check_ids_in_range(ids, which.mask, weight.shape[0] * world_size(numerics.group))
+    numerics, rest = Numerics(*rest[:NUMERIC_ARGUMENTS]), rest[NUMERIC_ARGUMENTS:]
+    with_entropy, derivative, keep, guess, entropy_gradient = rest
+    check_ids_in_range(ids, which.mask, total_vocabulary(weight.shape[0], numerics.group, ids.device))
     selection, mask = _selection(ids.numel(), which)
     with torch.autocast(hidden.device.type, enabled=False):
-        work = Rowwise(hidden, weight, bias, ids, mask, selection, numerics)
-        *per_token, derivative_rows, logits = log_probabilities(work, with_entropy, derivative, keep)
+        if serves(weight, numerics, entropy_gradient=entropy_gradient):
+            probable = Probabilities(hidden, weight, bias, ids, mask, selection, numerics, guess)
+            factors, derivative_rows, logits = probabilities_loops.log_probabilities(probable, derivative, keep)
+            per_token = [probable.logps, probable.entropy, factors]
+        else:
+            work = Rowwise(hidden, weight, bias, ids, mask, selection, numerics)
+            *per_token, derivative_rows, logits = log_probabilities(work, with_entropy, derivative, keep)
     logps, entropy, lse = (t.view(ids.shape) for t in per_token)
     return logps, entropy, lse, derivative_rows.view(hidden.shape if derivative else (0,)), logits
 
@@ -115,7 +124,7 @@ def _linear_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tens
 def _linear_logps_fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    *_, logits_dtype, _, _, _, derivative, keep = rest
+    *_, logits_dtype, _, _, _, derivative, keep, _, _ = rest
     dtype = torch.float64 if logits_dtype == torch.float64 else torch.float32
     logps, entropy, lse = (ids.new_empty(ids.shape, dtype=dtype) for _ in range(3))
     rows = torch.library.get_ctx().new_dynamic_size() if keep else 0
@@ -129,21 +138,33 @@ def _linear_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     which, rest = RowArguments(*rest[:ROW_ARGUMENTS]), rest[ROW_ARGUMENTS:]
     numerics, rest = Numerics(*rest[:NUMERIC_ARGUMENTS]), rest[NUMERIC_ARGUMENTS:]
-    logps, entropy, lse, coef, entropy_coef, wanted, weight_grad, logits = rest
+    logps, entropy, lse, coef, entropy_coef, wanted, weight_grad, logits, entropy_gradient = rest
     selection, mask = _selection(ids.numel(), which)
+    # Which route the forward took, and whether the gradient can take it too: what is kept is of use to its own only.
+    served = serves(weight, numerics, entropy_gradient=entropy_gradient)
+    by_probabilities = served and entropy_coef is None
+    if served and not by_probabilities:
+        logits, lse = None, lse.new_empty(0)
     # Gradients of masked rows are not asked for: forward said 0 there whatever the hidden state.
     with torch.autocast(hidden.device.type, enabled=False):
-        work = Rowwise(hidden, weight, bias, ids, mask, selection, numerics)
-        head_gradient = HeadGradient(
-            weight if wanted[1] else None,
-            bias if wanted[2] else None,
-            weight_grad,
-            selection.count <= work.head.capacity,
-        )
-        dhidden = gradients(work, (logps, entropy, lse), coef, entropy_coef, head_gradient, wanted[0], logits)
+        work: Probabilities | Rowwise
+        if by_probabilities:
+            work = Probabilities(hidden, weight, bias, ids, mask, selection, numerics, logps)
+            head_gradient = _head_gradient(weight, bias, wanted, weight_grad, selection.count <= work.capacity)
+            dhidden = probabilities_loops.gradients(work, coef, head_gradient, wanted[0], logits, lse)
+        else:
+            work = Rowwise(hidden, weight, bias, ids, mask, selection, numerics)
+            head_gradient = _head_gradient(weight, bias, wanted, weight_grad, selection.count <= work.head.capacity)
+            dhidden = gradients(work, (logps, entropy, lse), coef, entropy_coef, head_gradient, wanted[0], logits)
         del work  # its buffers, before the sums are copied to the dtype of the head
         dweight, dbias = head_gradient.results(hidden)
     return dhidden.view(hidden.shape if wanted[0] else (0,)), dweight, dbias
+
+
+def _head_gradient(
+    weight: Tensor, bias: Tensor | None, wanted: list[bool], weight_grad: Tensor | None, one_chunk: bool
+) -> HeadGradient:
+    return HeadGradient(weight if wanted[1] else None, bias if wanted[2] else None, weight_grad, one_chunk)
 
 
 def _gradient_shapes(
@@ -160,7 +181,7 @@ def _gradient_shapes(
 def _linear_gradient_fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wanted, weight_grad, _ = rest[-3:]
+    wanted, weight_grad, *_ = rest[-4:]
     return _gradient_shapes(hidden, weight, bias, wanted, weight_grad)
 
 
@@ -173,7 +194,7 @@ def _loss_arguments(rest: tuple[Any, ...]) -> tuple[PolicyTensors, list[float], 
 @torch.library.impl(library, "linear_loss", "CompositeExplicitAutograd")
 def _linear_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     tensors, spec, numerics, (active, valid_rows, route, wanted, weight_grad) = _loss_arguments(rest)
-    check_ids_in_range(ids, tensors.mask.view(ids.shape), weight.shape[0] * world_size(numerics.group))
+    check_ids_in_range(ids, tensors.mask.view(ids.shape), total_vocabulary(weight.shape[0], numerics.group, ids.device))
     bound = None if valid_rows < 0 else valid_rows
     lengths: list[int] | None = None
     if route == "sequences":
@@ -181,15 +202,19 @@ def _linear_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tenso
     else:
         selection = select_rows(tensors.mask, active, ids.numel(), bound)
     with torch.autocast(hidden.device.type, enabled=False):
-        work = Rowwise(hidden, weight, bias, ids, None if selection.exact else tensors.mask, selection, numerics)
-        head_gradient = HeadGradient(
-            weight if wanted[1] else None,
-            bias if wanted[2] else None,
-            weight_grad,
-            selection.count <= work.head.capacity,
-        )
-        row_policy = RowPolicy(tensors, spec) if route == "one_pass" else None
-        logps, entropy, dhidden = loss_gradients(work, tensors, spec, row_policy, lengths, head_gradient, wanted[0])
+        mask = None if selection.exact else tensors.mask
+        work: Probabilities | Rowwise
+        if serves(weight, numerics, entropy_gradient=spec[ENTROPY_COEF] != 0):
+            guess = tensors.old_logps if tensors.old_logps is not None else tensors.sampling_logps
+            work = Probabilities(hidden, weight, bias, ids, mask, selection, numerics, guess)
+            head_gradient = _head_gradient(weight, bias, wanted, weight_grad, selection.count <= work.capacity)
+            dhidden = probabilities_loops.loss_gradients(work, tensors, spec, lengths, head_gradient, wanted[0])
+            logps, entropy = work.logps, work.entropy
+        else:
+            work = Rowwise(hidden, weight, bias, ids, mask, selection, numerics)
+            head_gradient = _head_gradient(weight, bias, wanted, weight_grad, selection.count <= work.head.capacity)
+            row_policy = RowPolicy(tensors, spec) if route == "one_pass" else None
+            logps, entropy, dhidden = loss_gradients(work, tensors, spec, row_policy, lengths, head_gradient, wanted[0])
         del work
         logps, entropy = logps.view(tensors.mask.shape), entropy.view(tensors.mask.shape)
         dweight, dbias = head_gradient.results(hidden)

@@ -1,4 +1,5 @@
-"""The head split over ranks: each holds ``(V / world, H)``, all see the same hidden states.
+"""The vocabulary split over ranks: each holds consecutive rows of the head (or columns of the logits), and all see the
+same tokens.
 
 Ranks exchange four numbers per row, once: the logsumexp and entropy of their shard, the target's processed logit and
 whether it is theirs. From then on each forms the gradient of its own logits; the gradients of the hidden states are
@@ -36,6 +37,42 @@ def world_size(name: str) -> int:
     return dist.get_world_size(resolve_group(name)) if name else 1
 
 
+def shard_sizes(local_vocab: int, group: Any, device: torch.device) -> Tensor:
+    """(world,) int64 on the device: tokens of each rank's shard."""
+    sizes = torch.empty(dist.get_world_size(group), dtype=torch.int64, device=device)
+    _all_gather(sizes, torch.full((1,), local_vocab, dtype=torch.int64, device=device), group)
+    return sizes
+
+
+def total_vocabulary(local_vocab: int, name: str, device: torch.device) -> int:
+    """Tokens of all shards of a head together.
+
+    The ranks of a head exchange their rows chunk by chunk, and how many rows a chunk has follows from the size of the
+    shard: it has to be the same everywhere.
+
+    Raises:
+        ValueError: on all ranks, for shards of different sizes. On a GPU nobody waits to look: an assertion on the
+            device fails instead.
+    """
+    if not name:
+        return local_vocab
+    sizes = shard_sizes(local_vocab, resolve_group(name), device)
+    if device.type != "cpu":
+        torch._assert_async((sizes == local_vocab).all(), "process_group: the shards of the head differ in size")
+    elif sizes.min() != sizes.max():
+        raise ValueError(
+            f"process_group: the ranks' shards of weight have {sizes.tolist()} rows; they must be equal: pad the last "
+            "one, with a bias of -inf for the rows that are no tokens"
+        )
+    return local_vocab * len(sizes)
+
+
+def _all_gather(out: Tensor, own: Tensor, group: Any) -> None:
+    # The newer name of the same; the older one warns where both exist.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(out, own, group=group)
+
+
 def sum_over_ranks(tensor: Tensor, group: Any) -> Tensor:
     """In fp32 (fp64 for fp64), in the dtype of the tensor."""
     wide = tensor if tensor.dtype == torch.float64 else tensor.float()
@@ -44,17 +81,22 @@ def sum_over_ranks(tensor: Tensor, group: Any) -> Tensor:
 
 
 class VocabularyShard:
-    """Rows ``[rank * V / world, (rank + 1) * V / world)`` of the head are on this rank."""
+    """A range of consecutive tokens is on this rank; the ranges follow one another in the order of the ranks.
 
-    def __init__(self, transform: list[float], local_vocab: int, group: Any) -> None:
+    Args:
+        offset: 0-d, the first token of this rank; None: all ranges are as long as this one.
+    """
+
+    def __init__(self, transform: list[float], local_vocab: int, group: Any, offset: Tensor | None = None) -> None:
         self.transform = transform
         self.local_vocab = local_vocab
         self.group = group
         self.world = dist.get_world_size(group)
-        self.offset = dist.get_rank(group) * local_vocab
+        #: The first token here.
+        self.offset: int | Tensor = dist.get_rank(group) * local_vocab if offset is None else offset
         self.local = WholeVocabulary(transform)
 
-    def _localize(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def localize(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """(ids within the shard, 0 for foreign ones; whether the id is here)."""
         here = (ids >= self.offset) & (ids < self.offset + self.local_vocab)
         return torch.where(here, ids - self.offset, 0), here
@@ -69,14 +111,19 @@ class VocabularyShard:
         return softcap * capped / temperature, (1 - capped) * (1 + capped) * (scale / temperature)
 
     def statistics(self, Z: Tensor, ids: Tensor, live: Tensor | None, with_entropy: bool) -> Statistics:
-        own_ids, here = self._localize(ids)
+        own_ids, here = self.localize(ids)
         part = self.local.statistics(Z, own_ids, live, True)
-        target, _ = self._processed(Z.gather(1, own_ids.unsqueeze(1)).squeeze(1))
+        return self.join(part, Z.gather(1, own_ids.unsqueeze(1)).squeeze(1), here, live)
+
+    def join(self, part: Statistics, own_logit: Tensor, here: Tensor, live: Tensor | None) -> Statistics:
+        """Statistics of the whole vocabulary from those of each rank's part; one all-gather of four numbers per row.
+
+        own_logit: (rows,) raw logits of the targets that are `here`, anything else elsewhere.
+        """
+        target, _ = self._processed(own_logit)
         record = torch.stack([part.lse, part.entropy, torch.where(here, target, 0.0), here.to(target.dtype)], dim=1)
         gathered = record.new_empty((self.world * record.shape[0], 4))
-        # The newer name of the same; the older one warns where both exist.
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        gather(gathered, record.contiguous(), group=self.group)
+        _all_gather(gathered, record.contiguous(), self.group)
         lses, entropies, targets, owned = gathered.view(self.world, -1, 4).unbind(2)
         lse = lses.logsumexp(dim=0)
         share = torch.exp(lses - lse)  # of the probability, on each rank
@@ -94,19 +141,27 @@ class VocabularyShard:
         self.gradient_(Z, ids, live, stats, torch.ones_like(stats.logps), None)
         return stats
 
-    def gradient_(
-        self, Z: Tensor, ids: Tensor, live: Tensor | None, stats: Statistics, coef: Tensor, entropy_coef: Tensor | None
-    ) -> None:
-        own_ids, here = self._localize(ids)
-        column = own_ids.unsqueeze(1)
-        # The kernel takes column `own_ids` for the target; where the target is elsewhere, that element is an ordinary
-        # one and is put right afterwards.
-        x, slope = self._processed(Z.gather(1, column).squeeze(1))
+    def foreign_gradient(
+        self, own_logit: Tensor, stats: Statistics, coef: Tensor, entropy_coef: Tensor | None
+    ) -> Tensor:
+        """(rows,) gradient of a logit that is not its row's target.
+
+        The kernels take the column of `localize` for the target; where the target is elsewhere, that element is an
+        ordinary one and is put right with this.
+        """
+        x, slope = self._processed(own_logit)
         logp = x - stats.lse
         factor = -coef
         if entropy_coef is not None:
             factor = factor - torch.where(entropy_coef == 0, 0.0, entropy_coef * (logp + stats.entropy))
-        ordinary = torch.where((factor == 0) | (x == -math.inf), 0.0, logp.exp() * factor * slope)
+        return torch.where((factor == 0) | (x == -math.inf), 0.0, logp.exp() * factor * slope)
+
+    def gradient_(
+        self, Z: Tensor, ids: Tensor, live: Tensor | None, stats: Statistics, coef: Tensor, entropy_coef: Tensor | None
+    ) -> None:
+        own_ids, here = self.localize(ids)
+        column = own_ids.unsqueeze(1)
+        ordinary = self.foreign_gradient(Z.gather(1, column).squeeze(1), stats, coef, entropy_coef)
         self.local.gradient_(Z, own_ids, live, stats, coef, entropy_coef)
         if live is not None:
             here = here | ~live

@@ -15,6 +15,7 @@ from grpo_ext.trainer.batching import BatchPlan, plan_batches
 DTYPES = ("float16", "bfloat16", "float32")
 SCALE_REWARDS = ("group", "batch", "none")
 VLLM_MODES = ("colocate", "server")
+VLLM_LORA_MODES = ("adapter", "merged")
 
 
 def _field(default: Any, help_text: str) -> Any:
@@ -36,6 +37,7 @@ class GRPOConfig(TrainingArguments):
         *TrainingArguments._VALID_DICT_FIELDS,
         "model_init_kwargs",
         "generation_kwargs",
+        "vllm_engine_kwargs",
     ]
 
     # Defaults of TrainingArguments that do not suit this trainer.
@@ -79,6 +81,26 @@ class GRPOConfig(TrainingArguments):
         False, "Leave completions that did not reach an end token out of the loss."
     )
 
+    use_fused_head: bool | None = _field(
+        None,
+        "Form the loss from the hidden states and the head, without the logits: None where the model allows it, True "
+        "as a must, False never.",
+    )
+
+    skip_zero_gradient_sequences: bool = _field(
+        True,
+        "Leave completions whose gradient is known to be zero out of forward and backward; entropy, ratios and clip "
+        "ratios in the log are then those of the others.",
+    )
+    max_nonfinite_steps: int = _field(
+        3, "So many optimizer steps in a row with a loss or gradient that is not finite (each is skipped) are an error."
+    )
+    sync_ref_model: bool = _field(False, "Move the reference model towards the policy during the run.")
+    ref_model_mixup_alpha: float = _field(
+        0.6, "Share of the policy in the reference model after such a move; the rest stays."
+    )
+    ref_model_sync_steps: int = _field(512, "Optimizer steps between two of these moves.")
+
     # Rewards
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "One weight per reward function; None = 1.0 each."}
@@ -112,13 +134,58 @@ class GRPOConfig(TrainingArguments):
     )
     shuffle_dataset: bool = _field(True, "A new order of the prompts each epoch.")
     shuffle_completions: bool = _field(False, "Mix the rows of a generation batch before it is cut into micro-batches.")
+    length_sorted_batches: bool = _field(
+        False,
+        "Put completions of like lengths into the same micro-batch of an optimizer step; less padding (bnpo divides by "
+        "the tokens of each micro-batch, so its gradient changes).",
+    )
+    padding_free: bool = _field(
+        False,
+        "Lay the sequences of a micro-batch end to end instead of padding them, where the model keeps such sequences "
+        "apart and the fused head is in use; the trainer says so where not.",
+    )
     share_prompts: bool = _field(
         True, "Compute the keys and values of a prompt once for all its completions in a micro-batch."
     )
 
     # vLLM (the importance sampling fields act whenever an engine reports log probabilities)
-    use_vllm: bool = _field(False, "Generate with vLLM; not in this version.")
+    use_vllm: bool = _field(False, "Generate with vLLM.")
     vllm_mode: str = _field("colocate", "vLLM in this process (colocate) or elsewhere (server).")
+    vllm_lora_mode: str | None = _field(
+        None,
+        "How an adapter reaches vLLM: adapter (hot-loaded, a new id each step) or merged (into all weights); None = "
+        "merged in this process, adapter on a server.",
+    )
+    vllm_tensor_parallel_size: int = _field(1, "Processes that hold one engine's weights together (colocate).")
+    vllm_gpu_memory_utilization: float = _field(0.3, "Share of the GPU's memory for vLLM (colocate).")
+    vllm_max_model_length: int | None = _field(
+        None,
+        "Longest prompt and completion together, in tokens (colocate); None = max_prompt_length + "
+        "max_completion_length, or the model's context.",
+    )
+    vllm_enable_sleep_mode: bool = _field(False, "Give vLLM's GPU memory back between generations.")
+    vllm_sleep_level: int = _field(1, "1 keeps its weights in host memory meanwhile, 2 drops them and loads them anew.")
+    vllm_enforce_eager: bool | None = _field(
+        None, "No CUDA graphs and no compilation in vLLM (colocate); None = on the CPU only."
+    )
+    vllm_engine_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "More arguments of vllm.LLM (colocate); they win over the ones above."}
+    )
+    vllm_weight_check_bound: float | None = _field(
+        None,
+        "Largest mean difference, in nats, of vLLM's and the trainer's log probabilities of a fixed prompt; None = "
+        "1e-3 in float32, 0.1 in float16, 0.5 in bfloat16; inf = report only.",
+    )
+    vllm_server_base_url: str | None = _field(None, "Such as http://127.0.0.1:8000; wins over host and port.")
+    vllm_server_host: str = _field("127.0.0.1", "The server's host.")
+    vllm_server_port: int = _field(8000, "The server's port.")
+    vllm_server_timeout: float = _field(240.0, "Seconds to wait for the server to be up.")
+    vllm_request_timeout: float = _field(600.0, "Seconds to wait for one answer of the server.")
+    vllm_sync_dir: str | None = _field(
+        None,
+        "Folder through which weights and adapters reach the server, under the same path there; None = "
+        "output_dir/vllm.",
+    )
     vllm_importance_sampling_correction: bool = _field(
         True, "Correct for the difference between the generation engine's and the trainer's probabilities."
     )
@@ -140,7 +207,9 @@ class GRPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check_generation()
+        self._check_vllm()
         self._check_rewards()
+        self._check_reference()
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
         if (self.load_best_model_at_end or self.save_strategy == "best") and self.metric_for_best_model is None:  # type: ignore[has-type]
@@ -148,6 +217,11 @@ class GRPOConfig(TrainingArguments):
             self.greater_is_better = True
         super().__post_init__()
         self.loss_config()
+        if self.use_vllm and self.world_size % self.vllm_tensor_parallel_size:
+            raise ValueError(
+                f"vllm_tensor_parallel_size={self.vllm_tensor_parallel_size} must divide the number of processes "
+                f"({self.world_size}): each group of that many shares one engine"
+            )
         # One process drives one device; several devices take one process each.
         self._n_gpu = min(self.n_gpu, 1)
         self.batch_plan: BatchPlan = plan_batches(
@@ -167,13 +241,6 @@ class GRPOConfig(TrainingArguments):
         return LossConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(LossConfig) if f.name in names})
 
     def _check_generation(self) -> None:
-        if self.use_vllm:
-            raise ValueError(
-                "use_vllm=True is not in this version: leave it False to generate with transformers "
-                "(model.generate in the trainer's process)"
-            )
-        if self.vllm_mode not in VLLM_MODES:
-            raise ValueError(f"vllm_mode must be one of {', '.join(VLLM_MODES)}; got {self.vllm_mode!r}")
         if not self.temperature > 0:
             raise ValueError(
                 f"temperature must be positive, got {self.temperature}: greedy completions of a prompt are all alike"
@@ -193,6 +260,8 @@ class GRPOConfig(TrainingArguments):
             "max_prompt_length",
             "num_generations_eval",
             "num_completions_to_print",
+            "max_nonfinite_steps",
+            "ref_model_sync_steps",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -203,6 +272,37 @@ class GRPOConfig(TrainingArguments):
                 "greedy completion: raise eval_temperature or leave num_generations_eval at 1",
                 stacklevel=4,
             )
+
+    def _check_vllm(self) -> None:
+        for name, allowed in (
+            ("vllm_mode", VLLM_MODES),
+            ("vllm_lora_mode", (None, *VLLM_LORA_MODES)),
+            ("vllm_sleep_level", (1, 2)),
+        ):
+            if getattr(self, name) not in allowed:
+                listed = ", ".join(map(str, allowed))
+                raise ValueError(f"{name} must be one of {listed}; got {getattr(self, name)!r}")
+        if not 0 < self.vllm_gpu_memory_utilization <= 1:
+            raise ValueError(f"vllm_gpu_memory_utilization must be in (0, 1], got {self.vllm_gpu_memory_utilization}")
+        for name in ("vllm_tensor_parallel_size", "vllm_max_model_length", "vllm_server_port"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in ("vllm_server_timeout", "vllm_request_timeout", "vllm_weight_check_bound"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        size = self.vllm_tensor_parallel_size
+        if size > 1 and self.vllm_mode == "server":
+            raise ValueError(
+                f"vllm_tensor_parallel_size={size} is of vllm_mode='colocate': a server takes --tensor-parallel-size"
+            )
+
+    def _check_reference(self) -> None:
+        if not 0 < self.ref_model_mixup_alpha <= 1:
+            raise ValueError(f"ref_model_mixup_alpha must be in (0, 1], got {self.ref_model_mixup_alpha}")
+        if self.sync_ref_model and self.beta == 0:
+            raise ValueError("sync_ref_model=True moves a reference model, and beta=0 has none: set beta, or leave it")
 
     def _check_rewards(self) -> None:
         if isinstance(self.scale_rewards, bool):

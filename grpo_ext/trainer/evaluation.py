@@ -2,14 +2,48 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from transformers.trainer_utils import speed_metrics
 
 from grpo_ext.advantages import weighted_rewards
-from grpo_ext.trainer.generation import Completions
+from grpo_ext.trainer.generation import Completions, SamplingParams
+from grpo_ext.trainer.rollout_maker import RolloutMaker
+
+
+def measure(rollouts: RolloutMaker, model: nn.Module, dataset: Any, prefix: str) -> dict[str, float]:
+    """``<prefix>_reward`` and its companions over a dataset and all ranks; training's randomness is untouched."""
+    args, accelerator = rollouts.args, rollouts.accelerator
+    start = time.time()
+    sampling = SamplingParams(
+        args.max_completion_length,
+        args.eval_temperature,
+        args.top_p,
+        args.top_k,
+        args.min_p,
+        args.repetition_penalty,
+        dict(args.generation_kwargs or {}),  # type: ignore[arg-type]
+    )
+    rows = evaluation_rows(
+        len(dataset), args.num_generations_eval, accelerator.num_processes, accelerator.process_index
+    )
+
+    def generate(batch: list[int]) -> tuple[Completions, Tensor]:
+        sample = rollouts.generate(model, dataset, batch, sampling)
+        return sample.completions, rollouts.score(sample)
+
+    devices = [args.device] if args.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(args.seed + accelerator.process_index)
+        local = evaluate_rows(rows, args.per_device_eval_batch_size, generate)
+    result = {name: gather_object(values) for name, values in local.items()}
+    metrics = evaluation_metrics(result, rollouts.rewards.names, rollouts.rewards.weights, prefix)
+    return metrics | speed_metrics(prefix, start, num_samples=len(result["lengths"]))
 
 
 def evaluation_rows(num_prompts: int, num_generations: int, world_size: int, rank: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""The model's forward pass over a micro-batch: the logits of the completion tokens and nothing else."""
+"""The model's forward pass over a micro-batch: what predicts the completion tokens, and nothing else."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from grpo_ext.trainer.generation import position_ids, shared_prompt_cache
+from grpo_ext.trainer.head import FusedHead, HeadFunction
+from grpo_ext.trainer.models import evaluating
+from grpo_ext.trainer.packing import PackedBatch, keeps_apart
 from grpo_ext.trainer.rollout import MicroBatch
 
 
 class CompletionForward:
-    """Computes ``(B, T, V)`` logits that predict a micro-batch's completion tokens, in the model's own dtype.
+    """Computes ``(B, T, V)`` logits that predict a micro-batch's completion tokens, or hands the hidden states that
+    they would be made of to a function.
 
     The last completion token predicts nothing, so it is never fed. With ``share_prompts`` the keys and values of a
     prompt are computed once for all its completions, gradients included: the same mathematics with fewer tokens.
@@ -22,49 +26,107 @@ class CompletionForward:
         model: the causal language model, unwrapped; its forward signature decides what it is given.
         share_prompts: False where the model must see whole rows (gradient checkpointing drops the cache, a
             wrapper for several processes expects one forward per backward).
+        padding_free: lay the sequences end to end where that is possible and takes fewer positions than the other way.
+
+    Attributes:
+        tokens: positions that went through the model so far.
+        padded_because: why rows are padded in spite of ``padding_free``; None where they are not, or not known yet.
     """
 
-    def __init__(self, model: nn.Module, share_prompts: bool = True) -> None:
+    def __init__(self, model: nn.Module, share_prompts: bool = True, padding_free: bool = False) -> None:
         base: Any = getattr(model, "get_base_model", lambda: model)()
         names = inspect.signature(base.forward).parameters
         self.keeps_logits = "logits_to_keep" in names
         self.takes_positions = "position_ids" in names
         self.takes_cache = "use_cache" in names
         self.share_prompts = share_prompts and self.keeps_logits and self.takes_positions and self.takes_cache
+        self.tokens = 0
+        self.padding_free = padding_free
+        self.padded_because: str | None = None
+        self._packing_proved = False
+        if padding_free and not (self.keeps_logits and self.takes_positions and self.takes_cache):
+            self._pad_because("the model's forward takes no position_ids, use_cache and logits_to_keep")
+
+    def _pad_because(self, reason: str) -> None:
+        self.padding_free, self.padded_because = False, reason
 
     def __call__(self, model: nn.Module, batch: MicroBatch) -> Tensor:
-        """Logits of ``batch``; row t of a sequence predicts ``completion_ids[:, t]``."""
-        if self.share_prompts and batch.prompt_ids.shape[1] > 1 and len(batch.prompt_first) < len(batch.prompt_of_row):
-            logits = self._shared(model, batch)
-            if logits is not None:
-                return logits
-            self.share_prompts = False
-        return self._whole_rows(model, batch)
+        """Logits of ``batch`` in the model's own dtype; row t of a sequence predicts ``completion_ids[:, t]``."""
+        width = batch.completion_ids.shape[1]
+        return model(**self._inputs(model, batch)).logits[:, -width:]
 
-    def _shared(self, model: nn.Module, batch: MicroBatch) -> Tensor | None:
+    def through_head(self, model: nn.Module, batch: MicroBatch, head: FusedHead, function: HeadFunction) -> Tensor:
+        """``function`` of the hidden states ``(B, T, H)`` that the logits would be made of, and of the head.
+
+        Raises:
+            LookupError: the head turned out not to serve; ``head.reason`` says why.
+        """
+        width = batch.completion_ids.shape[1]
+        packed = self._packed(model, batch)
+        if packed is not None:
+            self.tokens += packed.positions
+            kwargs = {**packed.inputs(), "use_cache": False}
+            result = head.run(
+                model, lambda: model(**kwargs), lambda hidden, *rest: function(packed.by_row(hidden), *rest)
+            )
+        else:
+            inputs = self._inputs(model, batch)
+            result = head.run(model, lambda: model(**inputs), lambda hidden, *rest: function(hidden[:, -width:], *rest))
+        if result is None:
+            if self.padding_free:
+                self._pad_because("the fused head is not in use")
+            raise LookupError(head.reason)
+        return result
+
+    def _packed(self, model: nn.Module, batch: MicroBatch) -> PackedBatch | None:
+        """The micro-batch end to end; None where it is not wanted, not possible, or more work."""
+        if not self.padding_free:
+            return None
+        if not self._packing_proved:
+            with torch.no_grad(), evaluating(model):
+                reason = keeps_apart(model, batch)
+            if reason is not None:
+                self._pad_because(reason)
+                return None
+            self._packing_proved = True
+        packed = PackedBatch(batch)
+        shared = len(batch.prompt_first) * (batch.prompt_ids.shape[1] - 1) + batch.completion_ids.numel()
+        return None if self.share_prompts and shared < packed.positions else packed
+
+    def _inputs(self, model: nn.Module, batch: MicroBatch) -> dict[str, Any]:
+        """Keyword arguments of the model; the keys and values of shared prompts are computed here."""
+        if self.share_prompts and batch.prompt_ids.shape[1] > 1 and len(batch.prompt_first) < len(batch.prompt_of_row):
+            inputs = self._after_prompts(model, batch)
+            if inputs is not None:
+                return inputs
+            self.share_prompts = False
+        return self._whole_rows(batch)
+
+    def _after_prompts(self, model: nn.Module, batch: MicroBatch) -> dict[str, Any] | None:
         first = batch.prompt_first
         cache = shared_prompt_cache(model, batch.prompt_ids[first], batch.prompt_mask[first], batch.prompt_of_row)
         if cache is None:
             return None
         mask = torch.cat([batch.prompt_mask, batch.completion_mask[:, :-1]], dim=1)
         width = batch.completion_ids.shape[1]
-        return model(
-            input_ids=torch.cat([batch.prompt_ids[:, -1:], batch.completion_ids[:, :-1]], dim=1),
-            attention_mask=mask,
-            position_ids=position_ids(mask)[:, -width:],
-            past_key_values=cache,
-            use_cache=True,
-        ).logits
+        self.tokens += len(first) * (batch.prompt_ids.shape[1] - 1) + batch.completion_ids.numel()
+        return {
+            "input_ids": torch.cat([batch.prompt_ids[:, -1:], batch.completion_ids[:, :-1]], dim=1),
+            "attention_mask": mask,
+            "position_ids": position_ids(mask)[:, -width:],
+            "past_key_values": cache,
+            "use_cache": True,
+        }
 
-    def _whole_rows(self, model: nn.Module, batch: MicroBatch) -> Tensor:
+    def _whole_rows(self, batch: MicroBatch) -> dict[str, Any]:
         mask = torch.cat([batch.prompt_mask, batch.completion_mask[:, :-1]], dim=1)
-        width = batch.completion_ids.shape[1]
-        kwargs: dict[str, object] = {}
-        if self.keeps_logits:
-            kwargs["logits_to_keep"] = width
-        if self.takes_positions:
-            kwargs["position_ids"] = position_ids(mask)
-        if self.takes_cache:
-            kwargs["use_cache"] = False
         ids = torch.cat([batch.prompt_ids, batch.completion_ids[:, :-1]], dim=1)
-        return model(input_ids=ids, attention_mask=mask, **kwargs).logits[:, -width:]
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+        if self.keeps_logits:
+            inputs["logits_to_keep"] = batch.completion_ids.shape[1]
+        if self.takes_positions:
+            inputs["position_ids"] = position_ids(mask)
+        if self.takes_cache:
+            inputs["use_cache"] = False
+        self.tokens += ids.numel()
+        return inputs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor
 
 Reduce = Literal["mean", "sum", "min", "max", "last"]
 Gather = Callable[[Tensor], Tensor]
+
+#: Metrics of a loss that are means over tokens and are logged under their own names.
+TOKEN_MEANS = ("entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "ratio/mean")
 
 
 class MetricWindow:
@@ -29,6 +32,16 @@ class MetricWindow:
         """Add several means."""
         for name, value in values.items():
             self.add(name, value)
+
+    def add_loss(self, metrics: Mapping[str, Tensor | float], with_kl: bool) -> None:
+        """Add the metrics of one loss (`grpo_ext.output.METRIC_NAMES`); means weigh by the tokens that it looked at."""
+        tokens = metrics["tokens"]
+        for name in TOKEN_MEANS + (("kl",) if with_kl else ()):
+            self.add(name, metrics[name], weight=tokens)
+        self.add("clip_ratio/low_min", metrics["clip_ratio/low_mean"], reduce="min")
+        self.add("clip_ratio/high_max", metrics["clip_ratio/high_mean"], reduce="max")
+        self.add("ratio/max", metrics["ratio/max"], reduce="max")
+        self.add("nonfinite_tokens", metrics["nonfinite_tokens"], reduce="sum")
 
     def add_lengths(self, lengths: list[int], finished: list[bool]) -> None:
         """Add the completion lengths of one generation batch, under the names ``completions/...``."""

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -34,7 +42,25 @@ def load_model(model: str | nn.Module, args: GRPOConfig) -> nn.Module:
         raise TypeError(f"model is {type(model).__name__}: pass a hub name, a folder or a torch module")
     if kwargs:
         raise ValueError("model_init_kwargs is for a model given by name or folder; this one is already a module")
-    return model if dtype is None else model.to(dtype)
+    return model if dtype is None else cast_weights(model, dtype)
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """``model.to(dtype)`` for what a checkpoint holds; buffers that it does not hold keep their type.
+
+    Those are the frequencies of rotary embeddings: transformers keeps them in fp32 whatever the weights' type, and in
+    bf16 positions beyond a hundred are off by whole radians.
+    """
+    computed = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name in module._non_persistent_buffers_set
+    ]
+    model.to(dtype)
+    for module, name, buffer in computed:
+        module._buffers[name] = buffer
+    return model
 
 
 def add_adapter(model: nn.Module, peft_config: PeftConfig | None, gradient_checkpointing: bool = False) -> nn.Module:
@@ -93,6 +119,17 @@ def is_peft_model(model: nn.Module) -> bool:
     return hasattr(model, "disable_adapter") and hasattr(model, "peft_config")
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """``model`` in eval mode: no dropout noise in what is kept."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 class Reference:
     """The reference policy of the KL term: the model with its adapter switched off, or a frozen copy of it.
 
@@ -112,13 +149,64 @@ class Reference:
             self._frozen.to(next(model.parameters()).device)
             yield self._frozen
             return
-        was_training = model.training
-        model.eval()
-        try:
-            with model.disable_adapter():  # type: ignore[operator]
-                yield model
-        finally:
-            model.train(was_training)
+        with evaluating(model), model.disable_adapter():  # type: ignore[operator]
+            yield model
+
+    def check_can_move(self) -> None:
+        """Refuse to move the reference of an adapter.
+
+        Raises:
+            ValueError: the reference is the model without its adapter, whose weights stay.
+        """
+        if self._frozen is None:
+            raise ValueError(
+                "sync_ref_model=True moves a reference model, and with an adapter the reference is the model without "
+                "it: leave sync_ref_model off, or train all weights"
+            )
+
+    @torch.no_grad()
+    def move_towards(self, model: nn.Module, share: float) -> None:
+        """``reference = share * model + (1 - share) * reference``, in the reference's own dtype."""
+        assert self._frozen is not None
+        for mine, theirs in zip(self._frozen.parameters(), model.parameters(), strict=True):
+            value: Any = theirs.detach()
+            value = value.full_tensor() if hasattr(value, "full_tensor") else value
+            mine.lerp_(value.to(mine.device, mine.dtype), share)
+
+    def state_dict(self) -> dict[str, torch.Tensor] | None:
+        """Weights of a reference that moves with the run; None for one that the adapter's model is."""
+        return None if self._frozen is None else {k: v.cpu() for k, v in self._frozen.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """The inverse."""
+        assert self._frozen is not None
+        self._frozen.load_state_dict(state)
+
+
+class ReferenceSync(TrainerCallback):
+    """Moves a reference model towards the policy every ``ref_model_sync_steps`` optimizer steps.
+
+    Args:
+        reference: a frozen copy.
+        policy: returns the unwrapped model in training.
+    """
+
+    def __init__(self, reference: Reference, policy: Callable[[], nn.Module]) -> None:
+        self.reference = reference
+        self.policy = policy
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Move it when it is time."""
+        if state.global_step % args.ref_model_sync_steps == 0:
+            self.reference.move_towards(self.policy(), args.ref_model_mixup_alpha)
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether two passes in train mode differ: a dropout layer, or attention weights that are dropped."""
+    if any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in model.modules()):
+        return True
+    config: Any = getattr(model, "config", None)
+    return bool(getattr(config, "attention_dropout", 0.0) or 0.0)
 
 
 def keep_logits_dtype(model: nn.Module, autocast: Any) -> None:

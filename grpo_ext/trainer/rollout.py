@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ class MicroBatch:
         advantages: ``(B,)`` fp32.
         old_logps, ref_logps, sampling_logps: ``(B, T)`` fp32 or None.
         normaliser: divisor of the token-normalised losses.
+        weight: factor on the loss, for rows that were left out.
         new_logps: ``(B, T)`` fp32, set by the forward pass of the update.
     """
 
@@ -39,6 +41,7 @@ class MicroBatch:
     ref_logps: Tensor | None = None
     sampling_logps: Tensor | None = None
     normaliser: float | None = None
+    weight: float = 1.0
     new_logps: Tensor | None = None
 
 
@@ -83,6 +86,7 @@ class Rollout:
         tokens_seen: tokens of its prompts and completions over all ranks.
         old_logps, ref_logps: per slice ``(B, T)`` or None; filled in when known.
         sampling_logps: per row one log probability per token, None where the engine reports none.
+        order: the row at each position of the slices; None: as they come.
     """
 
     key: tuple[int, int]
@@ -97,15 +101,34 @@ class Rollout:
     old_logps: list[Tensor | None]
     ref_logps: list[Tensor | None]
     sampling_logps: list[list[float]] | None = None
+    order: list[int] | None = None
 
-    def micro_batch(self, slice_index: int, pad_id: int, device: torch.device | str) -> MicroBatch:
-        """The tensors of one slice on ``device``."""
-        rows = slice(slice_index * self.rows_per_slice, (slice_index + 1) * self.rows_per_slice)
-        prompts = self.prompt_ids[rows]
+    def rows_of(self, slice_index: int) -> list[int]:
+        """Rows of one slice."""
+        positions = range(slice_index * self.rows_per_slice, (slice_index + 1) * self.rows_per_slice)
+        return list(positions) if self.order is None else [self.order[p] for p in positions]
+
+    def padded_tokens(self, rows: int) -> int:
+        """Positions of so many rows when each is padded to the longest prompt and completion of the whole batch."""
+        return rows * (max(map(len, self.prompt_ids)) + max(map(len, self.completion_ids)))
+
+    def micro_batch(
+        self, slice_index: int, pad_id: int, device: torch.device | str, keep: Sequence[int] | None = None
+    ) -> MicroBatch:
+        """The tensors of one slice on ``device``, or of the rows at the positions ``keep`` of it, at least one."""
+        rows = self.rows_of(slice_index)
+        keep = range(len(rows)) if keep is None else keep
+        rows = [rows[position] for position in keep]
+        prompts = [self.prompt_ids[row] for row in rows]
         prompt_ids, prompt_mask = left_pad(prompts, pad_id, device)
-        completion_ids, completion_mask = right_pad(self.completion_ids[rows], pad_id, device)
+        completion_ids, completion_mask = right_pad([self.completion_ids[row] for row in rows], pad_id, device)
+        width = completion_ids.shape[1]
         first, which = unique_rows(prompts)
-        trained = torch.tensor(self.trained[rows], device=device).unsqueeze(1)
+        trained = torch.tensor([self.trained[row] for row in rows], device=device).unsqueeze(1)
+
+        def part(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.to(device)[list(keep), :width]
+
         return MicroBatch(
             prompt_ids=prompt_ids,
             prompt_mask=prompt_mask,
@@ -115,16 +138,24 @@ class Rollout:
             completion_mask=completion_mask,
             loss_mask=completion_mask * trained,
             advantages=self.advantages[rows].to(device),
-            old_logps=_to(self.old_logps[slice_index], device),
-            ref_logps=_to(self.ref_logps[slice_index], device),
-            sampling_logps=self._sampling(rows, completion_ids.shape[1], device),
+            old_logps=part(self.old_logps[slice_index]),
+            ref_logps=part(self.ref_logps[slice_index]),
+            sampling_logps=self._sampling(rows, width, device),
             normaliser=self.normaliser,
         )
 
-    def _sampling(self, rows: slice, width: int, device: torch.device | str) -> Tensor | None:
+    def whole_slice(self, slice_index: int, keep: Sequence[int], values: Tensor) -> Tensor:
+        """Log probabilities of a micro-batch of the positions ``keep`` as ``(B, T)`` of the whole slice, else 0."""
+        rows = self.rows_of(slice_index)
+        width = max(len(self.completion_ids[row]) for row in rows)
+        whole = values.new_zeros((len(rows), width))
+        whole[list(keep), : values.shape[1]] = values
+        return whole
+
+    def _sampling(self, rows: list[int], width: int, device: torch.device | str) -> Tensor | None:
         if self.sampling_logps is None:
             return None
-        padded = [row + [0.0] * (width - len(row)) for row in self.sampling_logps[rows]]
+        padded = [self.sampling_logps[row] + [0.0] * (width - len(self.sampling_logps[row])) for row in rows]
         return torch.tensor(padded, dtype=torch.float32, device=device)
 
     def state_dict(self) -> dict[str, Any]:
@@ -138,7 +169,3 @@ class Rollout:
     def from_state_dict(cls, state: dict[str, Any]) -> Rollout:
         """The inverse of `state_dict`."""
         return cls(**{**state, "key": tuple(state["key"])})
-
-
-def _to(value: Tensor | None, device: torch.device | str) -> Tensor | None:
-    return None if value is None else value.to(device)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo_ext.advantages import group_advantages
-from grpo_ext.trainer.batching import PromptSchedule
+from grpo_ext.trainer.batching import BatchPlan, PromptSchedule
 from grpo_ext.trainer.config import GRPOConfig
 from grpo_ext.trainer.data import columns_of
 from grpo_ext.trainer.generation import GenerationEngine, PromptEncoder, SamplingParams
@@ -82,6 +82,7 @@ class RolloutMaker:
         rows = self.schedule.rows(*key)
         with timed(self.window, "time/generation"):
             sample = self.generate(model, self.dataset, [rows[p] for p in positions], self.sampling)
+        self.window.update(engine_metrics(self.engine))
         with timed(self.window, "time/rewards"):
             rewards = self.score(sample)
         advantages, by_group = self._advantages(gather(self.accelerator, rewards, self.args.device), key)
@@ -113,6 +114,7 @@ class RolloutMaker:
             old_logps=[None] * slices,
             ref_logps=[None] * slices,
             sampling_logps=completions.sampling_logps,
+            order=sorted_order(lengths, plan) if self.args.length_sorted_batches else None,
         )
         return rollout, sample, rewards
 
@@ -164,6 +166,21 @@ class RolloutMaker:
             scale_rewards=self.args.scale_rewards,
         )
         return advantages[order].float(), by_group
+
+
+def sorted_order(lengths: list[int], plan: BatchPlan) -> list[int]:
+    """Rows of one rank by length within each optimizer step: steps keep their rows, their micro-batches trade them."""
+    window = min(plan.gradient_accumulation_steps, plan.steps_per_generation) * plan.per_device_batch_size
+    order: list[int] = []
+    for start in range(0, len(lengths), window):
+        order += sorted(range(start, min(start + window, len(lengths))), key=lambda row: lengths[row])
+    return order
+
+
+def engine_metrics(engine: object) -> dict[str, float]:
+    """What an engine has to say about itself since the last call; nothing where it has no ``pop_metrics``."""
+    pop = getattr(engine, "pop_metrics", None)
+    return {} if pop is None else pop()
 
 
 def gather(accelerator: Any, value: Tensor, device: torch.device) -> Tensor:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +12,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import speed_metrics
 
-import grpo_ext
 from grpo_ext.losses import kernel_calls
 from grpo_ext.trainer.batching import MicroStep, PromptSchedule
+from grpo_ext.trainer.checkpoint import load_reference, load_state, save_reference, save_state
 from grpo_ext.trainer.config import GRPOConfig
 from grpo_ext.trainer.data import (
     MicroStepNumbers,
@@ -27,24 +23,28 @@ from grpo_ext.trainer.data import (
     collate_micro_step,
     named_datasets,
 )
-from grpo_ext.trainer.evaluation import evaluate_rows, evaluation_metrics, evaluation_rows
+from grpo_ext.trainer.evaluation import measure
 from grpo_ext.trainer.forward import CompletionForward
 from grpo_ext.trainer.generation import (
-    Completions,
+    GenerationEngine,
     PromptEncoder,
-    SamplingParams,
     TransformersEngine,
     end_token_ids,
 )
+from grpo_ext.trainer.guard import FOLDER, NonfiniteGuard
+from grpo_ext.trainer.head import FusedHead
 from grpo_ext.trainer.metrics import MetricWindow
 from grpo_ext.trainer.models import (
     Reference,
+    ReferenceSync,
     add_adapter,
     context_length,
+    has_dropout,
     keep_logits_dtype,
     load_model,
     load_tokenizer,
 )
+from grpo_ext.trainer.policy import Policy
 from grpo_ext.trainer.records import (
     MetricsFileCallback,
     RewardProgressCallback,
@@ -56,15 +56,14 @@ from grpo_ext.trainer.records import (
 from grpo_ext.trainer.rewards import RewardFunction, RewardFunctions
 from grpo_ext.trainer.rollout import MicroBatch, Rollout, Sample
 from grpo_ext.trainer.rollout_maker import RolloutMaker, gather, timed
+from grpo_ext.trainer.update import Updates
+from grpo_ext.trainer.vllm import EngineError, build_engine
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
 #: Losses whose divisor already covers the whole accumulation window; the others are divided by GA.
 TOKEN_NORMALISED = frozenset({"dapo", "cispo", "vespo"})
-
-#: File of a checkpoint with what transformers does not keep: one per rank.
-STATE_FILE = "grpo_state_{rank}.pt"
 
 
 class GRPOTrainer(Trainer):
@@ -124,6 +123,8 @@ class GRPOTrainer(Trainer):
             # Ranks may hold completions of the same prompt: on one stream they would draw the same tokens.
             set_seed(args.seed, device_specific=True)
         self.reference = Reference(module) if args.beta != 0 else None
+        if args.sync_ref_model and self.reference is not None:
+            self.reference.check_can_move()
         self.schedule = PromptSchedule(
             len(train_dataset),
             self.plan,
@@ -140,23 +141,58 @@ class GRPOTrainer(Trainer):
             train_dataset,
             self.schedule,
             PromptEncoder(tokenizer, args.max_prompt_length, context_length(module), args.max_completion_length),
-            TransformersEngine(end_token_ids(module, tokenizer), self.pad_id, args.share_prompts),
+            self._make_engine(module, tokenizer),
             self.rewards,
             self.window,
         )
         one_process = self.accelerator.num_processes == 1
         self.completion_forward = CompletionForward(
-            module, args.share_prompts and one_process and not args.gradient_checkpointing
+            module, args.share_prompts and one_process and not args.gradient_checkpointing, args.padding_free
         )
+        self.fused_head = FusedHead(module, args.use_fused_head, compiled=bool(args.torch_compile))
+        over_ranks = args.top_entropy_quantile != 1.0 and not one_process
+        self.policy = Policy(
+            self.completion_forward, self.fused_head, self.loss_config, self._entropy_threshold if over_ranks else None
+        )
+        self.guard = NonfiniteGuard(
+            args.max_nonfinite_steps,
+            self.window,
+            self._gather,
+            Path(str(args.output_dir)) / FOLDER,
+            self.accelerator.process_index,
+        )
+        self.updates = Updates(
+            args,
+            self.plan,
+            self.policy,
+            self.reference,
+            self.window,
+            self.pad_id,
+            self.accelerator.autocast,
+            one_process and not self.is_deepspeed_enabled and self.accelerator.scaler is None,
+            has_dropout(module),
+        )
+        self._path_said = False
         self.kernel_calls = 0
         self._rollout: Rollout | None = None
         self._add_callbacks()
 
+    def _make_engine(self, module: nn.Module, tokenizer: PreTrainedTokenizerBase) -> GenerationEngine:
+        ends = end_token_ids(module, tokenizer)
+        if not self.args.use_vllm:
+            return TransformersEngine(ends, self.pad_id, self.args.share_prompts)
+        return build_engine(self.args, module, tokenizer, self.accelerator, ends, lambda: self.state.global_step)
+
     def _add_callbacks(self) -> None:
         self.add_callback(StepTimer(self.window))
         self.add_callback(MetricsFileCallback())
+        if self.args.sync_ref_model and self.reference is not None:
+            self.add_callback(ReferenceSync(self.reference, self._unwrapped))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RewardProgressCallback())
+
+    def _unwrapped(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model)
 
     # ---- data ----------------------------------------------------------------------------------------------
 
@@ -188,15 +224,35 @@ class GRPOTrainer(Trainer):
         now, place = self._place(inputs["micro_step"])
         if self._rollout is None or self._rollout.key != place.generation_key:
             self._rollout = self._make_rollout(model, place.generation_key, now)
-        batch = self._rollout.micro_batch(place.slice_index, self.pad_id, self.args.device)
+        rollout, index = self._rollout, place.slice_index
+        keep = self.updates.rows(rollout, index)
+        loss = (
+            self._train_on(model, rollout, index, keep, place.iteration)
+            if keep
+            else self.updates.without_gradient(model)
+        )
+        self.updates.count(rollout, self.plan.per_device_batch_size, len(keep))
+        self.guard.watch(loss, rollout, index)
+        return loss
+
+    def _train_on(self, model: nn.Module, rollout: Rollout, index: int, keep: list[int], iteration: int) -> Tensor:
+        """Forward and backward of the rows ``keep`` of a slice; the detached loss of the whole slice."""
+        batch = self.updates.micro_batch(rollout, index, keep)
         with timed(self.window, "time/forward"):
             loss = self.compute_loss(model, batch)
-        if place.iteration + 1 < self.plan.num_iterations and batch.old_logps is None:
-            self._rollout.old_logps[place.slice_index] = batch.new_logps
+        if iteration + 1 < self.plan.num_iterations and batch.old_logps is None:
+            assert batch.new_logps is not None
+            rollout.old_logps[index] = rollout.whole_slice(index, keep, batch.new_logps)
         with timed(self.window, "time/backward"):
             kwargs = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
             self.accelerator.backward(loss, **kwargs)
         return loss.detach()
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Called by transformers between backward and step: the place to refuse the step."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.guard.before_step(model, norm, self.state.global_step + 1, self.accelerator.scaler is not None)
+        return norm
 
     def compute_loss(
         self,
@@ -210,65 +266,43 @@ class GRPOTrainer(Trainer):
         Raises:
             RuntimeError: when the compiled loss did not serve the call.
         """
-        logits = self.completion_forward(model, inputs)
-        threshold = self._entropy_threshold(logits, inputs)
         calls = kernel_calls()
-        output = grpo_ext.grpo_loss(
-            logits,
-            inputs.completion_ids,
-            inputs.advantages,
-            inputs.loss_mask,
-            self.loss_config,
-            old_logps=inputs.old_logps,
-            ref_logps=inputs.ref_logps,
-            sampling_logps=inputs.sampling_logps,
-            num_items_in_batch=inputs.normaliser,
-            entropy_threshold=threshold,
-            inplace=True,
-        )
+        output = self.policy.loss(model, inputs)
         served = kernel_calls() - calls
         if served < 1:
             raise RuntimeError(
-                f"step {self.state.global_step + 1}: grpo_loss was not served by the compiled kernels of "
+                f"step {self.state.global_step + 1}: the loss was not served by the compiled kernels of "
                 "grpo_ext; training stops rather than going on without them (see `grpo-ext info`)"
             )
         self.kernel_calls += served
+        self._say_path()
         inputs.new_logps = output.logps
-        self._record_loss(output.metrics)
+        self.window.add_loss(output.metrics, self.args.beta != 0)
+        loss = output.loss if inputs.weight == 1 else output.loss * inputs.weight
         if self.args.loss_type in TOKEN_NORMALISED:
-            return output.loss
-        return output.loss / self.plan.gradient_accumulation_steps
+            return loss
+        return loss / self.plan.gradient_accumulation_steps
 
-    def _record_loss(self, metrics: dict[str, Tensor]) -> None:
-        tokens = metrics["tokens"]
-        names = [
-            "entropy",
-            "clip_ratio/low_mean",
-            "clip_ratio/high_mean",
-            "clip_ratio/region_mean",
-            "ratio/mean",
-        ]
-        for name in names + (["kl"] if self.args.beta != 0 else []):
-            self.window.add(name, metrics[name], weight=tokens)
-        self.window.add("clip_ratio/low_min", metrics["clip_ratio/low_mean"], reduce="min")
-        self.window.add("clip_ratio/high_max", metrics["clip_ratio/high_mean"], reduce="max")
-        self.window.add("ratio/max", metrics["ratio/max"], reduce="max")
-        self.window.add("nonfinite_tokens", metrics["nonfinite_tokens"], reduce="sum")
-
-    def _entropy_threshold(self, logits: Tensor, batch: MicroBatch) -> Tensor | None:
-        """The entropy quantile over all ranks; None leaves it to the loss, which knows this rank's tokens."""
-        quantile = self.args.top_entropy_quantile
-        if quantile == 1.0 or self.accelerator.num_processes == 1:
-            return None
-        with torch.no_grad():
-            _, entropy = grpo_ext.selective_log_softmax(
-                logits, batch.completion_ids, temperature=self.args.temperature, return_entropy=True
-            )
-        known = entropy.masked_fill(batch.loss_mask == 0, float("nan")).flatten()
+    def _entropy_threshold(self, entropy: Tensor, loss_mask: Tensor) -> Tensor | None:
+        """The entropy quantile over the tokens of all ranks, None where there are none."""
+        known = entropy.masked_fill(loss_mask == 0, float("nan")).flatten()
         padded = self.accelerator.pad_across_processes(known, pad_index=float("nan"))
         known = self._gather(padded)
         known = known[~known.isnan()]
-        return torch.quantile(known, 1 - quantile) if len(known) else None
+        return torch.quantile(known, 1 - self.args.top_entropy_quantile) if len(known) else None
+
+    @property
+    def loss_path(self) -> str:
+        """How the loss is computed: ``fused head``, or ``logits: <why>``."""
+        return self.fused_head.describe()
+
+    def _say_path(self) -> None:
+        if not self._path_said:
+            self._path_said = True
+            self.accelerator.print(f"loss from {self.loss_path}")
+            if self.args.padding_free:
+                reason = self.completion_forward.padded_because or self.fused_head.reason
+                self.accelerator.print(f"padding_free: rows are padded, {reason}" if reason else "padding_free: in use")
 
     # ---- generation ----------------------------------------------------------------------------------------
 
@@ -283,35 +317,11 @@ class GRPOTrainer(Trainer):
         unwrapped = self.accelerator.unwrap_model(model)
         rollout, sample, rewards = self.rollouts.make(unwrapped, key, start)
         with timed(self.window, "time/logps"):
-            self._add_logps(model, unwrapped, rollout)
+            self.updates.add_logps(model, unwrapped, rollout)
         self.state.num_input_tokens_seen += rollout.tokens_seen
         self.window.add("num_tokens", float(self.state.num_input_tokens_seen), reduce="last")
         self._record_completions(sample, rewards, rollout.advantages)
         return rollout
-
-    def _add_logps(self, model: nn.Module, unwrapped: nn.Module, rollout: Rollout) -> None:
-        """Log probabilities that must be fixed before the first update.
-
-        Old ones only for slices first used after an optimizer step: for the others the update's own forward
-        is the sampling policy, and replays reuse what that forward computed. Reference ones only when beta is
-        not 0.
-        """
-        for index in range(self.plan.steps_per_generation):
-            late = not self.plan.is_on_policy(rollout.start, index)
-            if not late and self.reference is None:
-                continue
-            batch = rollout.micro_batch(index, self.pad_id, self.args.device)
-            if late:
-                rollout.old_logps[index] = self._logps(model, batch)
-            if self.reference is not None:
-                with self.reference.using(unwrapped) as reference:
-                    rollout.ref_logps[index] = self._logps(reference, batch)
-
-    @torch.no_grad()
-    def _logps(self, model: nn.Module, batch: MicroBatch) -> Tensor:
-        logits = self.completion_forward(model, batch)
-        logps: Any = grpo_ext.selective_log_softmax(logits, batch.completion_ids, temperature=self.args.temperature)
-        return logps.masked_fill(batch.completion_mask == 0, 0.0)
 
     # ---- records -------------------------------------------------------------------------------------------
 
@@ -336,6 +346,7 @@ class GRPOTrainer(Trainer):
         """Add the metrics collected since the last log to a training log line."""
         if "loss" in logs:
             self.window.add("kernel_calls", float(self.kernel_calls), reduce="last")
+            self.window.add("fused_head", float(self.fused_head.serves), reduce="last")
             logs = {**logs, **self.window.flush(self._gather)}
         super().log(logs, start_time)
 
@@ -359,36 +370,8 @@ class GRPOTrainer(Trainer):
         if dataset is None:
             raise ValueError("evaluation requires an eval_dataset")
         check_dataset(dataset, "eval_dataset")
-        args = self.args
-        start = time.time()
-        sampling = SamplingParams(
-            args.max_completion_length,
-            args.eval_temperature,
-            args.top_p,
-            args.top_k,
-            args.min_p,
-            args.repetition_penalty,
-            dict(args.generation_kwargs or {}),  # type: ignore[arg-type]
-        )
         model = self.accelerator.unwrap_model(self.model)
-        rows = evaluation_rows(
-            len(dataset),
-            args.num_generations_eval,
-            self.accelerator.num_processes,
-            self.accelerator.process_index,
-        )
-
-        def generate(batch: list[int]) -> tuple[Completions, Tensor]:
-            sample = self.rollouts.generate(model, dataset, batch, sampling)
-            return sample.completions, self.rollouts.score(sample)
-
-        devices = [args.device] if args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(args.seed + self.accelerator.process_index)
-            local = evaluate_rows(rows, args.per_device_eval_batch_size, generate)
-        result = {name: gather_object(values) for name, values in local.items()}
-        metrics = evaluation_metrics(result, self.rewards.names, self.rewards.weights, metric_key_prefix)
-        metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(result["lengths"]))
+        metrics = measure(self.rollouts, model, dataset, metric_key_prefix)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args,
@@ -399,6 +382,25 @@ class GRPOTrainer(Trainer):
         return metrics
 
     # ---- checkpoints ---------------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; when the generation engine fails, the state after the last step is saved first.
+
+        Raises:
+            EngineError: naming the checkpoint to go on from.
+        """
+        try:
+            return super().train(*args, **kwargs)
+        except EngineError as error:
+            raise type(error)(f"{error}\n{self._keep_checkpoint()}") from error
+
+    def _keep_checkpoint(self) -> str:
+        """Save a checkpoint of the last optimizer step; where it is, in words."""
+        if self.state.global_step == 0:
+            return "No step was taken before, so there is nothing to save."
+        self._save_checkpoint(self.model, trial=None)
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        return f"The state after step {self.state.global_step} is saved: go on with resume_from_checkpoint={folder}"
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         self._rollout = None  # left by an earlier call of train()
@@ -411,13 +413,11 @@ class GRPOTrainer(Trainer):
         """Save, beside the random states, the generation batch in use: a resumed run goes on inside it."""
         super()._save_rng_state(output_dir)
         place = self.schedule.locate(self.state.global_step * self.plan.gradient_accumulation_steps)
-        in_use = self._rollout is not None and self._rollout.key == place.generation_key
-        state = {
-            "plan": dataclasses.asdict(self.plan),
-            "kernel_calls": self.kernel_calls,
-            "rollout": self._rollout.state_dict() if in_use and self._rollout is not None else None,
-        }
-        torch.save(state, Path(output_dir) / STATE_FILE.format(rank=self.accelerator.process_index))
+        in_use = self._rollout if self._rollout is not None and self._rollout.key == place.generation_key else None
+        rank = self.accelerator.process_index
+        save_state(Path(output_dir), rank, self.plan, self.kernel_calls, in_use)
+        if self.args.sync_ref_model and self.reference is not None and self.accelerator.is_main_process:
+            save_reference(Path(output_dir), self.reference.state_dict())
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """The inverse; called by transformers when a run resumes.
@@ -428,19 +428,8 @@ class GRPOTrainer(Trainer):
         super()._load_rng_state(checkpoint)
         if checkpoint is None:
             return
-        path = Path(checkpoint) / STATE_FILE.format(rank=self.accelerator.process_index)
-        if not path.exists():
-            warnings.warn(f"{checkpoint} has no {path.name}: a generation batch in use is made anew", stacklevel=2)
-            return
-        state = torch.load(path, weights_only=True)
-        plan = dataclasses.asdict(self.plan)
-        changed = {name: (old, plan[name]) for name, old in state["plan"].items() if plan.get(name) != old}
-        if "world_size" in changed:
-            before, now = changed["world_size"]
-            raise ValueError(f"the checkpoint was written by {before} process(es), this run has {now}: use {before}")
-        self.kernel_calls = state["kernel_calls"]
-        if changed:
-            listed = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
-            warnings.warn(f"batch numbers differ from the checkpoint's ({listed}): other prompts follow", stacklevel=2)
-        elif state["rollout"] is not None:
-            self._rollout = Rollout.from_state_dict(state["rollout"])
+        loaded = load_state(Path(checkpoint), self.accelerator.process_index, self.plan)
+        if loaded is not None:
+            self.kernel_calls, self._rollout = loaded
+        if self.args.sync_ref_model and self.reference is not None:
+            self.reference.load_state_dict(load_reference(Path(checkpoint)))

@@ -75,6 +75,7 @@ def toy_settings(toy_model: Path) -> dict[str, Any]:
         "per_device_train_batch_size": 8,
         "num_generations": 4,
         "max_completion_length": 6,
+        "skip_zero_gradient_sequences": False,  # a random model earns nothing: all would be skipped
         "use_cpu": True,
         "disable_tqdm": True,
     }

@@ -54,6 +54,7 @@ def test_summary(run: Path) -> None:
     assert summary["steps"] == 2
     assert summary["seed"] == 3
     assert summary["kernel_calls"] >= 2
+    assert summary["loss_path"] == "fused head"
     assert summary["backend"] in ("cpu-avx512", "cpu-avx2", "cpu-portable")
     assert 0 <= summary["heldout_reward_before"] <= 1
     assert 0 <= summary["heldout_reward_after"] <= 1

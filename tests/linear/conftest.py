@@ -10,13 +10,14 @@ import pytest
 from torch import Tensor
 
 from grpo_ext.linear.head import Head
+from grpo_ext.linear.probabilities import Chunk, Probabilities
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "losses"))
 
 
 @pytest.fixture
 def products(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Rows that entered the product with the head, and the one back to the hidden states."""
+    """Rows that entered the product with the head, and the one back to the hidden states, on either route."""
     rows = {"logits": 0, "back": 0}
     real_logits, real_back = Head.logits, Head.back_to_hidden
 
@@ -28,6 +29,18 @@ def products(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         rows["back"] += gradient.shape[0]
         real_back(self, gradient, *rest)
 
+    real_chunk, real_factored = Probabilities.chunk, Probabilities.back_to_hidden
+
+    def chunk(self: Probabilities, start: int, end: int, stored: int) -> Chunk:
+        rows["logits"] += end - start
+        return real_chunk(self, start, end, stored)
+
+    def factored(self: Probabilities, chunk: Chunk, factor: Tensor, out: Tensor) -> None:
+        rows["back"] += factor.numel()
+        real_factored(self, chunk, factor, out)
+
+    monkeypatch.setattr(Probabilities, "chunk", chunk)
+    monkeypatch.setattr(Probabilities, "back_to_hidden", factored)
     monkeypatch.setattr(Head, "logits", logits)
     monkeypatch.setattr(Head, "back_to_hidden", back)
     return rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -93,6 +94,67 @@ def check_all(group: Any, device: torch.device, dtypes: tuple[torch.dtype, ...])
                         )  # fmt: skip
 
 
+UNEQUAL = (200, V)  # where each of two ranks' shards ends
+
+
+def check_logits(group: Any, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> None:
+    """`selective_log_softmax` of a rank's columns, strided as ``full_logits[:, :-1]``, in equal and unequal shards."""
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    equal = tuple((r + 1) * V // world for r in range(world))
+    for dtype in dtypes:
+        d = data(dtype, device)
+        logits = torch.nan_to_num(d["hidden"]) @ d["weight"].t() + d["bias"]
+        logits = torch.cat([logits, logits[:, :1]], dim=1)
+        for ends in (equal, UNEQUAL[:world]):
+            shard = slice(ends[rank - 1] if rank else 0, ends[rank])
+            results = []
+            for columns, given in ((shard, group), (slice(0, V), None)):
+                own = logits[..., columns].clone().requires_grad_()
+                options: dict[str, Any] = {"temperature": 0.7, "logit_softcap": 5.0, "logit_scale": 1.3}
+                logp, entropy = grpo_ext.selective_log_softmax(
+                    own[:, :-1], d["ids"], return_entropy=True, process_group=given, **options
+                )
+                alone = grpo_ext.selective_log_softmax(own[:, :-1], d["ids"], process_group=given, **options)
+                assert torch.equal(alone, logp)
+                (logp * d["old"] + 0.3 * entropy).sum().backward()
+                assert own.grad is not None
+                results.append((logp, entropy, own.grad if given is not None else own.grad[..., shard]))
+            for name, a, b in zip(("logp", "entropy", "gradient"), *results, strict=True):
+                tight = {torch.float64: 1e-10, torch.float32: 2e-5}.get(dtype, 2e-2)
+                torch.testing.assert_close(
+                    a,
+                    b,
+                    rtol=tight,
+                    atol=tight * float(b.detach().abs().max()),
+                    msg=lambda m, w=(name, ends): f"{w}: {m}",
+                )
+
+
+def check_unequal_head(group: Any) -> None:
+    """Shards of a head that differ in size are refused by every rank."""
+    rank = dist.get_rank(group)
+    size = UNEQUAL[rank] - (UNEQUAL[rank - 1] if rank else 0)
+    hidden, weight, ids = torch.zeros(2, 3), torch.zeros(size, 3), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=rf"shards of weight have \[200, {V - 200}\] rows; they must be equal"):
+        grpo_ext.linear_selective_log_softmax(hidden, weight, ids, process_group=group)
+    ones = torch.ones(2)
+    with pytest.raises(ValueError, match="they must be equal"):
+        grpo_ext.linear_grpo_loss(hidden.requires_grad_(), weight, ids, ones, ones, LossConfig(), process_group=group)
+
+
+def check_foreign_ids(group: Any) -> None:
+    """An id beyond all shards is refused by every rank, also by the one that has the smaller shard."""
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    size = UNEQUAL[rank] - (UNEQUAL[rank - 1] if rank else 0)
+    ids = torch.tensor([0, V])
+    hidden, weight = torch.zeros(2, 3), torch.zeros(V // world, 3)
+    message = rf"ids\[.*1\] = {V} is outside \[0, {V}\)"
+    with pytest.raises(IndexError, match=message):
+        grpo_ext.selective_log_softmax(torch.zeros(2, size), ids, process_group=group)
+    with pytest.raises(IndexError, match=message):
+        grpo_ext.linear_selective_log_softmax(hidden, weight, ids, process_group=group)
+
+
 def check_dtensor(device: torch.device) -> None:
     """A head sharded as FSDP2 does: gathered by autograd, its gradient comes back sharded."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -124,6 +186,10 @@ def main(rank: int, world: int, path: str, kind: str) -> None:
     try:
         dtypes = (torch.float32, torch.bfloat16) if kind == "cuda" else (torch.float64, torch.float32, torch.bfloat16)
         check_all(dist.group.WORLD, device, dtypes)
+        check_logits(dist.group.WORLD, device, dtypes)
+        if kind == "cpu":
+            check_unequal_head(dist.group.WORLD)
+            check_foreign_ids(dist.group.WORLD)
         check_dtensor(device)
     finally:
         dist.destroy_process_group()

@@ -134,13 +134,13 @@ def test_opcheck(device: torch.device) -> None:
     for derivative in (False, True):
         torch.library.opcheck(
             ops.linear_logps.default,
-            (data["hidden"], weight, None, data["ids"], *rows, *numerics, True, derivative, False),
+            (data["hidden"], weight, None, data["ids"], *rows, *numerics, True, derivative, False, None, False),
         )
     logps, entropy, lse, _, _ = ops.linear_logps(
-        data["hidden"], weight, None, data["ids"], *rows, *numerics, True, False, False
+        data["hidden"], weight, None, data["ids"], *rows, *numerics, True, False, False, None, False
     )
     torch.library.opcheck(
         ops.linear_gradient.default,
         (data["hidden"], weight, None, data["ids"], *rows, *numerics, logps, entropy, lse, torch.ones_like(logps), None,
-         [True, True, False], None, None),
+         [True, True, False], None, None, False),
     )  # fmt: skip

@@ -30,9 +30,22 @@ def test_a_group_of_one_is_no_group(tmp_path: Path) -> None:
         alone = grpo_ext.linear_selective_log_softmax(hidden, weight, ids)
         grouped = grpo_ext.linear_selective_log_softmax(hidden, weight, ids, process_group=dist.group.WORLD)
         assert torch.equal(alone, grouped)
+        logits = hidden @ weight.t()
+        assert torch.equal(
+            grpo_ext.selective_log_softmax(logits, ids, process_group=dist.group.WORLD),
+            grpo_ext.selective_log_softmax(logits, ids),
+        )
         # The exchange itself, of a rank with itself.
         shard = VocabularyShard([1.0, 0.0, 1.0], 9, dist.group.WORLD)
         stats = shard.statistics(hidden @ weight.t(), ids, None, True)
         torch.testing.assert_close(stats.logps, alone)
+        # The operators for logits in shards.
+        logits, ids = logits.double().view(1, 3, 9).requires_grad_(), ids.view(1, 3)
+        name = dist.group.WORLD.group_name
+        logps, entropy, lse = torch.ops.grpo_ext.sharded_logps(logits.detach(), ids, [1.0, 0.0, 1.0], name)
+        torch.library.opcheck(torch.ops.grpo_ext.sharded_logps, (logits.detach(), ids, [1.0, 0.0, 1.0], name))
+        gradient = (logits.detach(), ids, logps, entropy, lse, torch.ones_like(lse), None, [1.0, 0.0, 1.0], name)
+        torch.library.opcheck(torch.ops.grpo_ext.sharded_gradient, gradient)
+        torch.testing.assert_close(logps, alone.double().view(1, 3))
     finally:
         dist.destroy_process_group()

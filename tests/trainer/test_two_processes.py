@@ -29,13 +29,16 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     completions = two.pop("sampled")
     assert len(completions) == 8
     assert completions[:4] != completions[4:]  # each rank draws from a stream of its own
-    for loss_type in worker.LOSS_TYPES:
-        one = worker.run(tmp_path, loss_type, 1)
+    for case in worker.CASES:
+        one = worker.run(tmp_path, case, 1)
         assert len(one["gradients"]) == 3
-        for mine, theirs in zip(one["gradients"], two[loss_type]["gradients"], strict=True):
-            assert (mine - theirs).norm() / mine.norm() < 1e-5
-        for mine, theirs in zip(one["logs"], two[loss_type]["logs"], strict=True):
+        for mine, theirs in zip(one["gradients"], two[case]["gradients"], strict=True):
+            assert (mine - theirs).norm() <= 1e-5 * mine.norm()
+        for mine, theirs in zip(one["logs"], two[case]["logs"], strict=True):
             assert mine.keys() == theirs.keys()
-            for name in mine.keys() & set(SAME):
+            for name in mine.keys() & set(SAME) - ({"entropy"} if case == "skipped" else set()):
                 assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
-        assert one["eval_reward"] == pytest.approx(two[loss_type]["eval_reward"])
+        assert one["eval_reward"] == pytest.approx(two[case]["eval_reward"])
+        # What one process leaves out two may not: each runs at least one row, so that both have a backward.
+        share = [log["skipped_sequences"] for log in one["logs"]]
+        assert (max(share) > 0.3) == (case == "skipped")

@@ -16,7 +16,7 @@ from toys import EOS, WORDS, GradientCatcher, build_model, build_tokenizer, rewa
 from grpo_ext.trainer import GRPOConfig, GRPOTrainer
 from grpo_ext.trainer.generation import Completions, SamplingParams
 
-LOSS_TYPES = ("dapo", "grpo", "dr_grpo")
+CASES = ("dapo", "grpo", "dr_grpo", "bnpo", "skipped")
 
 
 class HashEngine:
@@ -36,20 +36,30 @@ class HashEngine:
         return Completions(ids, finished)
 
 
-def run(folder: Path, loss_type: str, world_size: int) -> dict[str, Any]:
-    """Gradients of each step (flat) and the logs; two steps per generation, with a KL term."""
+def second_half(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    """Advantage 0 for the prompts below 10: of some micro-batches nothing is left."""
+    numbers = reward_number(completions)
+    return [n if int(p.split()[1]) >= 10 else 0.5 for p, n in zip(prompts, numbers, strict=True)]
+
+
+def run(folder: Path, case: str, world_size: int) -> dict[str, Any]:
+    """Gradients of each step (flat) and the logs; two steps per generation, with a KL term (not for ``skipped``)."""
+    skipped = case == "skipped"
+    loss_type = "dapo" if skipped else case
     rows = [{"prompt": f"add {i} " + "= " * (i % 3 + 1)} for i in range(20)]
     catcher = GradientCatcher()
+    # bnpo averages over a rank's own micro-batch: one process equals two where it takes theirs one after the other.
+    in_turn = 2 if case == "bnpo" and world_size == 1 else 1
     args = GRPOConfig(
-        output_dir=str(folder / f"run-{loss_type}-{world_size}"),
-        per_device_train_batch_size=8 // world_size,
-        gradient_accumulation_steps=2,
-        steps_per_generation=4,
+        output_dir=str(folder / f"run-{case}-{world_size}"),
+        per_device_train_batch_size=8 // world_size // in_turn,
+        gradient_accumulation_steps=2 * in_turn,
+        steps_per_generation=4 * in_turn,
         num_generations=2,
         max_completion_length=5,
         max_steps=3,
         loss_type=loss_type,
-        beta=0.05,
+        beta=0.0 if skipped else 0.05,
         learning_rate=1e-2,
         optim="sgd",
         max_grad_norm=0.0,
@@ -60,7 +70,13 @@ def run(folder: Path, loss_type: str, world_size: int) -> dict[str, Any]:
     )
     model, tokenizer = build_model(), build_tokenizer()
     trainer = GRPOTrainer(
-        model, reward_number, args, rows, eval_dataset=rows[:5], processing_class=tokenizer, callbacks=[catcher]
+        model,
+        second_half if skipped else reward_number,
+        args,
+        rows,
+        eval_dataset=rows[:5],
+        processing_class=tokenizer,
+        callbacks=[catcher],
     )
     trainer.rollouts.engine = HashEngine()
     trainer.train()
@@ -88,7 +104,7 @@ def sampled(folder: Path) -> list[list[int]]:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    results: dict[str, Any] = {loss_type: run(Path(sys.argv[1]), loss_type, 2) for loss_type in LOSS_TYPES}
+    results: dict[str, Any] = {case: run(Path(sys.argv[1]), case, 2) for case in CASES}
     results["sampled"] = sampled(Path(sys.argv[1]))
     if torch.distributed.get_rank() == 0:
         torch.save(results, Path(sys.argv[1]) / "two.pt")

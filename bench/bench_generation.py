@@ -1,0 +1,84 @@
+"""Completions per second of the example's generation: transformers and vLLM in one process, block by block.
+
+python bench/bench_generation.py --blocks 5 writes bench/results/generation_cpu.csv. A block is one generation batch of
+`make train` (32 completions of up to 24 tokens) by each engine in turn, so that other load on the machine meets both.
+vLLM's time includes what an update costs: handing over the weights, emptying the cache, the check.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+
+from grpo_ext.tasks import arithmetic_datasets, load_model
+from grpo_ext.tasks.arithmetic import number_reward
+from grpo_ext.trainer import GRPOConfig, GRPOTrainer
+from grpo_ext.trainer.generation import TransformersEngine, end_token_ids
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--blocks", type=int, default=5)
+    parser.add_argument("--output", default="bench/results/generation_cpu.csv")
+    options = parser.parse_args()
+    model, tokenizer = load_model("smollm2-135m-instruct", dtype="bfloat16")
+    dataset, _ = arithmetic_datasets("products")
+    args = GRPOConfig(
+        "runs/bench_generation",
+        per_device_train_batch_size=32,
+        num_generations=8,
+        max_completion_length=24,
+        use_vllm=True,
+        report_to="none",
+    )
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = GRPOTrainer(model, number_reward, args, dataset, processing_class=tokenizer, peft_config=lora)
+    rows, sampling = trainer.schedule.rows(0, 0), trainer.rollouts.sampling
+    prompts = trainer.rollouts.encoder.encode([dataset[row]["prompt"] for row in rows])
+    plain = TransformersEngine(end_token_ids(model, tokenizer), trainer.pad_id)
+    engine = trainer.rollouts.engine
+    results = []
+    for block in range(-1, options.blocks):
+        for name, chosen in (("vllm", engine), ("transformers", plain)):
+            with torch.no_grad():  # an update: the engine has to take over the weights
+                next(p for p in trainer.model.parameters() if p.requires_grad).add_(1e-4)
+            start = time.perf_counter()
+            done = chosen.generate(trainer.model, prompts, sampling)
+            seconds = time.perf_counter() - start
+            tokens = sum(map(len, done.ids))
+            pop = getattr(chosen, "pop_metrics", dict)()
+            if block >= 0:
+                results.append(
+                    {
+                        "engine": name,
+                        "block": block,
+                        "threads": torch.get_num_threads(),
+                        "seconds": round(seconds, 3),
+                        "samples_per_second": round(len(prompts) / seconds, 2),
+                        "tokens_per_second": round(tokens / seconds, 1),
+                        "weights_seconds": round(pop.get("time/vllm_weights", 0.0), 3),
+                        "check_seconds": round(pop.get("time/vllm_check", 0.0), 3),
+                        "load": round(os.getloadavg()[0], 2),
+                    }
+                )
+                print(results[-1], flush=True)
+    for name in ("vllm", "transformers"):
+        rates = [row["samples_per_second"] for row in results if row["engine"] == name]
+        print(f"{name}: median {statistics.median(rates):.2f} samples per second")
+    path = Path(options.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(results[0]))
+        writer.writeheader()
+        writer.writerows(results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""The kernels around and of the probability product (csrc/cuda/probability.h), called with tensors.
+
+Work is enqueued on the current stream of the tensors' device. Tensors are as `grpo_ext.linear.probabilities` makes
+them; `grpo_ext.linear.probabilities_reference` says in plain torch what each of the four computes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo_ext import _C
+from grpo_ext._ops.packing import DTYPE_CODES, count_call, pointer
+
+#: Vocabulary columns to a partial sum, as in the kernel.
+TILE_COLUMNS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkRows:
+    """The rows of a chunk: row i is token ``index[i]``, or ``first + i`` without an index."""
+
+    count: int
+    first: int
+    index: Tensor | None  # (count,) int64
+    mask: Tensor | None  # (tokens,) bool; None: all count
+
+    def packed(self) -> tuple[int, int, int, int]:
+        return self.count, self.first, pointer(self.index), pointer(self.mask)
+
+
+class Tiling(NamedTuple):
+    """How the product's tiles are shaped and walked; results do not depend on raster and swizzle."""
+
+    tile: int = 0  # 0: 128 x 256, two warpgroups together; 1: 64 x 256, one each in turn
+    raster: int = 1  # 0: CUTLASS decides; 1: along the rows; 2: along the vocabulary
+    swizzle: int = 1  # 1, 2, 4 or 8
+
+
+def place(tensor: Tensor) -> tuple[int, int]:
+    """Device number and the handle of its current stream."""
+    device = tensor.get_device()
+    return device, torch._C._cuda_getCurrentRawStream(device)
+
+
+def target_reference(
+    rows: ChunkRows,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    guess: Tensor | None,
+    slope: float,
+    shard: Tensor | None,
+    reference: Tensor,
+    target: Tensor,
+    exponent: Tensor,
+) -> None:
+    count_call()
+    _C.cuda_target_reference(
+        *place(hidden), rows.packed(),
+        (
+            DTYPE_CODES[hidden.dtype], hidden.shape[1], weight.shape[0], pointer(shard),
+            hidden.data_ptr(), hidden.stride(0), weight.data_ptr(), weight.stride(0), pointer(bias),
+            ids.data_ptr(), pointer(guess), slope / math.log(2),
+            reference.data_ptr(), target.data_ptr(), exponent.data_ptr(),
+        ),
+    )  # fmt: skip
+
+
+def product(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    reference: Tensor,
+    target: Tensor,
+    slope: float,
+    probabilities: Tensor | None,
+    partials: Tensor,
+    exponent: Tensor,
+    tiling: Tiling,
+) -> None:
+    count_call()
+    _C.cuda_probability_product(
+        *place(hidden),
+        (
+            DTYPE_CODES[hidden.dtype], hidden.shape[0], weight.shape[0], hidden.shape[1],
+            hidden.data_ptr(), hidden.stride(0), weight.data_ptr(), weight.stride(0), pointer(bias),
+            reference.data_ptr(), target.data_ptr(), slope / math.log(2),
+            pointer(probabilities), 0 if probabilities is None else probabilities.stride(0),
+            partials.data_ptr(), partials.stride(0) // 2, exponent.data_ptr(), *tiling,
+        ),
+    )  # fmt: skip
+
+
+def fold(
+    rows: ChunkRows,
+    partials: Tensor,
+    exponent: Tensor,
+    target: Tensor,
+    slope: float,
+    sums: Tensor | None,
+    logps: Tensor,
+    entropy: Tensor,
+    factor: Tensor,
+    residual: Tensor,
+    probabilities: Tensor | None,
+    dtype: torch.dtype,
+) -> None:
+    count_call()
+    _C.cuda_fold_partials(
+        *place(partials), rows.packed(),
+        (
+            DTYPE_CODES[dtype], partials.shape[0], partials.data_ptr(), partials.stride(0) // 2,
+            exponent.data_ptr(), target.data_ptr(), slope, pointer(sums),
+            logps.data_ptr(), entropy.data_ptr(), factor.data_ptr(), residual.data_ptr(), pointer(probabilities),
+            0 if probabilities is None else probabilities.stride(0),
+            0 if probabilities is None else probabilities.shape[0],
+        ),
+    )  # fmt: skip
+
+
+def scale(
+    rows: ChunkRows,
+    product: Tensor,
+    factor: Tensor,
+    residual: Tensor | None,
+    target: Tensor | None,
+    weight: Tensor,
+    out: Tensor,
+) -> None:
+    count_call()
+    _C.cuda_scale_product(
+        *place(product), rows.packed(),
+        (
+            DTYPE_CODES[weight.dtype], DTYPE_CODES[out.dtype], product.shape[1], product.data_ptr(), factor.data_ptr(),
+            pointer(residual), pointer(target), weight.data_ptr(), weight.stride(0), out.data_ptr(),
+        ),
+    )  # fmt: skip

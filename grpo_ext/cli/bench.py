@@ -1,0 +1,191 @@
+"""`grpo-ext bench`: the scripts of bench/ behind one command, with tables, CSV and plots.
+
+Each measurement runs in a process of its own, so that none finds the memory or the threads as another left them.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from grpo_ext.cli.convert import SettingsError
+
+#: What can be measured, in the order of ``all``.
+SUBJECTS = ("row", "linear", "training")
+
+Row = dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One run of a script: its file's name, its arguments, the CSV it writes and what the progress calls it."""
+
+    script: str
+    arguments: tuple[str, ...]
+    csv: str
+    title: str
+
+
+def script_folder() -> Path:
+    """Where the measuring scripts lie: bench/ of the source tree, or the copy that is installed with the package.
+
+    Raises:
+        SettingsError: nowhere.
+    """
+    import grpo_ext
+    from grpo_ext import _C
+
+    package = Path(grpo_ext.__file__).parent
+    for folder in (package.parent / "bench", package / "benchmarks", Path(_C.__file__).parent / "benchmarks"):
+        if (folder / "bench_row_loss.py").is_file():
+            return folder
+    raise SettingsError(f"the measuring scripts are in neither {package.parent / 'bench'} nor {package / 'benchmarks'}")
+
+
+def jobs_of(subject: str, device: str, threads: int, quick: bool, extra: Sequence[str]) -> list[Job]:
+    """The runs that a subject needs.
+
+    Args:
+        subject: of `SUBJECTS`.
+        device: ``cpu`` or ``cuda``.
+        threads: of the CPU.
+        quick: small shapes, a few runs: tries the command, measures nothing to be quoted.
+        extra: more arguments for the script, which win over those chosen here.
+    """
+    common = ("--device", device, "--threads", str(threads))
+    if subject == "row":
+        return [_row_job(common, device, quick, extra)]
+    if subject == "linear":
+        size = ("--shapes", "64x2048", "--rows", "64", "--runs", "2", "--warmup", "1") if quick else ()
+        return [Job("bench_linear.py", (*common, *size, *extra), f"linear_{device}.csv", "hidden states to loss")]
+    return _training_jobs(common, device, threads, quick, extra)
+
+
+def _row_job(common: tuple[str, ...], device: str, quick: bool, extra: Sequence[str]) -> Job:
+    names = "inplace,fresh,op_inplace,op_stats,eager,compile"
+    shape: tuple[str, ...]
+    if device == "cuda":
+        shape = ("--rows", "8192", "--vocab", "32000,49152,128256,151936,262144", "--dtypes", "bf16", "--masked", "0")
+        names = "inplace,fresh,op_inplace,op_stats,sequence,eager,liger,liger_sequence"
+    else:
+        shape = ("--vocab", "32000,49152,151936", "--dtypes", "fp32,bf16", "--masked", "0")
+    if quick:
+        shape = ("--rows", "64", "--vocab", "1000,4000", "--dtypes", "fp32", "--runs", "2", "--warmup", "1")
+        names = names.replace(",compile", "")
+    arguments = (*common, *shape, "--candidates", names, *extra)
+    return Job("bench_row_loss.py", arguments, f"row_loss_{device}.csv", "logits to loss")
+
+
+def _training_jobs(common: tuple[str, ...], device: str, threads: int, quick: bool, extra: Sequence[str]) -> list[Job]:
+    jobs = []
+    size = ("--layers", "1", "--rows", "4", "--steps", "1") if quick else ("--layers", "4", "--steps", "1")
+    for tokens in (16, 32) if quick else (64, 128, 256):
+        arguments = (*common, *size, *extra, "--tokens", str(tokens))
+        title = f"training step, {tokens} tokens, both paths"
+        jobs.append(Job("bench_trainer_memory.py", arguments, f"trainer_memory_{device}_{tokens}.csv", title))
+    if device != "cpu":
+        return jobs
+    for trainer in ("ours", "trl"):
+        if trainer == "trl" and importlib.util.find_spec("trl") is None:
+            continue
+        steps = "2" if quick else "10"
+        arguments = ("--trainer", trainer, "--steps", steps, "--threads", str(threads))
+        jobs.append(Job("bench_trainer_step.py", arguments, f"trainer_step_{trainer}.csv", f"training step, {trainer}"))
+    return jobs
+
+
+def run_job(job: Job, output: Path) -> list[Row]:
+    """Run a script and return the rows of its CSV; what it prints is kept beside it, as ``<csv>.log``.
+
+    Raises:
+        SettingsError: the script failed; the message ends with the last of what it printed.
+    """
+    path, log = output / job.csv, output / f"{job.csv}.log"
+    path.unlink(missing_ok=True)
+    command = [sys.executable, str(script_folder() / job.script), *job.arguments, "--csv", str(path)]
+    with log.open("w", encoding="utf-8") as file:
+        file.write(" ".join(command) + "\n")
+        file.flush()
+        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+    if status != 0 or not path.is_file():
+        tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-8:])
+        raise SettingsError(f"{job.script} ended with status {status}; all it said is in {log}:\n{tail}")
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def bench_command(
+    subject: str,
+    *,
+    device: str | None = None,
+    threads: int | None = None,
+    output: str = "bench-results",
+    quick: bool = False,
+    extra: Sequence[str] = (),
+) -> dict[str, list[Row]]:
+    """Measure, and leave tables on the terminal, CSV and PNG in a folder.
+
+    Args:
+        subject: ``row``, ``linear``, ``training`` or ``all``.
+        device: ``cpu`` or ``cuda``; None = the GPU where torch sees one.
+        threads: of the CPU, None = as many as torch would use.
+        output: folder of the CSV, PNG and log files.
+        quick: small shapes, to try the command.
+        extra: arguments for the script itself; with one subject only.
+
+    Returns:
+        The rows of each subject, as its CSV has them.
+
+    Raises:
+        SettingsError: no such device, extra arguments for more than one script, or a script that failed.
+    """
+    import torch
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from grpo_ext.cli.bench_report import draw, show
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("torch sees no CUDA device; measure with --device cpu")
+    if extra and subject == "all":
+        raise SettingsError(f"{' '.join(extra)}: arguments of a script go with one subject, not with all")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    threads = threads or torch.get_num_threads()
+    folder = Path(output)
+    os.makedirs(folder, exist_ok=True)
+    plans = {
+        name: jobs_of(name, device, threads, quick, extra) for name in (SUBJECTS if subject == "all" else (subject,))
+    }
+    console = Console()
+    if not console.is_terminal:  # a file or a pipe: rich would take 80 columns and cut names
+        console = Console(width=160)
+    columns = (SpinnerColumn(), TextColumn("{task.completed}/{task.total} {task.description}"), TimeElapsedColumn())
+    results: dict[str, list[Row]] = {}
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=sum(len(jobs) for jobs in plans.values()))
+        for name, jobs in plans.items():
+            results[name] = []
+            for job in jobs:
+                progress.update(task, description=job.title)
+                results[name] += run_job(job, folder)
+                progress.advance(task)
+            show(name, results[name], console)
+            for path in (_write(folder / f"{name}_{device}.csv", results[name]), *draw(name, results[name], folder)):
+                console.print(f"written to {path}")
+    return results
+
+
+def _write(path: Path, rows: list[Row]) -> Path:
+    """All rows of a subject in one CSV; the scripts of one subject have different columns."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path

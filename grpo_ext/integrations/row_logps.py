@@ -1,0 +1,54 @@
+"""Log probabilities from logits whose memory becomes the gradient's in backward: what drop-ins on logits share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from grpo_ext._checks import check_logits
+from grpo_ext._ops import logit_transform
+from grpo_ext.losses import kernels
+
+
+class _RowLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor, mask: Tensor, transform: list[float], overwrite: bool) -> Tensor:
+        logps, _, lse = kernels.row_stats(logits[:, : ids.shape[1]], ids, mask, transform, False)
+        ctx.save_for_backward(logits, ids, mask, logps, lse)
+        ctx.transform, ctx.overwrite = transform, overwrite
+        result: Tensor = logps
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        logits, ids, mask, logps, lse = ctx.saved_tensors
+        coef = torch.where(mask, grad, 0.0).to(lse.dtype).contiguous()
+        result = logits.detach() if ctx.overwrite else logits.detach().clone()
+        length = ids.shape[1]
+        kernels.row_gradient_(result[:, :length], ids, mask, logps, None, lse, coef, None, ctx.transform)
+        result[:, length:].zero_()
+        if ctx.overwrite:
+            # Whoever kept these logits for a backward of its own gets autograd's error instead of a gradient.
+            torch.autograd.graph.increment_version(logits)
+        return result, None, None, None, None
+
+
+def row_logps(logits: Tensor, ids: Tensor, mask: Tensor, *, temperature: float = 1.0, overwrite: bool) -> Tensor:
+    """Log probabilities ``(B,T)`` of ``ids``, fp32 (fp64 for fp64), 0 where the mask is; with gradient.
+
+    Args:
+        logits: ``(B, T or more, V)``; row t predicts id t, further rows are not read and get gradient 0.
+        ids: int64 ``(B,T)``. mask: bool ``(B,T)``; where it is 0 nothing is read, the id included.
+        overwrite: backward writes the gradient over the logits, unless they are a leaf or not contiguous.
+    """
+    check_logits(logits[:, : ids.shape[1]], ids, "ids")
+    if mask.shape != ids.shape:
+        raise ValueError(f"the mask must have the shape of the ids {tuple(ids.shape)}, got {tuple(mask.shape)}")
+    transform = logit_transform(temperature, None, 1.0)
+    overwrite = overwrite and not logits.is_leaf and logits.is_contiguous()
+    logps: Tensor = _RowLogps.apply(logits, ids.contiguous(), mask.contiguous(), transform, overwrite)
+    return logps

@@ -1,0 +1,179 @@
+"""The loss of TRL's GRPO trainer by `grpo_ext.linear_grpo_loss`, inside the model's forward.
+
+TRL's own method runs the model, takes the log probabilities out of its output and computes the loss from them. Here the
+loss is computed where the head would be multiplied, and travels out of the model as the first of the log probabilities,
+so that FSDP, DDP and ZeRO see an output with a gradient, as always.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_ext.config import LEVELS, LOSS_TYPES, LossConfig
+from grpo_ext.integrations.trl.counting import counts
+from grpo_ext.integrations.trl.metrics import log_metrics
+from grpo_ext.integrations.trl.seam import Outputs, Projection, gather_head, reason_to_hand_back, taking
+from grpo_ext.linear import linear_grpo_loss
+from grpo_ext.linear.arguments import Gather
+from grpo_ext.output import GRPOLossOutput
+
+#: Divided by the tokens of the whole generation batch; the others by the accumulation steps afterwards.
+DIVIDED_BY_ITEMS = ("dapo", "cispo", "vespo")
+
+
+def reason_to_keep_trl(trainer: Any, inputs: dict[str, Any]) -> str | None:
+    """Why TRL's own method has to compute this loss; None: it does not."""
+    if trainer._entropy_bonus_enabled:
+        return "entropy bonus: TRL averages it apart from the loss"
+    if trainer.top_entropy_quantile < 1.0:
+        return "top_entropy_quantile: the quantile is over all ranks and needs every entropy first"
+    if trainer.aux_loss_enabled:
+        return "load-balancing loss of a mixture of experts"
+    if trainer.off_policy_mask_threshold is not None and inputs.get("sampling_per_token_logps") is not None:
+        return "off_policy_mask_threshold with sampling log probabilities, which may be NaN"
+    if trainer.loss_type not in LOSS_TYPES:
+        return f"loss_type {trainer.loss_type!r}"
+    if trainer.importance_sampling_level not in LEVELS:
+        return f"importance_sampling_level {trainer.importance_sampling_level!r}"
+    if getattr(trainer.args, "torch_compile", False):
+        return "torch_compile"
+    return None
+
+
+def loss_config(trainer: Any) -> LossConfig:
+    """The trainer's settings; temperature, softcap and scale are filled in where the head is met."""
+    args = trainer.args
+    return LossConfig(
+        loss_type=trainer.loss_type,
+        importance_sampling_level=trainer.importance_sampling_level,
+        epsilon=trainer.epsilon_low,
+        epsilon_high=trainer.epsilon_high,
+        delta=args.delta,
+        beta=trainer.beta,
+        use_bias_correction_kl=args.use_bias_correction_kl,
+        max_completion_length=trainer.max_completion_length,
+        off_policy_mask_threshold=trainer.off_policy_mask_threshold,
+        sapo_temperature_pos=args.sapo_temperature_pos,
+        sapo_temperature_neg=args.sapo_temperature_neg,
+        vespo_k_pos=args.vespo_k_pos,
+        vespo_lambda_pos=args.vespo_lambda_pos,
+        vespo_k_neg=args.vespo_k_neg,
+        vespo_lambda_neg=args.vespo_lambda_neg,
+    )
+
+
+class HeadCall:
+    """Waits for the model's forward to reach the head, and computes the loss there.
+
+    Args:
+        positions: (B,T) bool, the completion positions whose hidden states arrive, row after row.
+        mask: (B,T), those of them that count in the loss.
+        policy: keyword arguments of `linear_grpo_loss` that are tensors.
+    """
+
+    def __init__(
+        self, config: LossConfig, ids: Tensor, positions: Tensor, mask: Tensor, policy: dict[str, Any]
+    ) -> None:
+        self.config, self.ids, self.positions, self.mask, self.policy = config, ids, positions, mask, policy
+        self.output: GRPOLossOutput | None = None
+
+    def __call__(self, p: Projection) -> Outputs:
+        reason = reason_to_hand_back(p, ("log_probs", "entropy"))
+        if reason is not None:
+            raise RuntimeError(
+                f"grpo_ext cannot compute the whole loss of this model ({reason}): use patch() without fuse_loss=True"
+            )
+        rows = int(p.hidden.shape[0])
+        positions = self.positions.to(p.hidden.device)
+        if self.output is not None or rows != int(positions.sum()):
+            raise RuntimeError(
+                f"grpo_ext expected one call to the head with {int(positions.sum())} completion tokens, and this model "
+                f"brings {'a second one' if self.output is not None else rows}: use patch() without fuse_loss=True"
+            )
+        hidden = p.hidden.new_zeros(*positions.shape, p.hidden.shape[1])
+        hidden = hidden.masked_scatter(positions.unsqueeze(-1), p.hidden)
+        weight, bias = p.weight, p.bias
+        gather: Gather | None = gather_head
+        if weight.dtype != p.compute_dtype and not torch.is_autocast_enabled(p.hidden.device.type):
+            # What TRL does block by block: a copy of the head in the dtype of the hidden states.
+            weight, bias, gather = weight.to(p.compute_dtype), None if bias is None else bias.to(p.compute_dtype), None
+        config = dataclasses.replace(
+            self.config, temperature=p.temperature, logit_softcap=p.logit_softcap, logit_scale=p.logit_scale
+        )
+        advantages = self.policy["advantages"]
+        others = {k: v for k, v in self.policy.items() if k != "advantages"}
+        out = linear_grpo_loss(
+            hidden, weight, self.ids, advantages, self.mask, config, bias=bias, gather=gather, **others
+        )
+        self.output = out
+        if not rows:  # 0, and connected to the model
+            nothing = p.hidden.sum(dim=1, dtype=torch.float32)
+            return nothing, nothing.detach(), None, None, None
+        carrier = torch.cat([-out.loss.reshape(1), out.loss.new_zeros(rows - 1)])
+        assert out.entropy is not None
+        return carrier, out.entropy[positions], None, None, None
+
+
+def divisor_of(trainer: Any, inputs: dict[str, Any]) -> Tensor | None:
+    """TRL's normaliser of dapo, cispo and vespo."""
+    if trainer.loss_type not in DIVIDED_BY_ITEMS:
+        return None
+    divisor: Tensor = inputs["num_items_in_batch"].clamp(min=1.0) / trainer.accelerator.num_processes
+    if trainer.model.training:
+        divisor = divisor * trainer.current_gradient_accumulation_steps / trainer.args.steps_per_generation
+    return divisor
+
+
+def compute_loss(
+    trainer: Any, model: Any, inputs: dict[str, Any], original: Callable[[Any, Any, dict[str, Any]], Tensor]
+) -> Tensor:
+    """``GRPOTrainer._compute_loss``: the same loss and metrics, or TRL's own method and a count of why."""
+    reason = reason_to_keep_trl(trainer, inputs)
+    if reason is not None:
+        counts.losses_handed_back[reason] += 1
+        return original(trainer, model, inputs)
+    ids, positions = inputs["completion_ids"], inputs["completion_mask"]
+    mask = positions if "tool_mask" not in inputs else positions * inputs["tool_mask"]
+    weights = inputs.get("importance_sampling_ratio")
+    call = HeadCall(
+        loss_config(trainer),
+        ids,
+        positions.bool(),
+        mask,
+        {
+            "advantages": inputs["advantages"],
+            "old_logps": inputs.get("old_per_token_logps"),
+            "ref_logps": inputs["ref_per_token_logps"] if trainer.beta != 0.0 else None,
+            "importance_weights": weights,
+            "num_items_in_batch": divisor_of(trainer, inputs),
+        },
+    )
+    modal = (
+        "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
+        "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
+    )  # fmt: skip
+    with taking(call):
+        carrier, _, _ = trainer._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([inputs["prompt_ids"], ids], dim=1),
+            torch.cat([inputs["prompt_mask"], positions], dim=1),
+            ids.size(1),
+            compute_entropy=True,
+            **{name: inputs[name] for name in modal if inputs.get(name) is not None},
+        )
+    if call.output is None:
+        raise RuntimeError(
+            "the model's forward never reached TRL's fused head, so grpo_ext had no loss to compute: use patch() "
+            "without fuse_loss=True with a trainer that overrides _get_per_token_logps_and_entropies"
+        )
+    loss: Tensor = -carrier.sum()
+    if trainer.model.training and trainer.loss_type not in DIVIDED_BY_ITEMS:
+        loss = loss / trainer.current_gradient_accumulation_steps
+    counts.losses_served += 1
+    log_metrics(trainer, call.output, inputs, mask)
+    return loss

@@ -1,0 +1,130 @@
+"""`selective_log_softmax` of logits whose vocabulary is split over ranks: each holds some columns of every row.
+
+The exchange is that of the sharded head (`parallel`): one all-gather of four numbers per row in forward, none in
+backward, where every rank forms the gradient of its own columns. Shards may differ in size: both passes begin with an
+all-gather of one number per rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from grpo_ext.linear.parallel import VocabularyShard, group_name, resolve_group, shard_sizes
+from grpo_ext.linear.vocabulary import Statistics, kernels
+
+library = torch.library.Library("grpo_ext", "FRAGMENT")
+library.define(
+    "sharded_logps(Tensor logits, Tensor ids, float[] transform, str group) "
+    "-> (Tensor logps, Tensor entropy, Tensor lse)"
+)
+library.define(
+    "sharded_gradient(Tensor logits, Tensor ids, Tensor logps, Tensor entropy, Tensor lse, Tensor coef, "
+    "Tensor? entropy_coef, float[] transform, str group) -> Tensor"
+)
+
+
+def _check_ids(ids: Tensor, vocab: int) -> None:
+    """On the CPU only: elsewhere it would be a wait. The same on all ranks, so that all of them raise."""
+    wrong = (ids < 0) | (ids >= vocab)
+    if bool(wrong.any()):
+        position = tuple(int(i) for i in wrong.nonzero()[0])
+        raise IndexError(
+            f"ids[{', '.join(map(str, position))}] = {int(ids[position])} is outside [0, {vocab}), the vocabulary of "
+            "all ranks together; ids are those of the whole vocabulary, not of the shard"
+        )
+
+
+def _shard(logits: Tensor, transform: list[float], group: str, ids: Tensor | None = None) -> VocabularyShard:
+    """This rank's columns; where they begin stays on the device. With ids their range is checked."""
+    process_group = resolve_group(group)
+    sizes = shard_sizes(logits.shape[-1], process_group, logits.device)
+    if ids is not None and not logits.is_cuda:
+        _check_ids(ids, int(sizes.sum()))
+    offset = sizes[: dist.get_rank(process_group)].sum()
+    return VocabularyShard(transform, logits.shape[-1], process_group, offset)
+
+
+def _own_logit(logits: Tensor, own_ids: Tensor) -> Tensor:
+    return logits.gather(2, own_ids.unsqueeze(2)).flatten()
+
+
+@torch.library.impl(library, "sharded_logps", "CompositeExplicitAutograd")
+def _sharded_logps(logits: Tensor, ids: Tensor, transform: list[float], group: str) -> tuple[Tensor, Tensor, Tensor]:
+    shard = _shard(logits, transform, group, ids)
+    own_ids, here = shard.localize(ids)
+    part = Statistics(*(t.flatten() for t in kernels.row_stats(logits, own_ids, None, transform, True)))
+    stats = shard.join(part, _own_logit(logits, own_ids), here.flatten(), None)
+    return stats.logps.view(ids.shape), stats.entropy.view(ids.shape), stats.lse.view(ids.shape)
+
+
+@torch.library.register_fake("grpo_ext::sharded_logps", lib=library)
+def _sharded_logps_fake(
+    logits: Tensor, ids: Tensor, transform: list[float], group: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return (
+        ids.new_empty(ids.shape, dtype=dtype),
+        ids.new_empty(ids.shape, dtype=dtype),
+        ids.new_empty(ids.shape, dtype=dtype),
+    )
+
+
+@torch.library.impl(library, "sharded_gradient", "CompositeExplicitAutograd")
+def _sharded_gradient(
+    logits: Tensor, ids: Tensor, logps: Tensor, entropy: Tensor, lse: Tensor, coef: Tensor,
+    entropy_coef: Tensor | None, transform: list[float], group: str,
+) -> Tensor:  # fmt: skip
+    shard = _shard(logits, transform, group)
+    own_ids, here = shard.localize(ids)
+    stats = Statistics(logps.flatten(), entropy.flatten(), lse.flatten())
+    of_entropy = None if entropy_coef is None else entropy_coef.flatten()
+    ordinary = shard.foreign_gradient(_own_logit(logits, own_ids), stats, coef.flatten(), of_entropy)
+    gradient: Tensor = kernels.row_gradient(logits, own_ids, None, logps, entropy, lse, coef, entropy_coef, transform)
+    column = own_ids.unsqueeze(2)
+    wrong = ordinary.view(column.shape).to(gradient.dtype)
+    return gradient.scatter_(2, column, torch.where(here.unsqueeze(2), gradient.gather(2, column), wrong))
+
+
+@torch.library.register_fake("grpo_ext::sharded_gradient", lib=library)
+def _sharded_gradient_fake(logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+class _ShardedLogSoftmax(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, ids: Tensor, transform: list[float], group: str, with_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        logps, entropy, lse = kernels.sharded_logps(logits, ids, transform, group)
+        ctx.save_for_backward(logits, ids, logps, entropy, lse)
+        ctx.transform, ctx.group, ctx.with_entropy = transform, group, with_entropy
+        if not with_entropy:
+            ctx.mark_non_differentiable(entropy)
+        return logps, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logps: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        logits, ids, logps, entropy, lse = ctx.saved_tensors
+        entropy_coef = grad_entropy.to(lse.dtype).contiguous() if ctx.with_entropy else None
+        grad = kernels.sharded_gradient(
+            logits, ids, logps, entropy, lse, grad_logps.to(lse.dtype).contiguous(), entropy_coef, ctx.transform,
+            ctx.group,
+        )  # fmt: skip
+        return grad, None, None, None, None
+
+
+def sharded_log_softmax(
+    logits: Tensor, ids: Tensor, transform: list[float], process_group: Any, with_entropy: bool
+) -> tuple[Tensor, Tensor] | None:
+    """(logps, entropy) ``(B,T)`` of ``(B,T,V/world)`` logits; None where the group has one rank only."""
+    group = group_name(process_group)
+    if not group:
+        return None
+    result: tuple[Tensor, Tensor] = _ShardedLogSoftmax.apply(logits, ids, transform, group, with_entropy)
+    return result

@@ -1,0 +1,94 @@
+"""Losses and gradients that are not finite: counted, their step skipped, and in the end an error with the evidence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grpo_ext.trainer.metrics import MetricWindow
+from grpo_ext.trainer.rollout import Rollout
+
+FOLDER = "nonfinite"
+
+
+class NonfiniteError(RuntimeError):
+    """Several optimizer steps in a row had a loss or gradient that is not finite."""
+
+
+class NonfiniteGuard:
+    """Watches the losses of an accumulation window and the gradient that they add up to.
+
+    Args:
+        limit: so many such steps in a row are an error.
+        window: gets ``nonfinite_steps``, their number.
+        gather: joins a tensor of every rank.
+        folder: where the batch goes that the error names.
+        rank: of this process.
+    """
+
+    def __init__(
+        self, limit: int, window: MetricWindow, gather: Callable[[Tensor], Tensor], folder: Path, rank: int
+    ) -> None:
+        self.limit = limit
+        self.window = window
+        self.gather = gather
+        self.folder = folder
+        self.rank = rank
+        self.in_a_row = 0
+        self._losses: list[Tensor] = []
+        self._slices: list[tuple[Rollout, int]] = []
+
+    def watch(self, loss: Tensor, rollout: Rollout, slice_index: int) -> None:
+        """Remember one micro-batch until its step; nobody waits for the device here."""
+        self._losses.append(loss.detach().float())
+        self._slices.append((rollout, slice_index))
+
+    def before_step(self, model: nn.Module, norm: Any, step: int, scaled: bool) -> None:
+        """Drop the gradients of a step that must not be taken.
+
+        Args:
+            norm: of the whole gradient, the same on all ranks.
+            step: its number, from 1.
+            scaled: a gradient scaler is at work: it skips such steps itself, and a gradient out of range is how it
+                finds its scale; only the losses are looked at.
+
+        Raises:
+            NonfiniteError: the limit is reached; names the file with the batch.
+        """
+        losses, slices, self._losses, self._slices = self._losses, self._slices, [], []
+        wrong = torch.stack(losses).isfinite().logical_not() if losses else torch.zeros(1, dtype=torch.bool)
+        bad_loss = bool(self.gather(wrong.any().reshape(1).float()).any())
+        bad = bad_loss or (not scaled and not math.isfinite(float(norm)))
+        self.window.add("nonfinite_steps", float(bad), reduce="sum")
+        if not bad:
+            self.in_a_row = 0
+            return
+        self.in_a_row += 1
+        if not scaled:
+            for parameter in model.parameters():
+                parameter.grad = None  # the optimizer leaves such parameters and their state alone
+        if self.in_a_row >= self.limit:
+            path = self._save(step, slices, wrong)
+            what = "loss" if bad_loss else f"gradient (norm {float(norm)})"
+            raise NonfiniteError(
+                f"step {step}: the {what} is not finite, for {self.in_a_row} step(s) in a row, none of which was "
+                f"taken; the batch is in {path} (max_nonfinite_steps={self.limit}). Look for a learning rate that is "
+                "too high, fp16 out of its range, or a reward or prompt that is out of the ordinary"
+            )
+
+    def _save(self, step: int, slices: list[tuple[Rollout, int]], wrong: Tensor) -> Path:
+        """Prompts, completions, advantages and log probabilities of the step's micro-batches, for ``torch.load``."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step-{step:06d}-rank{self.rank}.pt"
+        rollouts = {rollout.key: rollout.state_dict() for rollout, _ in slices}
+        micro_batches = [
+            {"generation": rollout.key, "slice": index, "rows": rollout.rows_of(index), "loss_finite": not bool(bad)}
+            for (rollout, index), bad in zip(slices, wrong.tolist(), strict=False)
+        ]
+        torch.save({"step": step, "rollouts": rollouts, "micro_batches": micro_batches}, path)
+        return path

@@ -1,0 +1,13 @@
+"""Generation with vLLM: in the trainer's process (`colocate`) or behind HTTP (`server`).
+
+`build_engine` makes the engine that a `GRPOConfig` asks for. vLLM itself is imported when an engine is started in this
+process, and never for a server.
+"""
+
+from __future__ import annotations
+
+from grpo_ext.trainer.vllm.build import build_engine
+from grpo_ext.trainer.vllm.engine import VllmEngine
+from grpo_ext.trainer.vllm.errors import EngineError, WeightMismatchError
+
+__all__ = ["EngineError", "VllmEngine", "WeightMismatchError", "build_engine"]

@@ -1,0 +1,159 @@
+"""The engine that a `GRPOConfig` asks for."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from grpo_ext.trainer.config import GRPOConfig
+from grpo_ext.trainer.generation import SamplingParams
+from grpo_ext.trainer.models import context_length, is_peft_model
+from grpo_ext.trainer.vllm.check import LENGTH, WeightCheck
+from grpo_ext.trainer.vllm.colocate import ColocatedClient, EngineSettings, scratch_folder
+from grpo_ext.trainer.vllm.engine import VllmEngine
+from grpo_ext.trainer.vllm.parallel import Ranks
+from grpo_ext.trainer.vllm.sampling import sampling_fields, warn_of_bias
+from grpo_ext.trainer.vllm.server import ServerClient
+from grpo_ext.trainer.vllm.weights import base_of, base_weights, check_adapter, write_config, write_weights
+
+
+def build_engine(
+    args: GRPOConfig,
+    model: nn.Module,
+    tokenizer: Any,
+    accelerator: Any,
+    end_ids: Sequence[int],
+    step: Callable[[], int],
+) -> VllmEngine:
+    """Start vLLM in this process, or connect to the server.
+
+    Args:
+        args: the run's parameters.
+        model: the trainer's, unwrapped, on its device.
+        tokenizer: the trainer's.
+        accelerator: the trainer's.
+        end_ids: ids that end a completion.
+        step: the trainer's global step.
+
+    Raises:
+        ImportError: vLLM is missing.
+        ValueError: a parameter that does not fit the model, the adapter or the device.
+        EngineError: vLLM does not start, or the server does not answer.
+    """
+    sampling = SamplingParams(
+        args.max_completion_length,
+        args.temperature,
+        args.top_p,
+        args.top_k,
+        args.min_p,
+        args.repetition_penalty,
+        dict(args.generation_kwargs or {}),  # type: ignore[arg-type]
+    )
+    sampling_fields(sampling, end_ids)
+    if args.vllm_importance_sampling_correction:
+        warn_of_bias(sampling)
+    update = adapter_update(args, model)
+    lora_rank = check_adapter(model) if update == "adapter" else 0
+    dtype = engine_dtype(args, model, accelerator)
+    ranks = Ranks(accelerator, args.vllm_tensor_parallel_size, args.seed)
+    sleep_level = args.vllm_sleep_level if args.vllm_enable_sleep_mode else 0
+    client: ColocatedClient | ServerClient
+    if args.vllm_mode == "server":
+        run = ranks.shared(uuid.uuid4().hex[:8])
+        folder = Path(args.vllm_sync_dir or Path(str(args.output_dir)) / "vllm") / run
+        client = ServerClient(
+            args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}",
+            folder,
+            args.vllm_server_timeout,
+            args.vllm_request_timeout,
+            run=run,
+            pushes=accelerator.is_main_process,
+        )
+        writes = bool(accelerator.is_main_process)
+    else:
+        if sleep_level and args.device.type == "cpu":
+            raise ValueError("vllm_enable_sleep_mode=True needs a GPU: vLLM on the CPU has no memory to give back")
+        settings = EngineSettings(
+            dtype=dtype,
+            max_model_len=longest_sequence(args, model),
+            max_num_seqs=args.per_device_train_batch_size
+            * args.batch_plan.steps_per_generation
+            * args.vllm_tensor_parallel_size,
+            seed=args.seed + accelerator.process_index // args.vllm_tensor_parallel_size,
+            tensor_parallel_size=args.vllm_tensor_parallel_size,
+            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+            sleep=sleep_level > 0,
+            enforce_eager=args.device.type == "cpu" if args.vllm_enforce_eager is None else args.vllm_enforce_eager,
+            lora_rank=lora_rank,
+            external_launcher=ranks.count > 1,
+            extra=dict(args.vllm_engine_kwargs or {}),  # type: ignore[arg-type]
+        )
+        folder = scratch_folder()
+        write_config(model, folder)
+        if lora_rank:
+            write_weights(base_weights(model), folder)
+        client = ranks.jointly(lambda: ColocatedClient(folder, settings, args.device))
+        writes = True
+    check = WeightCheck(ordinary_ids(model, tokenizer), client.max_model_len, dtype, args.vllm_weight_check_bound)
+    return VllmEngine(client, end_ids, update, check, folder, step, ranks, sleep_level, writes)
+
+
+def adapter_update(args: GRPOConfig, model: nn.Module) -> Literal["weights", "adapter"]:
+    """What is handed over after an update.
+
+    Raises:
+        ValueError: ``vllm_lora_mode="adapter"`` for a model without one.
+    """
+    if not is_peft_model(model):
+        if args.vllm_lora_mode == "adapter":
+            raise ValueError(
+                "vllm_lora_mode='adapter' needs an adapter: pass peft_config, or leave vllm_lora_mode None"
+            )
+        return "weights"
+    mode = args.vllm_lora_mode or ("adapter" if args.vllm_mode == "server" else "merged")
+    return "adapter" if mode == "adapter" else "weights"
+
+
+def engine_dtype(args: GRPOConfig, model: nn.Module, accelerator: Any) -> torch.dtype:
+    """The type of the engine's weights: that of mixed precision where it is on, else the model's own."""
+    chosen = dict(args.vllm_engine_kwargs or {}).get("dtype")  # type: ignore[arg-type]
+    if isinstance(chosen, str) and chosen != "auto":
+        return getattr(torch, {"half": "float16", "float": "float32"}.get(chosen, chosen))
+    mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    return mixed or base_of(model).get_input_embeddings().weight.dtype
+
+
+def longest_sequence(args: GRPOConfig, model: nn.Module) -> int:
+    """Tokens of prompt and completion that the engine has to take.
+
+    Raises:
+        ValueError: when nothing says how many, or the model does not take as many.
+    """
+    context = context_length(model)
+    asked = args.vllm_max_model_length
+    if asked is None and args.max_prompt_length is not None:
+        asked = max(args.max_prompt_length + args.max_completion_length, LENGTH + 1)
+        asked = asked if context is None else min(asked, context)
+    asked = context if asked is None else asked
+    if asked is None:
+        raise ValueError("the model's config names no context length: set vllm_max_model_length")
+    if context is not None and asked > context:
+        raise ValueError(f"vllm_max_model_length={asked} exceeds the model's context of {context}: lower it")
+    if args.max_completion_length >= asked:
+        raise ValueError(
+            f"max_completion_length={args.max_completion_length} leaves no room for a prompt in the {asked} tokens of "
+            "vLLM: raise vllm_max_model_length or lower max_completion_length"
+        )
+    return asked
+
+
+def ordinary_ids(model: nn.Module, tokenizer: Any) -> list[int]:
+    """Token ids that both model and tokenizer have, special ones left out."""
+    embeddings = base_of(model).get_input_embeddings()
+    special = set(tokenizer.all_special_ids)
+    return [i for i in range(min(len(tokenizer), embeddings.num_embeddings)) if i not in special]

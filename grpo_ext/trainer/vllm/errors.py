@@ -1,0 +1,11 @@
+"""What goes wrong with a generation engine. The trainer saves a checkpoint before it passes one of these on."""
+
+from __future__ import annotations
+
+
+class EngineError(RuntimeError):
+    """A generation engine that could not start, died or did not answer; the message says what to do."""
+
+
+class WeightMismatchError(EngineError):
+    """The engine's probabilities are not those of the trainer's weights."""

@@ -1,0 +1,92 @@
+"""Several trainer processes around vLLM: one failing means all failing, and groups that share one engine."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from grpo_ext.trainer.vllm.errors import EngineError, WeightMismatchError
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """The trainer's processes as the engine sees them.
+
+    Args:
+        accelerator: the trainer's; None for one process.
+        tensor_parallel_size: neighbouring ranks that hold one engine's weights together.
+        seed: of the draws of a group.
+    """
+
+    def __init__(self, accelerator: Any = None, tensor_parallel_size: int = 1, seed: int = 0) -> None:
+        self.count = 1 if accelerator is None else int(accelerator.num_processes)
+        self.rank = 0 if accelerator is None else int(accelerator.process_index)
+        self.tensor_parallel_size = tensor_parallel_size
+        self.seed = seed
+        self._draws = 0
+        self._group: Any = None
+        if tensor_parallel_size > 1:
+            ranks = list(range(self.count))
+            groups = [ranks[i : i + tensor_parallel_size] for i in range(0, self.count, tensor_parallel_size)]
+            self._group, _ = torch.distributed.new_subgroups_by_enumeration(groups)
+
+    def jointly(self, work: Callable[[], T]) -> T:
+        """``work()``; an `EngineError` on one rank is raised on all, so that none waits for a rank that is gone."""
+        error: EngineError | None = None
+        result: Any = None
+        try:
+            result = work()
+        except EngineError as raised:
+            error = raised
+        if self.count > 1:
+            mine = None if error is None else (self.rank, isinstance(error, WeightMismatchError), str(error))
+            seen: list[Any] = [None] * self.count
+            torch.distributed.all_gather_object(seen, mine)
+            first = next((s for s in seen if s is not None), None)
+            if error is None and first is not None:
+                kind = WeightMismatchError if first[1] else EngineError
+                raise kind(f"rank {first[0]}: {first[2]}")
+        if error is not None:
+            raise error
+        return result
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.count > 1:
+            torch.distributed.barrier()
+
+    def shared(self, value: T) -> T:
+        """Rank 0's value on all ranks."""
+        if self.count == 1:
+            return value
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather_prompts(self, prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], slice]:
+        """The prompts of this rank's engine, and which of them are its own: a group's ranks must ask the same."""
+        own = [list(prompt) for prompt in prompts]
+        if self._group is None:
+            return own, slice(0, len(own))
+        parts: list[Any] = [None] * self.tensor_parallel_size
+        torch.distributed.all_gather_object(parts, own, group=self._group)
+        place = self.rank % self.tensor_parallel_size
+        start = sum(len(part) for part in parts[:place])
+        return [prompt for part in parts for prompt in part], slice(start, start + len(own))
+
+    @contextlib.contextmanager
+    def same_draws(self) -> Iterator[None]:
+        """Random numbers that are the same on all ranks of a group: each of them samples for itself."""
+        if self._group is None:
+            yield
+            return
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices):
+            group = self.rank // self.tensor_parallel_size
+            torch.manual_seed(hash((self.seed, group, self._draws)) & 0x7FFFFFFF)
+            self._draws += 1
+            yield

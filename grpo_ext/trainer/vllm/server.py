@@ -1,0 +1,211 @@
+"""A `vllm serve` elsewhere: prompts and adapters over its own HTTP interface, weights through a shared folder.
+
+Started like this (the first two variables open the endpoints that load adapters and weights; keep the port to
+machines you trust):
+
+    VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 \\
+    vllm serve MODEL --host 127.0.0.1 --port 8000 --logprobs-mode processed_logprobs --generation-config vllm \\
+        --enable-lora --max-lora-rank 16
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import shutil
+import time
+import urllib.parse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from grpo_ext.trainer.vllm.client import Answer, Weights
+from grpo_ext.trainer.vllm.errors import EngineError
+from grpo_ext.trainer.vllm.weights import write_weights
+
+COMMAND = (
+    "VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve MODEL --logprobs-mode processed_logprobs "
+    "--generation-config vllm (with --enable-lora --max-lora-rank R where an adapter is hot-loaded)"
+)
+
+
+class ServerClient:
+    """See `Client`.
+
+    Args:
+        base_url: such as ``http://127.0.0.1:8000``.
+        folder: for adapters and weights; the server must see it under the same path.
+        start_timeout: seconds to wait until the server is up.
+        request_timeout: seconds to wait for an answer.
+        run: part of the adapters' names: servers keep names apart, and ranks must agree on them.
+        pushes: whether this process is the one that loads adapters and weights.
+
+    Raises:
+        EngineError: when no server answers in time.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        folder: Path,
+        start_timeout: float,
+        request_timeout: float,
+        run: str = "run",
+        pushes: bool = True,
+    ) -> None:
+        parts = urllib.parse.urlsplit(base_url if "//" in base_url else f"http://{base_url}")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"vllm_server_base_url must look like http://127.0.0.1:8000; got {base_url!r}")
+        self.scheme, self.host, self.port = parts.scheme, parts.hostname, parts.port
+        self.prefix = parts.path.rstrip("/")
+        self.url = f"{parts.scheme}://{parts.netloc}{self.prefix}"
+        self.folder = folder.absolute()
+        self.request_timeout = request_timeout
+        self.pushes = pushes
+        self._wait(start_timeout)
+        card = next((c for c in self._call("GET", "/v1/models")["data"] if not c.get("parent")), None)
+        if card is None:
+            raise EngineError(f"the server at {self.url} serves no model. Start it with: {COMMAND}")
+        self.model: str = card["id"]
+        self.name = self.model
+        self.max_model_len = int(card["max_model_len"])
+        self._adapters = 0
+        self._run = run
+
+    def complete(self, prompt_ids: Sequence[Sequence[int]], fields: dict[str, Any], top: int = 0) -> list[Answer]:
+        """See `Client.complete`."""
+        body = {
+            "model": self.name,
+            "prompt": [list(ids) for ids in prompt_ids],
+            "logprobs": top,
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
+            **fields,
+        }
+        choices = sorted(self._call("POST", "/v1/completions", body)["choices"], key=lambda choice: choice["index"])
+        if len(choices) != len(prompt_ids):
+            raise EngineError(f"the server at {self.url} answered {len(choices)} of {len(prompt_ids)} prompts")
+        return [_answer(choice, top) for choice in choices]
+
+    def load_weights(self, weights: Weights) -> None:
+        """See `Client.load_weights`."""
+        folder = self.folder / "weights"
+        write_weights(iter(weights), folder, write=self.pushes)
+        if self.pushes:
+            body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+            self._call("POST", "/collective_rpc", body, missing="VLLM_SERVER_DEV_MODE=1")
+
+    def load_adapter(self, folder: Path) -> None:
+        """See `Client.load_adapter`."""
+        self._adapters += 1
+        name = f"grpo-ext-{self._run}-{self._adapters}"
+        if self.pushes:
+            body = {"lora_name": name, "lora_path": str(folder.absolute())}
+            missing = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora"
+            self._call("POST", "/v1/load_lora_adapter", body, missing=missing)
+            if self.name != self.model:
+                self._call("POST", "/v1/unload_lora_adapter", {"lora_name": self.name}, missing=missing)
+        self.name = name
+
+    def reset_cache(self) -> None:
+        """See `Client.reset_cache`."""
+        if not self.pushes:
+            return
+        for _ in range(20):  # refused while the last request's blocks are being given back
+            answer = self._call("POST", "/reset_prefix_cache", missing="VLLM_SERVER_DEV_MODE=1")
+            if not isinstance(answer, dict) or answer.get("success", True):
+                return
+            time.sleep(0.1)
+        raise EngineError(
+            f"the server at {self.url} does not empty its prefix cache: is someone else generating with it?"
+        )
+
+    def sleep(self, level: int) -> None:
+        """See `Client.sleep`."""
+        if self.pushes:
+            self._call("POST", f"/sleep?level={level}", missing="VLLM_SERVER_DEV_MODE=1 and --enable-sleep-mode")
+
+    def wake(self, tags: list[str]) -> None:
+        """See `Client.wake`."""
+        if self.pushes:
+            query = urllib.parse.urlencode([("tags", tag) for tag in tags])
+            self._call("POST", f"/wake_up?{query}", missing="VLLM_SERVER_DEV_MODE=1 and --enable-sleep-mode")
+
+    def close(self) -> None:
+        """See `Client.close`; the server goes on, without this run's adapter."""
+        if self.pushes:
+            if self.name != self.model:
+                with contextlib.suppress(EngineError):  # the server may be gone already, which is as well
+                    self._call("POST", "/v1/unload_lora_adapter", {"lora_name": self.name})
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.name = self.model
+
+    def _wait(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                status, _ = self._request("GET", "/health", None, timeout=5)
+                if status == 200:
+                    return
+                error: object = f"it answered {status}"
+            except OSError as failure:
+                error = failure
+            if time.monotonic() > deadline:
+                raise EngineError(
+                    f"no vLLM server answered at {self.url} within {seconds:g} s (vllm_server_timeout); last: {error}. "
+                    f"Start one with: {COMMAND}; or point vllm_server_base_url at it, or set vllm_mode='colocate'"
+                )
+            time.sleep(min(0.5, max(seconds / 10, 0.01)))
+
+    def _call(self, method: str, path: str, body: Any = None, missing: str | None = None) -> Any:
+        """The decoded answer.
+
+        Args:
+            method, path, body: of the request.
+            missing: what the server was started without when it does not know the path.
+        """
+        where = f"{method} {self.url}{path.split('?')[0]}"
+        try:
+            status, text = self._request(method, path, body, self.request_timeout)
+        except TimeoutError as error:
+            raise EngineError(
+                f"the vLLM server did not answer {where} within {self.request_timeout:g} s (vllm_request_timeout): "
+                f"raise it if the generation is that long, else restart the server. {RESUME}"
+            ) from error
+        except (OSError, http.client.HTTPException) as error:
+            raise EngineError(
+                f"the vLLM server does not answer {where} ({type(error).__name__}: {error}). Its log says why it "
+                f"stopped; start it again with: {COMMAND}. {RESUME}"
+            ) from error
+        if status == 404 and missing is not None and '"Not Found"' in text:
+            raise EngineError(f"the vLLM server does not offer {where}: start it with {missing}. {RESUME}")
+        if status != 200:
+            raise EngineError(f"the vLLM server answered {where} with {status}: {text[:2000]} {RESUME}")
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            return text
+
+    def _request(self, method: str, path: str, body: Any, timeout: float) -> tuple[int, str]:
+        kind = http.client.HTTPSConnection if self.scheme == "https" else http.client.HTTPConnection
+        connection = kind(self.host, self.port, timeout=timeout)
+        try:
+            data = None if body is None else json.dumps(body).encode()
+            headers = {} if data is None else {"Content-Type": "application/json"}
+            connection.request(method, self.prefix + path, body=data, headers=headers)
+            response = connection.getresponse()
+            return response.status, response.read().decode(errors="replace")
+        finally:
+            connection.close()
+
+
+RESUME = "Start the run again once the server is up."
+
+
+def _answer(choice: dict[str, Any], top: int) -> Answer:
+    logprobs = choice["logprobs"]
+    first: dict[int, float] = {}
+    if top:
+        first = {int(name.rpartition(":")[2]): float(value) for name, value in logprobs["top_logprobs"][0].items()}
+    return Answer(list(choice["token_ids"]), [float(value) for value in logprobs["token_logprobs"]], first)

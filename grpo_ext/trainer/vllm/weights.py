@@ -1,0 +1,234 @@
+"""The trainer's weights as a checkpoint would name them: whole, merged with an adapter, or the adapter alone."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grpo_ext.trainer.models import is_peft_model
+
+
+def base_of(model: nn.Module) -> Any:
+    """The transformers model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if is_peft_model(model) else model  # type: ignore[operator]
+
+
+def trainable_version(model: nn.Module) -> int:
+    """A number that changes whenever an optimizer, or anything else, writes into a parameter in place."""
+    return sum(parameter._version for parameter in model.parameters())
+
+
+def checkpoint_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of the policy under its checkpoint name, detached, an active adapter merged into a copy.
+
+    The model itself is left bit for bit as it was: merging in bf16 and taking the sum apart again would not. Sharded
+    weights (FSDP2, ZeRO-3) are put together one at a time; all ranks must iterate to the end.
+
+    Raises:
+        ValueError: weights that cannot be merged or put together; says what to do.
+    """
+    base = base_of(model)
+    if _converted(base):
+        # Experts that are one tensor in memory are many in a checkpoint, so the whole is needed at once.
+        from transformers.core_model_loading import revert_weight_conversion
+
+        yield from revert_weight_conversion(base, dict(_named_weights(model))).items()
+    else:
+        yield from _named_weights(model)
+
+
+def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """As `checkpoint_weights`, without the adapter."""
+    if not is_peft_model(model):
+        yield from checkpoint_weights(model)
+        return
+    with model.disable_adapter():  # type: ignore[operator]
+        yield from checkpoint_weights(model)
+
+
+def _converted(base: Any) -> bool:
+    """Whether the checkpoint's names or shapes differ from those in memory."""
+    conversions = getattr(base, "_weight_conversions", None)
+    if conversions is None:
+        try:
+            from transformers.conversion_mapping import get_model_conversion_mapping
+        except ImportError:
+            return False
+        conversions = get_model_conversion_mapping(base, add_legacy=False)
+    return bool(conversions)
+
+
+def _named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    base = base_of(model)
+    tuned = _tuner_layers(model) if is_peft_model(model) else {}
+    adapters = tuple(
+        f"{name}.{part}." for name, layer in tuned.items() for part in (*layer.adapter_layer_names, "lora_")
+    )
+    persistent = set(base.state_dict())
+    # Tied weights under both names: vLLM on the CPU repacks an output head of its own from the second one.
+    parameters = base.named_parameters(remove_duplicate=False)
+    tensors = [*parameters, *((n, b) for n, b in base.named_buffers() if n in persistent)]
+    for name, tensor in tensors:
+        if name.startswith(adapters) or ".lora_" in name or ".original_module." in name:
+            continue
+        owner, _, leaf = name.rpartition(".base_layer.")
+        if owner in tuned and leaf == "weight":
+            yield f"{owner}.weight", _merged(tuned[owner], name)
+            continue
+        parts = name.replace(".base_layer.", ".").split(".")
+        if "modules_to_save" in parts:
+            at = parts.index("modules_to_save")
+            del parts[at : at + 2]  # the word, and the adapter's name
+        if not tensor.is_floating_point():
+            _refuse_quantised(name, tensor)
+        yield ".".join(parts), whole(tensor)
+
+
+def _refuse_quantised(name: str, tensor: Tensor) -> None:
+    if isinstance(tensor, nn.Parameter):
+        raise ValueError(
+            f"{name} is {tensor.dtype}: quantised weights cannot be handed to vLLM; train in bfloat16, float16 or "
+            "float32, or set use_vllm=False"
+        )
+
+
+def _tuner_layers(model: nn.Module) -> dict[str, Any]:
+    """Layers with an adapter in force, by their name in the base model."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base = base_of(model)
+    found = {n: m for n, m in base.named_modules() if isinstance(m, BaseTunerLayer)}
+    if not found and _prompt_learning(model):
+        raise ValueError("this PEFT method changes the prompt, not the weights: vLLM needs LoRA or one that can merge")
+    return found
+
+
+def _prompt_learning(model: Any) -> bool:
+    return any(getattr(config, "is_prompt_learning", False) for config in model.peft_config.values())
+
+
+@torch.no_grad()
+def _merged(layer: Any, name: str) -> Tensor:
+    """The weight of one layer with its active adapters added, rounded once."""
+    weight = layer.get_base_layer().weight
+    if layer.disable_adapters or not layer.active_adapters:
+        return whole(weight)
+    if _is_sharded(weight):
+        raise ValueError(
+            f"{name} is sharded over processes, and merging an adapter needs it whole: set vllm_lora_mode='adapter'"
+        )
+    before = weight.detach().clone()
+    layer.merge()
+    merged = weight.detach().clone()
+    layer.unmerge()
+    weight.copy_(before)
+    return merged
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor put together from its shards, detached; a collective call where it is sharded."""
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(tensor, DTensor):
+        return tensor.detach().full_tensor()  # type: ignore[attr-defined]
+    if hasattr(tensor, "ds_id"):  # DeepSpeed ZeRO-3
+        import deepspeed  # type: ignore[import-not-found]
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
+    return tensor.detach()
+
+
+def write_config(model: nn.Module, folder: Path, tokenizer: Any = None) -> None:
+    """What vLLM reads beside weights: config.json with the architecture's name, and the tokenizer where given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    base = base_of(model)
+    config = base.config
+    config.save_pretrained(folder)
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    values["architectures"] = [type(base).__name__]
+    path.write_text(json.dumps(values, indent=2))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def write_weights(weights: Iterator[tuple[str, Tensor]], folder: Path, write: bool = True) -> None:
+    """``model.safetensors`` of all weights. All are read even where nothing is to be written."""
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in weights:
+        if write:
+            tensors[name] = tensor.to("cpu", copy=True).contiguous()
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
+
+
+def write_adapter(model: Any, folder: Path, write: bool = True) -> None:
+    """The active LoRA adapter as PEFT saves one: adapter_config.json and adapter_model.safetensors."""
+    from peft.utils import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    name = model.active_adapter
+    values = {key: whole(p) for key, p in model.named_parameters() if ".lora_" in key}
+    state = get_peft_model_state_dict(model, state_dict=values, adapter_name=name, save_embedding_layers=False)
+    if not write:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {k: v.to("cpu", copy=True).contiguous() for k, v in state.items()}, str(folder / "adapter_model.safetensors")
+    )
+    config = model.peft_config[name]
+    inference_mode = config.inference_mode
+    config.inference_mode = True
+    try:
+        config.save_pretrained(str(folder))
+    finally:
+        config.inference_mode = inference_mode
+
+
+def check_adapter(model: Any) -> int:
+    """The rank that vLLM must make room for.
+
+    Raises:
+        ValueError: for an adapter that vLLM cannot hold as such.
+    """
+    config = model.peft_config[model.active_adapter]
+    reason = None
+    if str(getattr(config, "peft_type", "")).split(".")[-1] != "LORA":
+        reason = f"is {config.peft_type}"
+    elif getattr(config, "use_dora", False):
+        reason = "uses DoRA"
+    elif config.modules_to_save:
+        reason = f"trains whole modules (modules_to_save={config.modules_to_save})"
+    elif config.bias != "none":
+        reason = f"trains biases (bias={config.bias!r})"
+    elif getattr(config, "target_parameters", None):
+        reason = "has target_parameters"
+    if reason is not None:
+        raise ValueError(f"the adapter {reason}, which vLLM does not load: set vllm_lora_mode='merged'")
+    return max([config.r, *(config.rank_pattern or {}).values()])
+
+
+@contextlib.contextmanager
+def all_read(weights: Iterator[Any]) -> Iterator[Iterator[Any]]:
+    """The iterator, read to its end whatever happens: other ranks wait in its collectives."""
+    try:
+        yield weights
+    finally:
+        for _ in weights:
+            pass

@@ -1,0 +1,47 @@
+"""The probability route on small, awkward shapes, to be run under compute-sanitizer:
+
+    compute-sanitizer --tool memcheck python tests/cuda/probability_grid.py
+
+Odd vocabularies and row counts, both tile shapes, with a bias and without, masked rows, frozen and trained head. Exits
+with an error where a gradient is not finite.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import torch
+
+import grpo_ext
+from grpo_ext.config import LossConfig
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    shapes = ((1, 3, 8), (2, 70, 72), (3, 129, 136))
+    for (B, T, H), vocab, tiling, with_bias in itertools.product(shapes, (7, 257, 1001), ("0,1,1", "1,2,2"), (0, 1)):
+        os.environ["GRPO_EXT_TILING"] = tiling
+        hidden = torch.randn(B, T, H, device="cuda").bfloat16().requires_grad_()
+        weight = torch.randn(vocab, H, device="cuda").bfloat16().requires_grad_()
+        bias = torch.randn(vocab, device="cuda").bfloat16() if with_bias else None
+        ids = torch.randint(0, vocab, (B, T), device="cuda")
+        mask = torch.rand(B, T, device="cuda") > 0.3
+        mask[:, 0] = True
+        some = -torch.rand(B, T, device="cuda") * 8
+        for config in (LossConfig(), LossConfig(loss_type="vespo")):
+            for head in (weight, weight.detach()):
+                out = grpo_ext.linear_grpo_loss(
+                    hidden, head, ids, some[:, 0], mask, config, bias=bias, old_logps=some, memory_budget=1 << 16
+                )
+                out.loss.backward()
+        for tensor in (hidden, weight):
+            assert tensor.grad is not None
+            assert tensor.grad.isfinite().all()
+        with torch.no_grad():
+            grpo_ext.linear_selective_log_softmax(hidden, weight, ids, mask=mask)
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,405 @@
+"""The probability product and the kernels around it on a Hopper GPU: against their plain-torch twins, at full size.
+
+What the route computes in general is tested in tests/linear/test_linear_probabilities.py, on both devices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import grpo_ext
+from grpo_ext import _C, reference
+from grpo_ext._ops import probability as kernels
+from grpo_ext._ops.probability import TILE_COLUMNS, ChunkRows, Tiling
+from grpo_ext.config import LossConfig
+from grpo_ext.linear import probabilities_reference as twins
+from grpo_ext.linear.probabilities import Probabilities, select_route
+
+
+def _hopper() -> bool:
+    return _C.CUDA_PROBABILITIES and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not _hopper(), reason="needs a Hopper GPU and a build with CUTLASS"),
+]
+LN2 = math.log(2)
+TILINGS = [Tiling(0, 1, 1), Tiling(1, 1, 1)]
+
+
+@pytest.fixture(autouse=True)
+def _automatic_route() -> Iterator[None]:
+    yield
+    select_route("auto")
+
+
+class Case:
+    """Inputs and NaN-poisoned outputs of one chunk."""
+
+    def __init__(
+        self, rows: int, vocab: int, size: int, dtype: torch.dtype = torch.bfloat16, bias: bool = False
+    ) -> None:
+        self.hidden = torch.randn(rows, size, device="cuda").to(dtype)
+        self.weight = (torch.randn(vocab, size, device="cuda") * 2 / math.sqrt(size)).to(dtype)
+        self.bias = torch.randn(vocab, device="cuda") if bias else None
+        if self.bias is not None and vocab > 2:
+            self.bias[1::5] = -math.inf
+        self.ids = torch.randint(0, vocab, (rows,), device="cuda")
+        self.chunk = ChunkRows(rows, 0, None, None)
+        self.slope = 1.3
+        self.tiles = -(-vocab // TILE_COLUMNS)
+        self.stride = -(-vocab // 64) * 64
+
+    def outputs(self) -> dict[str, Tensor]:
+        rows = self.chunk.count
+        nan = {"device": "cuda", "fill_value": math.nan}
+        return {
+            "reference": torch.full((rows,), **nan),
+            "target": torch.full((rows,), -7, dtype=torch.int32, device="cuda"),
+            "exponent": torch.full((rows,), **nan),
+            "E": torch.full((rows + 1, self.stride), dtype=self.hidden.dtype, **nan),
+            "partials": torch.full((self.tiles, rows, 2), **nan),
+            "logps": torch.full((rows,), **nan),
+            "entropy": torch.full((rows,), **nan),
+            "factor": torch.full((rows,), **nan),
+            "residual": torch.full((rows,), **nan),
+        }
+
+    def run(self, module: Any, tiling: Tiling = TILINGS[0], store: bool = True, fold: bool = True) -> dict[str, Tensor]:
+        out = self.outputs()
+        E = out["E"][: self.chunk.count, : self.weight.shape[0]] if store else None
+        module.target_reference(
+            self.chunk, self.hidden, self.weight, self.bias, self.ids, None, self.slope, None, out["reference"],
+            out["target"], out["exponent"],
+        )  # fmt: skip
+        module.product(
+            self.hidden, self.weight, self.bias, out["reference"], out["target"], self.slope, E, out["partials"],
+            out["exponent"], tiling,
+        )  # fmt: skip
+        if fold:
+            module.fold(
+                self.chunk, out["partials"], out["exponent"], out["target"], self.slope, None, out["logps"],
+                out["entropy"], out["factor"], out["residual"], E, self.hidden.dtype,
+            )  # fmt: skip
+        return out
+
+
+# rows around a tile and its half; vocabularies around a tile of 256 and at real sizes, odd ones padded; H below, at,
+# between and above steps of 64
+@pytest.mark.parametrize("tiling", TILINGS)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "vocab", "size"),
+    [
+        (1, 1, 8), (3, 7, 64), (64, 255, 72), (65, 256, 64), (127, 257, 136), (128, 512, 64), (129, 1001, 1024),
+        (300, 50_257, 256), (257, 151_936, 128), (130, 151_669, 64), (1025, 3000, 576),
+    ],
+)  # fmt: skip
+def test_kernels_against_their_twins(rows: int, vocab: int, size: int, bias: bool, tiling: Tiling) -> None:
+    case = Case(rows, vocab, size, bias=bias)
+    if case.bias is not None:
+        case.bias[case.ids] = case.bias[case.ids].nan_to_num(neginf=0.5)
+    for fold in (False, True):
+        ours, theirs = case.run(kernels, tiling, fold=fold), case.run(twins, fold=fold)
+        assert torch.equal(ours["target"], theirs["target"])
+        loose = {"rtol": 1e-5, "atol": 1e-5}
+        torch.testing.assert_close(ours["reference"], theirs["reference"], **loose)
+        torch.testing.assert_close(ours["exponent"], theirs["exponent"], **loose)
+        # Each element within a rounding of bf16 and that of the exponent.
+        torch.testing.assert_close(
+            ours["E"][:rows, :vocab].float(), theirs["E"][:rows, :vocab].float(), rtol=2**-7 + 2**-14, atol=1e-30,
+            equal_nan=True,
+        )  # fmt: skip
+        torch.testing.assert_close(ours["partials"], theirs["partials"], rtol=2e-4, atol=2e-3 if bias else 1e-3)
+        for name in ("logps", "entropy", "factor"):
+            torch.testing.assert_close(ours[name], theirs[name], rtol=2e-5, atol=2e-5, equal_nan=True)
+    # What lies below E stays untouched. Behind a row of odd length the copy engine fills up 16 bytes.
+    assert ours["E"][rows].isnan().all()
+
+
+def test_no_bit_depends_on_storing_walking_or_company() -> None:
+    """The same sums with and without E, in every order of the tiles, for any neighbours and number of rows."""
+    case = Case(300, 50_257, 256)
+    expected = case.run(kernels)
+    for tiling in (TILINGS[0], *(Tiling(0, raster, swizzle) for raster in (0, 1, 2) for swizzle in (1, 2, 8))):
+        for store in (False, True):
+            again = case.run(kernels, tiling, store)
+            for name in ("partials", "exponent", "logps", "entropy", "factor"):
+                assert torch.equal(again[name], expected[name]), (name, tiling, store)
+            if store:
+                assert torch.equal(again["E"][:300, :50_257], expected["E"][:300, :50_257])
+    hidden, ids = case.hidden, case.ids
+    for start, end in ((0, 1), (7, 8), (130, 131), (100, 300), (1, 299)):
+        part = Case(end - start, 50_257, 256)
+        part.weight, part.hidden, part.ids = case.weight, hidden[start:end].contiguous(), ids[start:end].contiguous()
+        for store in (False, True):
+            out = part.run(kernels, store=store)
+            for name in ("logps", "entropy", "factor"):
+                assert torch.equal(out[name], expected[name][start:end]), (name, start, end)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("size", [8, 64, 1032, 4096])
+def test_scaling_against_its_twin(size: int, wide: bool) -> None:
+    rows, vocab = 133, 1001
+    weight = torch.randn(vocab, size, device="cuda").bfloat16()
+    product = torch.randn(rows, size, device="cuda")
+    factor, residual = torch.randn(2, rows, device="cuda").unbind()
+    target = torch.randint(-1, vocab, (rows,), device="cuda", dtype=torch.int32)
+    target[::7] = -1
+    index = torch.randperm(200, device="cuda")[:rows]
+    for chunk in (ChunkRows(rows, 40, None, None), ChunkRows(rows, 0, index, None)):
+        for extra in ((residual, target), (None, None)):
+            results = []
+            for module in (kernels, twins):
+                out = torch.full((200, size), 7.0, device="cuda", dtype=torch.float32 if wide else torch.bfloat16)
+                module.scale(chunk, product, factor, *extra, weight, out)
+                results.append(out)
+            tight = 1e-5 if wide else 2**-7
+            torch.testing.assert_close(results[0], results[1], rtol=tight, atol=1e-5)
+            assert (results[0] == 7.0).all(dim=1).sum() == 200 - rows
+
+
+def test_a_nan_and_a_wrong_id_stay_in_their_rows() -> None:
+    case = Case(200, 1001, 64)
+    expected = case.run(kernels)
+    case.hidden[3, 5] = math.nan
+    case.ids[150], case.ids[151], case.ids[199] = -1, 1001, 2**40
+    out = case.run(kernels)
+    bad = torch.zeros(200, dtype=torch.bool, device="cuda")
+    bad[[3, 150, 151, 199]] = True
+    for name in ("logps", "entropy", "factor"):
+        assert torch.equal(out[name].isnan(), bad)
+        assert torch.equal(out[name][~bad], expected[name][~bad])
+
+
+def test_masked_and_indexed_rows() -> None:
+    case = Case(200, 1001, 64)
+    mask = torch.rand(300, device="cuda") > 0.4
+    index = torch.randperm(300, device="cuda")[:200]
+    case.ids = torch.randint(0, 1001, (300,), device="cuda")
+    case.ids[~mask] = -100
+    case.chunk = ChunkRows(200, 0, index, mask)
+    results = []
+    for module in (kernels, twins):
+        out = case.outputs()
+        E = out["E"][:200, :1001]
+        per_token = [torch.full((300,), 7.0, device="cuda") for _ in range(2)]
+        module.target_reference(
+            case.chunk, case.hidden, case.weight, None, case.ids, None, 1.0, None, out["reference"], out["target"],
+            out["exponent"],
+        )  # fmt: skip
+        module.product(
+            case.hidden, case.weight, None, out["reference"], out["target"], 1.0, E, out["partials"], out["exponent"],
+            TILINGS[0],
+        )  # fmt: skip
+        module.fold(
+            case.chunk, out["partials"], out["exponent"], out["target"], 1.0, None, *per_token, out["factor"],
+            out["residual"], E, torch.bfloat16,
+        )  # fmt: skip
+        results.append([*per_token, out["factor"]])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
+    assert not results[0][2][~mask[index]].any()
+
+
+@pytest.mark.parametrize(("size", "limit"), [(1024, 2e-5), (2048, 3e-5), (4096, 6e-5)])
+def test_log_probabilities_against_fp64(size: int, limit: float) -> None:
+    """Logits that spread like a language model's, sampled and random targets, through the public function."""
+    rows, vocab = 256, 151_936
+    hidden = torch.randn(rows, size, device="cuda").bfloat16()
+    weight = (torch.randn(vocab, size, device="cuda") * 2 / math.sqrt(size)).bfloat16()
+    ids = torch.randint(0, vocab, (rows,), device="cuda")
+    exact = torch.cat([
+        torch.log_softmax(part.double() @ weight.double().t(), dim=1) for part in hidden.split(64)
+    ])  # fmt: skip
+    ids[::2] = exact[::2].argmax(dim=1)
+    got, entropy = grpo_ext.linear_selective_log_softmax(hidden, weight, ids, return_entropy=True)
+    assert (got - exact.gather(1, ids[:, None]).squeeze(1)).abs().max() <= limit
+    assert (entropy + (exact.exp() * exact).sum(1)).abs().max() <= 2 * limit
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("sure", [False, True])
+def test_gradients_at_full_size(trained: bool, sure: bool) -> None:
+    """Never further from fp64 than the logits route, also where the targets are nearly certain."""
+    rows, vocab, size = 192, 32_000, 512
+    hidden = torch.randn(rows, size, device="cuda")
+    weight = (torch.randn(vocab, size, device="cuda") * 2 / math.sqrt(size)).bfloat16()
+    ids = torch.randint(0, vocab, (rows,), device="cuda")
+    if sure:
+        own = weight[ids].float()
+        hidden = (
+            hidden * 0.5
+            + own / own.square().sum(1, keepdim=True) * torch.linspace(24, 34, rows, device="cuda")[:, None]
+        )
+    hidden = hidden.bfloat16()
+    upstream = torch.rand(rows, device="cuda") + 0.5
+
+    def gradients(route: str, dtype: torch.dtype) -> list[Tensor]:
+        select_route(route)
+        leaves = [hidden.to(dtype).clone().requires_grad_(), weight.to(dtype).clone().requires_grad_(trained)]
+        if dtype == torch.float64:
+            logps = torch.log_softmax(leaves[0] @ leaves[1].t(), dim=1).gather(1, ids[:, None]).squeeze(1)
+        else:
+            logps = grpo_ext.linear_selective_log_softmax(leaves[0], leaves[1], ids)
+        logps.backward(upstream.to(logps.dtype))
+        return [logps.detach().double()] + [leaf.grad.double() for leaf in leaves if leaf.grad is not None]
+
+    truth = gradients("auto", torch.float64)
+    if sure:
+        assert truth[0].exp().min() > 0.99
+    ours, rounded = gradients("auto", torch.bfloat16), gradients("logits", torch.bfloat16)
+    assert (ours[0] - truth[0]).abs().max() <= 2e-5
+    for mine, theirs, exact in zip(ours[1:], rounded[1:], truth[1:], strict=True):
+        norm = exact.norm(dim=1)
+        used = norm > norm.max() * 1e-5
+        error, others = ((g - exact).norm(dim=1)[used] / norm[used] for g in (mine, theirs))
+        assert error.median() <= 1.02 * others.median()
+        assert error.max() <= 1.02 * others.max()
+
+
+CONFIGS = {
+    "token": LossConfig(epsilon_high=0.28),
+    "sequence": LossConfig(loss_type="grpo", importance_sampling_level="sequence"),
+    "vespo": LossConfig(loss_type="vespo"),
+    "kl": LossConfig(loss_type="grpo", beta=0.05),
+}
+
+
+def problem(dtype: torch.dtype = torch.bfloat16, vocab: int = 50_257, size: int = 256) -> dict[str, Any]:
+    B, T = 4, 90
+    hidden = torch.randn(B, T, size, device="cuda").to(dtype)
+    weight = (torch.randn(vocab, size, device="cuda") * 2 / math.sqrt(size)).to(dtype)
+    ids = torch.randint(0, vocab, (B, T), device="cuda")
+    logps = grpo_ext.linear_selective_log_softmax(hidden, weight, ids)
+    assert isinstance(logps, Tensor)
+    return {
+        "hidden": hidden,
+        "weight": weight,
+        "completion_ids": ids,
+        "advantages": torch.randn(B, device="cuda"),
+        "completion_mask": torch.rand(B, T, device="cuda") > 0.25,
+        "old_logps": logps + 0.2 * torch.randn_like(logps),
+        "ref_logps": logps - 0.1,
+    }
+
+
+def step(given: dict[str, Any], config: LossConfig, trained: bool, **more: Any) -> list[Tensor]:
+    leaves = [given["hidden"].detach().requires_grad_(), given["weight"].detach().requires_grad_(trained)]
+    rest = {k: v for k, v in given.items() if k not in ("hidden", "weight")}
+    out = grpo_ext.linear_grpo_loss(*leaves, config=config, **rest, **more)
+    grads = torch.autograd.grad(out.loss, [leaf for leaf in leaves if leaf.requires_grad])
+    return [out.loss.detach(), out.logps, *grads]
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("budget", [None, 16 << 20])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_losses_against_fp64_and_bitwise_again(config: LossConfig, budget: int | None, trained: bool) -> None:
+    given = problem()
+    ours = step(given, config, trained, memory_budget=budget)
+    again = step(given, config, trained, memory_budget=budget)
+    assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+    lifted = {k: v.double() if v.is_floating_point() else v for k, v in given.items()}
+    leaves = [lifted.pop("hidden").requires_grad_(), lifted.pop("weight").requires_grad_(trained)]
+    truth = reference.linear_grpo_loss(*leaves, config=config, **lifted)
+    truth.loss.backward()
+    # vespo's weight is an exponential of the sum of 90 log ratios.
+    rtol = 1e-3 if config.loss_type == "vespo" else 1e-4
+    torch.testing.assert_close(ours[0].double(), truth.loss.detach(), rtol=rtol, atol=1e-5)
+    torch.testing.assert_close(ours[1].double(), truth.logps.detach(), rtol=0, atol=2e-5)
+    for got, leaf in zip(ours[2:], leaves, strict=False):
+        assert leaf.grad is not None
+        assert (got.double() - leaf.grad).norm() <= 6e-3 * leaf.grad.norm()
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_graph_replay_without_synchronisation(config: LossConfig, trained: bool) -> None:
+    given = problem()
+    static = {k: v.clone() for k, v in given.items()}
+    more = {"valid_rows": static["completion_mask"].numel()}
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step(static, config, trained, **more)
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(static, config, trained, **more)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(static, config, trained, **more)
+    for new in (problem(), given):
+        for name, tensor in static.items():
+            tensor.copy_(new[name])
+        graph.replay()
+        expected = step(new, config, trained, **more)
+        assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+def test_offsets_beyond_two_to_the_thirty_first() -> None:
+    """16,000 rows of 151,936 probabilities, 2.4e9 of them, in one chunk: the last rows are those of a chunk of their
+    own, and so are their gradients."""
+    N, V, H = 16_000, 151_936, 64
+    hidden = torch.randn(N, H, device="cuda").bfloat16()
+    weight = torch.randn(V, H, device="cuda").bfloat16()
+    ids = torch.randint(0, V, (N,), device="cuda")
+    results = []
+    for rows in (slice(0, N), slice(N - 256, N)):
+        leaf = hidden[rows].clone().requires_grad_()
+        logps = grpo_ext.linear_selective_log_softmax(leaf, weight, ids[rows], memory_budget=6 << 30)
+        logps.sum().backward()
+        results.append((logps.detach()[-256:], leaf.grad[-256:]))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("budget", [None, 512 << 20])
+def test_memory(trained: bool, budget: int | None) -> None:
+    """Beyond dhidden and, trained, one fp32 (V,H): 1.25 GiB, or the budget."""
+    B, T, H, V = 8, 1024, 1024, 151_936
+    given = {
+        "hidden": torch.randn(B, T, H, device="cuda").bfloat16(),
+        "weight": (torch.randn(V, H, device="cuda") * 0.05).bfloat16(),
+        "completion_ids": torch.randint(0, V, (B, T), device="cuda"),
+        "advantages": torch.randn(B, device="cuda"),
+        "completion_mask": torch.ones(B, T, device="cuda", dtype=torch.bool),
+    }
+    buffer = torch.zeros(V, H, device="cuda") if trained else None
+    leaves = [given.pop("hidden").requires_grad_(), given.pop("weight").requires_grad_(trained)]
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = grpo_ext.linear_grpo_loss(*leaves, config=CONFIGS["token"], weight_grad=buffer, memory_budget=budget, **given)
+    out.loss.backward()
+    extra = torch.cuda.max_memory_allocated() - before - leaves[0].numel() * 2
+    assert extra <= (budget or 1.25 * 2**30)
+
+
+def test_a_head_with_odd_rows_goes_by_way_of_logits() -> None:
+    """Rows of the head that the copy engine cannot address go by way of logits, with the same result."""
+    given = problem(vocab=1001, size=64)
+    wide = torch.zeros(1001, 69, device="cuda", dtype=torch.bfloat16)
+    wide[:, :64] = given["weight"]
+    seen: list[int] = []
+    real = Probabilities.chunk
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Probabilities, "chunk", lambda self, *a: (seen.append(1), real(self, *a))[1])
+        odd = step(given | {"weight": wide[:, :64]}, CONFIGS["token"], False)
+        assert not seen
+        even = step(given, CONFIGS["token"], False)
+        assert seen
+    torch.testing.assert_close(odd[1], even[1], rtol=0, atol=0.1)

@@ -1,0 +1,129 @@
+"""vLLM beside the trainer on one GPU: weights, adapter, sleep levels. Runs with vLLM 0.24 and later; not by `make test`
+of a machine without one.
+
+Needs the package vllm in the same environment: python -m pytest tests/cuda/test_vllm_gpu.py
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from grpo_ext.trainer import GRPOConfig, GRPOTrainer
+from grpo_ext.trainer.vllm.engine import close_quietly
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, torch sees none"),
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM: pip install vllm"),
+]
+
+VOCABULARY = 2048
+LORA = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+ROWS = [{"prompt": " ".join(f"w{3 + (i * 7 + j) % (VOCABULARY - 3)}" for j in range(20 + i))} for i in range(8)]
+
+
+def build() -> tuple[Any, PreTrainedTokenizerFast]:
+    words = ["<eos>", "<pad>", "<unk>", *[f"w{i}" for i in range(3, VOCABULARY)]]
+    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        max_position_embeddings=1024,
+        initializer_range=0.05,
+        tie_word_embeddings=True,
+        eos_token_id=0,
+        pad_token_id=1,
+        bos_token_id=None,
+    )
+    return Qwen3ForCausalLM(config).to(torch.bfloat16), tokenizer
+
+
+def even_share(completions: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
+    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Callable[..., GRPOTrainer]]:
+    made: list[GRPOTrainer] = []
+
+    def make(peft_config: Any = None, **changes: Any) -> GRPOTrainer:
+        fields: dict[str, Any] = {
+            "output_dir": str(tmp_path / "run"),
+            "per_device_train_batch_size": 16,
+            "num_generations": 4,
+            "max_completion_length": 32,
+            "max_steps": 4,
+            "learning_rate": 1e-3,
+            "bf16": True,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "use_vllm": True,
+            "vllm_gpu_memory_utilization": 0.2,
+            "vllm_enforce_eager": True,
+        }
+        model, tokenizer = build()
+        args = GRPOConfig(**(fields | changes))
+        trainer = GRPOTrainer(model, even_share, args, ROWS, processing_class=tokenizer, peft_config=peft_config)
+        made.append(trainer)
+        return trainer
+
+    yield make
+    for trainer in made:
+        close_quietly(trainer.rollouts.engine)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("sleep_level", [0, 1, 2])
+@pytest.mark.parametrize(("peft_config", "mode"), [(None, None), (LORA, "merged"), (LORA, "adapter")])
+def test_engine_follows_the_training(
+    make: Callable[..., GRPOTrainer], peft_config: Any, mode: str | None, sleep_level: int
+) -> None:
+    """bf16: the check's figure stays at rounding while the weights move by more than that."""
+    trainer = make(
+        peft_config,
+        vllm_lora_mode=mode,
+        vllm_enable_sleep_mode=sleep_level > 0,
+        vllm_sleep_level=max(sleep_level, 1),
+    )
+    engine: Any = trainer.rollouts.engine
+    before = engine.check.trainer_rows(trainer.model)
+    trainer.train()
+    figures = [line["vllm/weight_check"] for line in trainer.state.log_history if "loss" in line]
+    assert len(figures) == 4
+    assert max(figures) < 0.1, figures
+    moved = float((engine.check.trainer_rows(trainer.model) - before).abs().mean())
+    print(f"moved {moved:.3f} nats, check {figures}")
+    assert moved > 3 * max(figures)
+
+
+@pytest.mark.timeout(300)
+def test_sleep_gives_memory_back(make: Callable[..., GRPOTrainer]) -> None:
+    trainer = make(vllm_enable_sleep_mode=True, vllm_sleep_level=2, max_steps=1)
+    engine: Any = trainer.rollouts.engine
+    free_awake = torch.cuda.mem_get_info()[0]
+    trainer.train()
+    assert engine._asleep
+    torch.cuda.empty_cache()
+    freed = torch.cuda.mem_get_info()[0] - free_awake
+    print(f"freed {freed / 2**30:.1f} GiB")
+    assert freed > 2**30

@@ -1,0 +1,228 @@
+"""The class in the place of TRL's `_ChunkedLogProbFunction`, against TRL's own class: values, gradients, duties."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import grpo_ext.integrations.trl as ours
+from grpo_ext import reference
+from grpo_ext.integrations.trl import seam
+from grpo_ext.linear.plan import DEFAULT_BUDGET
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    pytest.importorskip("trl", reason="TRL is not installed: pip install 'grpo-ext[trl]'; it needs Python 3.11")
+    from trl.trainer import utils
+
+OURS = ("log_probs", "entropy")
+
+
+@pytest.fixture(autouse=True)
+def _patched() -> Iterator[None]:
+    ours.patch()
+    yield
+    ours.unpatch()
+
+
+def example(
+    rows: int, vocab: int = 301, width: int = 24, bias: bool = False, dtype: torch.dtype = torch.float32
+) -> Any:
+    generator = torch.Generator().manual_seed(rows)
+    hidden = torch.randn(rows, width, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(vocab, width, generator=generator).mul_(0.5).to(dtype).requires_grad_()
+    offset = torch.randn(vocab, generator=generator).to(dtype).requires_grad_() if bias else None
+    return hidden, weight, offset, torch.randint(0, vocab, (rows,), generator=generator)
+
+
+def call(
+    function: Any, tensors: Any, outputs: tuple[str, ...] = OURS, temperature: float = 0.8,
+    softcap: float | None = None, scale: float = 1.0,
+) -> Any:  # fmt: skip
+    return function.apply(*tensors, temperature, 128, softcap, scale, outputs)
+
+
+def gradients(logps: Tensor, entropy: Tensor | None, leaves: Any) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    total = (logps * torch.randn(logps.shape, generator=generator)).sum()
+    if entropy is not None:
+        total = total + (entropy * torch.randn(logps.shape, generator=generator)).sum()
+    wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+    return list(torch.autograd.grad(total, wanted))
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize(("softcap", "scale", "bias"), [(None, 1.0, False), (20.0, 0.5, True)])
+@pytest.mark.parametrize("entropy_gradient", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 37])
+def test_equals_trl(
+    rows: int, entropy_gradient: bool, softcap: float | None, scale: float, bias: bool, frozen: bool
+) -> None:
+    tensors = example(rows, bias=bias)
+    if frozen:
+        for tensor in tensors[1:3]:
+            if tensor is not None:
+                tensor.requires_grad_(False)
+    results = []
+    for function in (seam.LogProbabilities.original, utils._ChunkedLogProbFunction):
+        logps, entropy, *rest = call(function, tensors, softcap=softcap, scale=scale)
+        assert rest == [None, None, None]
+        results.append([logps, entropy, *gradients(logps, entropy if entropy_gradient else None, tensors[:3])])
+    assert ours.status().served == {"with gradient": 1}
+    for stock, mine in zip(*results, strict=True):
+        assert mine.dtype == stock.dtype
+        torch.testing.assert_close(mine, stock, rtol=2e-5, atol=2e-5)
+
+
+def test_without_entropy_and_without_gradient() -> None:
+    tensors = example(9)
+    logps, entropy, *_ = call(utils._ChunkedLogProbFunction, tensors, outputs=("log_probs",))
+    assert entropy is None
+    with torch.no_grad():
+        again, *_ = call(utils._ChunkedLogProbFunction, tensors, outputs=("log_probs",))
+    assert not again.requires_grad
+    torch.testing.assert_close(again, logps, rtol=1e-6, atol=1e-6)
+    assert ours.status().served == {"with gradient": 1, "without gradient": 1}
+
+
+@pytest.mark.parametrize("case", ["autocast", "bf16", "fp16", "fp32 hidden, bf16 head", "bf16 hidden, fp32 head"])
+def test_low_precision_is_no_worse_than_trl(case: str) -> None:
+    """At most twice the error of TRL's own class against the fp64 reference on the same inputs."""
+    lead, head = {
+        "autocast": (torch.float32, torch.float32),
+        "bf16": (torch.bfloat16, torch.bfloat16),
+        "fp16": (torch.float16, torch.float16),
+        "fp32 hidden, bf16 head": (torch.float32, torch.bfloat16),
+        "bf16 hidden, fp32 head": (torch.bfloat16, torch.float32),
+    }[case]
+    hidden, weight, _, ids = example(64, vocab=1000, width=64)
+    hidden, weight = (t.detach().to(d).requires_grad_() for t, d in ((hidden, lead), (weight, head)))
+    exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    truth = reference.linear_selective_log_softmax(*exact, ids, temperature=0.8)
+    wanted = [truth.detach(), *gradients(truth, None, exact)]
+    errors = []
+    for function in (seam.LogProbabilities.original, utils._ChunkedLogProbFunction):
+        enabled = torch.autocast("cpu", torch.bfloat16) if case == "autocast" else contextlib.nullcontext()
+        with enabled:
+            logps, *_ = call(function, (hidden, weight, None, ids), outputs=("log_probs",))
+        assert logps.dtype == torch.float32
+        found = [logps, *gradients(logps, None, (hidden, weight))]
+        assert [t.dtype for t in found[1:]] == [lead, head]
+        errors.append([(a.double() - b).norm() / b.norm() for a, b in zip(found, wanted, strict=True)])
+    for stock, mine in zip(*errors, strict=True):
+        assert mine <= 2 * stock + 1e-6
+    assert sum(ours.status().served.values()) == 1
+
+
+@pytest.mark.parametrize("outputs", [("log_probs", "entropy", "is_top1"), ("mean_logits",), seam.ALL_OUTPUTS])
+def test_outputs_that_are_not_ours_go_to_trl(outputs: tuple[str, ...]) -> None:
+    tensors = example(5)
+    mine = call(utils._ChunkedLogProbFunction, tensors, outputs=outputs)
+    stock = call(seam.LogProbabilities.original, tensors, outputs=outputs)
+    for a, b in zip(mine, stock, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)
+    (reason,) = ours.status().handed_back
+    assert reason == "asks for " + ", ".join(sorted(set(outputs) - set(OURS)))
+    assert not ours.status().served
+
+
+def test_all_outputs_is_what_trl_computes_unasked() -> None:
+    from trl.kernels.chunked_logprob import OPTIONAL_OUTPUTS
+
+    assert OPTIONAL_OUTPUTS == seam.ALL_OUTPUTS
+    tensors = example(3)
+    utils._ChunkedLogProbFunction.apply(*tensors, 1.0, 128)
+    assert sum(ours.status().handed_back.values()) == 1
+
+
+def test_float64_goes_to_trl() -> None:
+    call(utils._ChunkedLogProbFunction, example(3, dtype=torch.float64))
+    assert ours.status().handed_back == {"hidden states of float64": 1}
+
+
+def test_head_is_gathered_again_in_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO-3: the parameter is whole only inside TRL's context, and empty when backward starts."""
+    hidden, weight, _, ids = example(500, vocab=1000)
+    expected = gradients(call(seam.LogProbabilities.original, (hidden, weight, None, ids))[0], None, (hidden, weight))
+    shard = torch.nn.Parameter(weight.detach().clone())
+    full, entered = shard.data, []
+
+    @contextlib.contextmanager
+    def gathering(*parameters: Any) -> Iterator[None]:
+        assert parameters[0] is shard
+        entered.append(torch.is_grad_enabled())
+        shard.data = full
+        yield
+        shard.data = full.new_empty(0)
+
+    monkeypatch.setattr(utils, "maybe_gather_lm_head_ctx", gathering)
+    monkeypatch.setitem(DEFAULT_BUDGET, "cpu", 1 << 20)  # the logits do not fit, so they are made again
+    shard.data = full.new_empty(0)
+    with utils.maybe_gather_lm_head_ctx(shard, None):
+        logps = call(utils._ChunkedLogProbFunction, (hidden, shard, None, ids))[0]
+    assert shard.numel() == 0
+    before = len(entered)
+    total = (logps * torch.randn(logps.shape, generator=torch.Generator().manual_seed(7))).sum()
+    found = torch.autograd.grad(total, (hidden, shard))
+    assert len(entered) > before
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_frozen_head_is_not_needed_in_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, _, ids = example(20)
+    weight.requires_grad_(False)
+    logps = call(utils._ChunkedLogProbFunction, (hidden, weight, None, ids))[0]
+
+    def not_again(*_: Any) -> Any:
+        raise AssertionError("the head was gathered for a backward that does not need it")
+
+    monkeypatch.setattr(utils, "maybe_gather_lm_head_ctx", not_again)
+    logps.sum().backward()
+    assert hidden.grad is not None
+
+
+def test_patching_twice_and_back() -> None:
+    original = seam.LogProbabilities.original
+    call(utils._ChunkedLogProbFunction, example(3))
+    ours.patch()
+    assert sum(ours.status().served.values()) == 1
+    assert utils._ChunkedLogProbFunction is seam.LogProbabilities
+    assert seam.LogProbabilities.original is original
+    ours.unpatch()
+    assert utils._ChunkedLogProbFunction is original
+    assert not ours.status().patched
+    assert "1 with gradient" in str(ours.status())
+    ours.patch()
+    assert not ours.status().served
+
+
+def test_loss_is_patched_and_restored() -> None:
+    from trl import GRPOTrainer
+
+    own = GRPOTrainer._compute_loss
+    ours.patch(fuse_loss=True)
+    assert ours.status().fuse_loss
+    assert GRPOTrainer._compute_loss is not own
+    ours.patch()
+    assert not ours.status().fuse_loss
+    assert GRPOTrainer._compute_loss is own
+    ours.patch(fuse_loss=True)
+    ours.unpatch()
+    assert GRPOTrainer._compute_loss is own
+
+
+@pytest.mark.parametrize("version", ["1.14.2", "1.17.0", "2.0.0.dev0"])
+def test_other_versions_of_trl_are_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours.unpatch()
+    monkeypatch.setattr("trl.__version__", version)
+    with pytest.raises(ImportError, match=rf"TRL {version} is installed: pip install 'trl>=1.15,<1.17'"):
+        ours.patch()
+    assert not ours.status().patched

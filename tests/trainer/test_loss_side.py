@@ -1,0 +1,405 @@
+"""No wasted work: skipped sequences, one forward, sorted and packed micro-batches; and steps that are not finite."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from toys import EOS, PAD, FixedEngine, GradientCatcher, build_model
+
+from grpo_ext import LossConfig
+from grpo_ext.config import LOSS_TYPES
+from grpo_ext.trainer import GRPOTrainer
+from grpo_ext.trainer.batching import plan_batches
+from grpo_ext.trainer.forward import CompletionForward
+from grpo_ext.trainer.guard import NonfiniteError
+from grpo_ext.trainer.head import FusedHead
+from grpo_ext.trainer.policy import Policy
+from grpo_ext.trainer.rollout import MicroBatch, Rollout
+from grpo_ext.trainer.rollout_maker import sorted_order
+from grpo_ext.trainer.skipping import rows_with_gradient
+
+Make = Callable[..., GRPOTrainer]
+
+
+def every_other_group(completions: list[str], **_: Any) -> list[float]:
+    """Groups of two: the first has equal rewards, so advantage 0; the second has not, and so on."""
+    return [float(i % 4 == 3) for i in range(len(completions))]
+
+
+def nobody(completions: list[str], **_: Any) -> list[float]:
+    return [1.0] * len(completions)
+
+
+class Engine(FixedEngine):
+    """Reports log probabilities of its own, as an engine with other kernels would."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        completions = super().generate(*args, **kwargs)
+        completions.sampling_logps = [[-3.0 - 0.1 * t for t in range(len(row))] for row in completions.ids]
+        return completions
+
+
+def gradients(make_trainer: Make, **changes: Any) -> tuple[GRPOTrainer, torch.Tensor]:
+    """A run of one optimizer step (or more) of plain descent, and its gradients, one row per step."""
+    catcher = GradientCatcher()
+    fields = {"engine": FixedEngine(), "max_steps": 1, "max_grad_norm": 0.0, "optim": "sgd", **changes}
+    trainer = make_trainer(callbacks=[catcher], **fields)
+    trainer.train()
+    return trainer, torch.stack([torch.cat([g.flatten() for g in step.values()]) for step in catcher.steps])
+
+
+# ---- sequences without a gradient
+
+
+@pytest.mark.parametrize("ga", [1, 2])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_skipping_keeps_the_gradient(make_trainer: Make, loss_type: str, ga: int) -> None:
+    """Zero advantages and masked truncated completions, off-policy in the second step."""
+    fields: dict[str, Any] = {
+        "loss_type": loss_type,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": ga,
+        "steps_per_generation": 2 * ga,
+        "max_steps": 2,
+        "reward_funcs": every_other_group,
+        "mask_truncated_completions": True,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # cispo's cap
+        trainer, skipped = gradients(make_trainer, **fields)
+        _, whole = gradients(make_trainer, skip_zero_gradient_sequences=False, **fields)
+    torch.testing.assert_close(skipped, whole, rtol=2e-5, atol=2e-7)
+    logs = trainer.state.log_history
+    assert 0.5 <= logs[0]["skipped_sequences"] < 1
+    assert logs[0]["tokens/computed"] < logs[0]["tokens/padded"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({}, [0]),
+        ({"beta": 0.1}, [0, 1]),
+        ({"entropy_coef": 0.1}, [0, 1]),
+        ({"top_entropy_quantile": 0.5}, [0, 1]),
+    ],
+)
+def test_which_rows_have_a_gradient(changes: dict[str, float], kept: list[int]) -> None:
+    config = LossConfig(**changes)  # type: ignore[arg-type]
+    assert rows_with_gradient(config, [0.5, 0.0, 0.5], [True, True, False]) == kept
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
+def test_a_step_without_any_gradient_is_still_a_step(make_trainer: Make, optim: str) -> None:
+    """Adam goes on by its momentum where the gradient is 0; so it does where the model was not run."""
+    results = []
+    for skip in (True, False):
+        calls = [0]
+
+        def reward(completions: list[str], calls: list[int] = calls, **_: Any) -> list[float]:
+            calls[0] += 1
+            return every_other_group(completions) if calls[0] == 1 else nobody(completions)
+
+        trainer = make_trainer(
+            engine=FixedEngine(), reward_funcs=reward, max_steps=3, optim=optim, skip_zero_gradient_sequences=skip
+        )
+        trainer.train()
+        results.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+        log = trainer.state.log_history[1]
+        assert log["loss"] == 0.0
+        assert log["grad_norm"] == 0.0
+        assert log["skipped_sequences"] == (1.0 if skip else 0.0)
+        assert log["forwards_per_micro_batch"] == (0.0 if skip else 1.0)
+        assert log["nonfinite_tokens"] == 0.0
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
+
+
+def test_all_truncated_with_a_reference(make_trainer: Make) -> None:
+    """Nothing is in the loss: 0, a finite KL, no forward at all."""
+    trainer = make_trainer(engine=FixedEngine(end_share=-1.0), mask_truncated_completions=True, beta=0.1, max_steps=1)
+    with pytest.warns(UserWarning, match="every completion of a generation batch was truncated"):
+        trainer.train()
+    log = trainer.state.log_history[0]
+    assert (log["loss"], log["kl"], log["forwards_per_micro_batch"]) == (0.0, 0.0, 0.0)
+
+
+# ---- one forward
+
+
+@pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "vespo"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_one_forward_equals_two(loss_type: str, mode: str, fused: bool) -> None:
+    """On-policy the importance weight is formed inside the loss; with old log probabilities it needs a second pass."""
+    config = LossConfig(
+        loss_type=loss_type,  # type: ignore[arg-type]
+        vllm_importance_sampling_mode=mode,  # type: ignore[arg-type]
+        vllm_importance_sampling_cap=1.5,
+        vllm_importance_sampling_clip_min=0.5,
+    )
+    model, batch = build_model(), example()
+    batch.sampling_logps = 0.9 * Policy(CompletionForward(model), FusedHead(model), config).logps(model, batch) - 0.1
+    results = []
+    for passes in (1, 2):
+        policy = Policy(CompletionForward(model), FusedHead(model, fused), config)
+        batch.old_logps = policy.logps(model, batch) if passes == 2 else None
+        model.zero_grad()
+        output = policy.loss(model, batch)
+        output.loss.backward()
+        assert policy.passes == passes
+        assert 0 < output.metrics["importance_weight/mean"] != 1
+        results.append([output.loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=2e-5, atol=1e-6)
+
+
+def test_forwards_are_counted(make_trainer: Make) -> None:
+    """One pass per micro-batch on-policy, with an engine's log probabilities too; two where the slice comes late."""
+    trainer = make_trainer(engine=Engine(), per_device_train_batch_size=4, steps_per_generation=2, max_steps=4)
+    trainer.train()
+    logs = trainer.state.log_history
+    # The late slice's log probabilities are made with the generation, in the first of two steps.
+    assert [log["forwards_per_micro_batch"] for log in logs[:4]] == [2.0, 1.0, 2.0, 1.0]
+    trainer = make_trainer(engine=Engine(), per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=2)
+    trainer.train()
+    assert [log["forwards_per_micro_batch"] for log in trainer.state.log_history[:2]] == [1.0, 1.0]
+
+
+# ---- padding
+
+
+def example() -> MicroBatch:
+    rollout = Rollout(
+        key=(0, 0), start=0, rows_per_slice=4, prompt_ids=[[5, 8, 6], [5, 8, 6], [5, 9, 9, 6], [7]],
+        completion_ids=[[9, 8, EOS], [9], [10, 11, 12, 13, 14], [3, EOS]], trained=[True, True, False, True],
+        advantages=torch.tensor([1.0, -1.0, 0.5, -0.5]), normaliser=7.0, tokens_seen=0, old_logps=[None],
+        ref_logps=[None],
+    )  # fmt: skip
+    return rollout.micro_batch(0, PAD, "cpu")
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_equals_padded(attention: str) -> None:
+    model, batch = build_model(attn_implementation=attention), example()
+    results = []
+    for padding_free in (True, False):
+        forward = CompletionForward(model, False, padding_free)
+        policy = Policy(forward, FusedHead(model), LossConfig())
+        model.zero_grad()
+        output = policy.loss(model, batch)
+        output.loss.backward()
+        logps = policy.logps(model, batch)
+        results.append([output.loss.detach(), logps, output.entropy, *(p.grad.clone() for p in model.parameters())])
+        assert forward.padded_because is None
+        # Prompts of 3, 3, 4, 1 and completions of 3, 1, 5, 2 tokens, whose last ones are not fed.
+        assert forward.tokens == 2 * (18 if padding_free else 4 * 8)
+    for packed, padded in zip(*results, strict=True):
+        torch.testing.assert_close(packed, padded, rtol=2e-5, atol=1e-6)
+
+
+def test_packing_where_the_attention_does_not_allow_it() -> None:
+    """A model that ignores position ids mixes what lies end to end: found by trying, and said."""
+
+    class Mixing(type(build_model())):  # type: ignore[misc]
+        def forward(self, *args: Any, position_ids: Any = None, logits_to_keep: Any = 0, use_cache: Any = None,
+                    **kwargs: Any) -> Any:  # fmt: skip
+            return super().forward(*args, logits_to_keep=logits_to_keep, use_cache=use_cache, **kwargs)
+
+    model, batch = build_model(), example()
+    model.__class__ = Mixing
+    forward = CompletionForward(model, False, True)
+    policy = Policy(forward, FusedHead(model), LossConfig())
+    policy.loss(model, batch)
+    assert forward.padded_because == "the model does not keep sequences apart that lie end to end (sdpa)"
+    assert policy.head.serves
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({}, "padding_free: in use"), ({"use_fused_head": False}, "padding_free: rows are padded, use_fused_head=False")],
+)
+def test_trainer_says_whether_it_packs(
+    make_trainer: Make, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], said: str
+) -> None:
+    _, packed = gradients(make_trainer, padding_free=True, share_prompts=False, **changes)
+    assert said in capsys.readouterr().out
+    _, padded = gradients(make_trainer, share_prompts=False)
+    torch.testing.assert_close(packed, padded, rtol=2e-5, atol=1e-6)
+
+
+def test_sorted_micro_batches(make_trainer: Make) -> None:
+    """The same optimizer step from micro-batches of like lengths: same gradient, fewer positions."""
+    fields: dict[str, Any] = {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 4,
+        "loss_type": "grpo",
+        "share_prompts": False,
+        "skip_zero_gradient_sequences": False,
+        "engine": FixedEngine(longest=5, end_share=2.0),
+        "train_dataset": [{"prompt": f"add {i} ="} for i in range(20)],
+    }
+    results = {}
+    for by_length in (False, True):
+        trainer, grads = gradients(make_trainer, length_sorted_batches=by_length, **copy.deepcopy(fields))
+        results[by_length] = grads, trainer.state.log_history[0]
+    torch.testing.assert_close(results[True][0], results[False][0], rtol=2e-5, atol=1e-6)
+    assert results[True][1]["tokens/computed"] < results[False][1]["tokens/computed"]
+    assert results[True][1]["tokens/padded"] == results[False][1]["tokens/padded"]
+    # Records stay in the order of generation, each with its own advantage.
+    assert results[True][1]["reward"] == results[False][1]["reward"]
+
+
+def test_sorted_order_stays_within_optimizer_steps() -> None:
+    plan = plan_batches(2, 1, 2, 2, steps_per_generation=4)
+    assert sorted_order([5, 1, 4, 2, 9, 3, 8, 3], plan) == [1, 3, 2, 0, 5, 7, 6, 4]
+
+
+# ---- dropout, precision, references
+
+
+def test_late_log_probabilities_know_no_dropout(make_trainer: Make) -> None:
+    model = build_model(attention_dropout=0.5)
+    trainer = make_trainer(
+        model=model, engine=FixedEngine(), per_device_train_batch_size=4, steps_per_generation=2, max_steps=1
+    )
+    kept: list[Rollout] = []
+    make = trainer._make_rollout
+    trainer._make_rollout = lambda *a: kept.append(make(*a)) or kept[-1]  # type: ignore[method-assign,func-returns-value]
+    start = copy.deepcopy(model).eval()
+    trainer.train()
+    assert trainer.model.training
+    batch = kept[0].micro_batch(1, PAD, "cpu")
+    want = Policy(CompletionForward(start), FusedHead(start), LossConfig()).logps(start, batch)
+    torch.testing.assert_close(batch.old_logps, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_replays_and_dropout(make_trainer: Make, dropout: float) -> None:
+    """Replays compare with the first forward, unless that one was noisy: then with one without noise."""
+    lora = LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=dropout)
+    trainer = make_trainer(engine=FixedEngine(), num_iterations=2, max_steps=2, peft_config=lora)
+    trainer.train()
+    passes = [log["forwards_per_micro_batch"] for log in trainer.state.log_history[:2]]
+    assert passes == ([1.0, 1.0] if dropout == 0 else [2.0, 1.0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("fused", [True, False])
+def test_autocast_with_a_gradient_scaler(dtype: torch.dtype, fused: bool) -> None:
+    """fp32 weights, 16-bit products: the gradient is that of fp32 to the rounding of the products, and finite."""
+    model, batch = build_model(), example()
+    batch.normaliser = 4000.0  # as many tokens: coefficients that fp16 cannot hold without the scale
+    policy = Policy(CompletionForward(model), FusedHead(model, fused), LossConfig())
+    policy.loss(model, batch).loss.backward()
+    want = [p.grad.clone() for p in model.parameters()]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, enabled=dtype == torch.float16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=dtype):
+        loss = policy.loss(model, batch).loss
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    for parameter, grad in zip(model.parameters(), want, strict=True):
+        assert parameter.grad is not None
+        assert (parameter.grad - grad).norm() <= (0.1 if dtype == torch.bfloat16 else 0.02) * grad.norm() + 1e-7
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_weights_of_any_type_train(make_trainer: Make, dtype: str) -> None:
+    trainer = make_trainer(engine=FixedEngine(), dtype=dtype, max_steps=1, bf16=dtype == "float32")
+    trainer.train()
+    assert trainer.state.log_history[0]["grad_norm"] > 0
+    assert trainer.loss_path == "fused head"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 training needs a CUDA device, torch sees none")
+def test_fp16_with_the_trainers_own_scaler(make_trainer: Make) -> None:
+    trainer = make_trainer(engine=FixedEngine(), fp16=True, use_cpu=False, max_steps=3)
+    trainer.train()
+    assert trainer.accelerator.scaler is not None
+    assert all(math.isfinite(log["loss"]) for log in trainer.state.log_history[:3])
+
+
+def test_reference_moves_towards_the_policy(make_trainer: Make) -> None:
+    """Every second step, by 0.75: three quarters of the policy of that moment and a quarter of what was there."""
+    trainer = make_trainer(
+        engine=FixedEngine(), beta=0.1, sync_ref_model=True, ref_model_mixup_alpha=0.75, ref_model_sync_steps=2,
+        max_steps=3, save_strategy="steps", save_steps=2,
+    )  # fmt: skip
+    start = [p.clone() for p in trainer.model.parameters()]
+    at_two: list[torch.Tensor] = []
+    make = trainer._make_rollout
+
+    def remember(*arguments: Any) -> Rollout:
+        if trainer.state.global_step == 2:
+            at_two.extend(p.detach().clone() for p in trainer.model.parameters())
+        return make(*arguments)
+
+    trainer._make_rollout = remember  # type: ignore[method-assign]
+    trainer.train()
+    frozen = trainer.reference._frozen
+    for was, policy, now in zip(start, at_two, frozen.parameters(), strict=True):
+        torch.testing.assert_close(now.detach(), 0.25 * was + 0.75 * policy)
+    resumed = make_trainer(
+        engine=FixedEngine(), beta=0.1, sync_ref_model=True, ref_model_mixup_alpha=0.75, ref_model_sync_steps=2,
+        max_steps=3, save_strategy="no",
+    )  # fmt: skip
+    resumed.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-2")
+    for mine, theirs in zip(resumed.reference._frozen.parameters(), frozen.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_reference_that_cannot_move(make_trainer: Make) -> None:
+    with pytest.raises(ValueError, match="with an adapter the reference is the model without it"):
+        make_trainer(sync_ref_model=True, beta=0.1, peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
+
+
+# ---- steps that are not finite
+
+
+def test_nonfinite_steps_are_skipped_and_then_an_error(make_trainer: Make) -> None:
+    model = build_model()
+    with torch.no_grad():
+        model.lm_head.weight[3] = math.nan
+    before = [p.clone() for p in model.parameters()]
+    trainer = make_trainer(model=model, engine=FixedEngine(), max_steps=5, max_nonfinite_steps=2)
+    with pytest.raises(NonfiniteError, match=r"step 2: the loss is not finite, for 2 step\(s\) in a row") as error:
+        trainer.train()
+    assert all(torch.equal(a, b) or a.isnan().any() for a, b in zip(before, model.parameters(), strict=True))
+    assert trainer.state.log_history[0]["nonfinite_steps"] == 1.0
+    path = Path(str(trainer.args.output_dir)) / "nonfinite" / "step-000002-rank0.pt"
+    assert str(path) in str(error.value)
+    saved = torch.load(path, weights_only=True)
+    assert saved["micro_batches"] == [
+        {"generation": (0, 1), "slice": 0, "rows": [0, 1, 2, 3, 4, 5], "loss_finite": False}
+    ]
+    assert Rollout.from_state_dict(saved["rollouts"][(0, 1)]).completion_ids == trainer._rollout.completion_ids
+
+
+def test_one_bad_step_among_good_ones(make_trainer: Make) -> None:
+    """The gradient of the second step is spoiled: it is not taken, the third is."""
+    trainer = make_trainer(engine=FixedEngine(), max_steps=3, max_nonfinite_steps=2)
+    weights: list[torch.Tensor] = []
+    backward = trainer.accelerator.backward
+
+    def spoiled(loss: torch.Tensor, **kwargs: Any) -> None:
+        weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+        backward(loss, **kwargs)
+        if len(weights) == 2:
+            trainer.model.lm_head.weight.grad[0, 0] = math.inf
+
+    trainer.accelerator.backward = spoiled
+    trainer.train()
+    assert [log["nonfinite_steps"] for log in trainer.state.log_history[:3]] == [0.0, 1.0, 0.0]
+    assert not torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[1], weights[2])
+    assert not torch.equal(weights[2], torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    assert trainer.guard.in_a_row == 0
