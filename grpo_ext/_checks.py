@@ -95,7 +95,7 @@ def _sequence_or_token_tensor(
     if tensor.shape == shape:
         return tensor.contiguous()
     if len(shape) == 2 and tensor.shape in (shape[:1], (shape[0], 1)):
-        return tensor.reshape(shape[0])
+        return tensor.reshape(shape[0]).contiguous()  # a column of a table keeps its stride
     allowed = "(B,), (B,1) or (B,T)" if len(shape) == 2 else "(N,)"
     raise ValueError(f"{name} must be {allowed} for completion_ids {tuple(shape)}, got {_describe(tensor)}")
 

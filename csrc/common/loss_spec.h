@@ -11,7 +11,7 @@
 
 namespace grpo {
 
-enum class LossType : int32_t { kGrpo, kBnpo, kDrGrpo, kDapo, kLuspo, kCispo, kSapo, kVespo };
+enum class LossType : int32_t;  // its members stand beside the losses, in token_loss.h
 enum class Level : int32_t { kToken, kSequence };
 enum class ImportanceMode : int32_t {
   kOff,

@@ -11,6 +11,9 @@
 
 namespace grpo {
 
+// In the order of LossType in grpo_ext/config.py.
+enum class LossType : int32_t { kGrpo, kBnpo, kDrGrpo, kDapo, kLuspo, kCispo, kSapo, kVespo };
+
 template <class Real>
 struct TokenInput {
   Real new_logp;

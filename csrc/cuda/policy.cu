@@ -89,12 +89,13 @@ __device__ bool needs_batch_tokens(const PolicyParams<float>& p) {
   switch (p.spec.loss_type) {
     case LossType::kBnpo:
       return true;
-    case LossType::kDapo:
-    case LossType::kCispo:
-    case LossType::kVespo:
-      return p.num_items == nullptr;
-    default:
+    case LossType::kGrpo:
+    case LossType::kSapo:
+    case LossType::kDrGrpo:
+    case LossType::kLuspo:
       return false;
+    default:
+      return p.num_items == nullptr;
   }
 }
 

@@ -23,9 +23,6 @@ from grpo_ext.linear import linear_selective_log_softmax
 #: What carries the vocabulary; the first is in every version that is served.
 SYMBOLS = ("chunked_hidden_states_selective_log_softmax", "grpo_chunked_hidden_states_logprobs")
 
-#: Options of `hidden_states_logps` after the eight that Unsloth passes by position.
-OPTIONS = ("max_rows_per_chunk", "lm_head_bias")
-
 _originals: dict[str, Any] = {}
 _counts: Counter[str] = Counter()
 
@@ -69,7 +66,7 @@ def _in_place_of(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def function(*arguments: Any, **options: Any) -> Any:
-        foreign = sorted(name for name, value in options.items() if name not in own and value not in (None, False, ""))
+        foreign = sorted(name for name, value in options.items() if name not in own and _is_set(value))
         if foreign:
             _counts["handed back: " + ", ".join(foreign)] += 1
             return original(*arguments, **options)
@@ -77,6 +74,10 @@ def _in_place_of(original: Callable[..., Any]) -> Callable[..., Any]:
         return hidden_states_logps(*arguments, **{k: v for k, v in options.items() if k in own})
 
     return function
+
+
+def _is_set(value: Any) -> bool:
+    return isinstance(value, Tensor) or value not in (None, False, "")
 
 
 def patch() -> None:
@@ -117,5 +118,5 @@ def unpatch() -> None:
 
 
 def status() -> dict[str, int | bool]:
-    """``patched``; ``served``, calls that ran here; ``handed back: OPTIONS``, calls that Unsloth's own code ran."""
+    """``patched``; ``served``, calls that ran here; ``handed back: <options>``, calls that Unsloth's own code ran."""
     return {"patched": bool(_originals), **_counts}

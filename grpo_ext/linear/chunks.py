@@ -47,12 +47,13 @@ class Tokens:
         self, hidden: Tensor, ids: Tensor, mask: Tensor | None, selection: Selection, numerics: Numerics
     ) -> None:
         self.hidden = hidden.reshape(-1, hidden.shape[-1])
-        self.ids = ids.reshape(-1)
+        # The kernels read dense memory: one dimension, or one sequence, would stay a view with a stride.
+        self.ids = ids.reshape(-1).contiguous()
         self.selection = selection
         self.numerics = numerics
         self.group = resolve_group(numerics.group)
         # Masked rows are among the selected ones only where their number was not counted.
-        self.mask = None if mask is None else mask.reshape(-1)
+        self.mask = None if mask is None else mask.reshape(-1).contiguous()
 
     def live(self, where: Rows) -> Tensor | None:
         return None if self.mask is None else self.mask[where]

@@ -13,7 +13,7 @@ from torch import Tensor
 from grpo_ext import _C
 from grpo_ext._checks import PolicyTensors
 from grpo_ext.advantages import importance_weights
-from grpo_ext.config import IMPORTANCE_MODES, LOSS_TYPES, LossConfig
+from grpo_ext.config import CLIPPED_LOSS_TYPES, IMPORTANCE_MODES, LOSS_TYPES, LossConfig
 from grpo_ext.linear.head import Rows
 
 _PER_SEQUENCE_WEIGHT = ("grpo", "sapo")
@@ -57,7 +57,8 @@ class RowPolicy:
         def per_token(tensor: Tensor | None) -> Tensor | None:
             if tensor is None:
                 return None
-            return (tensor if tensor.dim() == 2 else tensor.unsqueeze(1)).expand(shape).reshape(-1)
+            # One sequence, expanded, would stay a view that steps over nothing: the kernels read dense memory.
+            return (tensor if tensor.dim() == 2 else tensor.unsqueeze(1)).expand(shape).reshape(-1).contiguous()
 
         self.tensors = tensors
         #: sapo keeps its own reduction, a mean over sequences: rows become sequences of one token.
@@ -86,7 +87,7 @@ class RowPolicy:
         others = (tensors.old_logps, tensors.ref_logps, tensors.sampling_logps, _weights_brought(tensors, spec))
         self.others = [per_token(t) for t in others]
         self.spec = list(spec)
-        if loss_type not in ("cispo", "sapo"):
+        if loss_type in CLIPPED_LOSS_TYPES:
             # The clipped objective is the same for all of these; dapo is the one with a divisor.
             self.spec[_LOSS_TYPE] = LOSS_TYPES.index("dapo")
         self.spec[_LEVEL] = 0.0

@@ -174,8 +174,10 @@ class Probabilities(Tokens):
     ) -> None:
         super().__init__(hidden, ids, mask, selection, numerics)
         wide = numerics.statistics_dtype
-        self.weight = weight.to(numerics.compute_dtype)
-        self.bias = None if bias is None else bias.to(wide)
+        self.weight = weight
+        if weight.dtype != numerics.compute_dtype:  # `serves` counts on dense rows; a transposed head would stay one
+            self.weight = weight.to(numerics.compute_dtype, memory_format=torch.contiguous_format)
+        self.bias = None if bias is None else bias.to(wide).contiguous()
         self.guess = None if guess is None else guess.reshape(-1).to(wide).contiguous()
         self.vocab, self.hidden_size = weight.shape
         scale, _, temperature = numerics.transform
@@ -184,7 +186,6 @@ class Probabilities(Tokens):
         self.capacity = min(plan.rows, -(-selection.count // plan.block) * plan.block)
         self.tiling = tiling_from_environment()
         self.logps, self.entropy = self.per_token(), self.per_token()
-        self.ids = self.ids.contiguous()
         self.shard: Tensor | None = None
         if self.group is not None:
             sizes = shard_sizes(self.vocab, self.group, weight.device)

@@ -29,9 +29,9 @@ def measure(rollouts: RolloutMaker, model: nn.Module, dataset: Any, prefix: str)
         args.repetition_penalty,
         dict(args.generation_kwargs or {}),  # type: ignore[arg-type]
     )
-    rows = evaluation_rows(
-        len(dataset), args.num_generations_eval, accelerator.num_processes, accelerator.process_index
-    )
+    world = accelerator.num_processes
+    rows = evaluation_rows(len(dataset), args.num_generations_eval, world, accelerator.process_index)
+    longest = -(-len(dataset) * args.num_generations_eval // world)
 
     def generate(batch: list[int]) -> tuple[Completions, Tensor]:
         sample = rollouts.generate(model, dataset, batch, sampling)
@@ -40,7 +40,7 @@ def measure(rollouts: RolloutMaker, model: nn.Module, dataset: Any, prefix: str)
     devices = [args.device] if args.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(args.seed + accelerator.process_index)
-        local = evaluate_rows(rows, args.per_device_eval_batch_size, generate)
+        local = evaluate_rows(rows, args.per_device_eval_batch_size, generate, longest)
     result = {name: gather_object(values) for name, values in local.items()}
     metrics = evaluation_metrics(result, rollouts.rewards.names, rollouts.rewards.weights, prefix)
     return metrics | speed_metrics(prefix, start, num_samples=len(result["lengths"]))
@@ -55,18 +55,24 @@ def evaluate_rows(
     rows: Sequence[int],
     batch_size: int,
     generate: Callable[[list[int]], tuple[Completions, Tensor]],
+    longest: int = 0,
 ) -> dict[str, list[Any]]:
     """Run ``generate`` (dataset indices to completions and ``(n, functions)`` rewards) over batches of rows.
+
+    Args:
+        longest: rows of the rank that has most. An engine over several ranks meets them in every call, so a rank that
+            would have fewer calls generates for row 0 and drops the answers.
 
     Returns:
         ``rewards`` (lists of floats), ``lengths`` and ``finished``, one entry per row.
     """
     result: dict[str, list[Any]] = {"rewards": [], "lengths": [], "finished": []}
-    for start in range(0, len(rows), batch_size):
-        completions, rewards = generate(list(rows[start : start + batch_size]))
-        result["rewards"] += rewards.tolist()
-        result["lengths"] += [len(ids) for ids in completions.ids]
-        result["finished"] += completions.finished
+    for start in range(0, max(len(rows), longest), batch_size):
+        own = list(rows[start : start + batch_size])
+        completions, rewards = generate(own or [0])
+        result["rewards"] += rewards.tolist()[: len(own)]
+        result["lengths"] += [len(ids) for ids in completions.ids][: len(own)]
+        result["finished"] += completions.finished[: len(own)]
     return result
 
 

@@ -64,7 +64,7 @@ class NonfiniteGuard:
         wrong = torch.stack(losses).isfinite().logical_not() if losses else torch.zeros(1, dtype=torch.bool)
         bad_loss = bool(self.gather(wrong.any().reshape(1).float()).any())
         bad = bad_loss or (not scaled and not math.isfinite(float(norm)))
-        self.window.add("nonfinite_steps", float(bad), reduce="sum")
+        self.window.add("nonfinite_steps", float(bad and self.rank == 0), reduce="sum")  # one step, not one per rank
         if not bad:
             self.in_a_row = 0
             return

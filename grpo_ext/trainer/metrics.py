@@ -15,6 +15,12 @@ Gather = Callable[[Tensor], Tensor]
 #: Metrics of a loss that are means over tokens and are logged under their own names.
 TOKEN_MEANS = ("entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "ratio/mean")
 
+#: Metrics of a loss against the engine's log probabilities, and the names that TRL's users know them by.
+SAMPLING_METRICS = (
+    ("sampling_logp_difference", "sampling/sampling_logp_difference"),
+    ("importance_weight", "sampling/importance_sampling_ratio"),
+)
+
 
 class MetricWindow:
     """Weighted means, sums and extremes of named values since the last `flush`."""
@@ -33,8 +39,13 @@ class MetricWindow:
         for name, value in values.items():
             self.add(name, value)
 
-    def add_loss(self, metrics: Mapping[str, Tensor | float], with_kl: bool) -> None:
-        """Add the metrics of one loss (`grpo_ext.output.METRIC_NAMES`); means weigh by the tokens that it looked at."""
+    def add_loss(self, metrics: Mapping[str, Tensor | float], with_kl: bool, with_sampling: bool = False) -> None:
+        """Add the metrics of one loss (`grpo_ext.output.METRIC_NAMES`); means weigh by the tokens that it looked at.
+
+        Args:
+            with_kl: there is a KL term.
+            with_sampling: the engine reported log probabilities; how far they are off goes under ``sampling/...``.
+        """
         tokens = metrics["tokens"]
         for name in TOKEN_MEANS + (("kl",) if with_kl else ()):
             self.add(name, metrics[name], weight=tokens)
@@ -42,6 +53,14 @@ class MetricWindow:
         self.add("clip_ratio/high_max", metrics["clip_ratio/high_mean"], reduce="max")
         self.add("ratio/max", metrics["ratio/max"], reduce="max")
         self.add("nonfinite_tokens", metrics["nonfinite_tokens"], reduce="sum")
+        if not with_sampling:
+            return
+        for ours, name in SAMPLING_METRICS:
+            self.add(f"{name}/mean", metrics[f"{ours}/mean"], weight=tokens)
+            self.add(f"{name}/max", metrics[f"{ours}/max"], reduce="max")
+        least = torch.as_tensor(metrics["importance_weight/min"])  # 0 where there was no token, which is no weight
+        least = torch.where(torch.as_tensor(tokens) > 0, least, math.nan)
+        self.add("sampling/importance_sampling_ratio/min", least, reduce="min")
 
     def add_lengths(self, lengths: list[int], finished: list[bool]) -> None:
         """Add the completion lengths of one generation batch, under the names ``completions/...``."""

@@ -52,7 +52,9 @@ class Policy:
             try:
                 return self._fused_loss(model, batch)
             except LookupError:
-                pass  # the first call has found why not; the trainer says so
+                if self.head.serves:
+                    raise  # an IndexError or KeyError of somebody else
+                # Otherwise the first call has found why not; the trainer says so.
         self.passes += 1
         logits = self.forward(model, batch)
         threshold = None
@@ -119,7 +121,8 @@ class Policy:
                 self.passes += 1
                 return result
             except LookupError:
-                pass
+                if self.head.serves:
+                    raise
         self.passes += 1
         logits = self.forward(model, batch)
         logps: Any = grpo_ext.selective_log_softmax(logits, batch.completion_ids, temperature=self.config.temperature)

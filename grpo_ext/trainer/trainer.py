@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_callback import ProgressCallback
 
+from grpo_ext.config import LOSS_TYPES
 from grpo_ext.losses import kernel_calls
 from grpo_ext.trainer.batching import MicroStep, PromptSchedule
 from grpo_ext.trainer.checkpoint import load_reference, load_state, save_reference, save_state
@@ -63,7 +64,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 #: Losses whose divisor already covers the whole accumulation window; the others are divided by GA.
-TOKEN_NORMALISED = frozenset({"dapo", "cispo", "vespo"})
+TOKEN_NORMALISED = frozenset(LOSS_TYPES) - {"grpo", "bnpo", "dr_grpo", "luspo", "sapo"}
 
 
 class GRPOTrainer(Trainer):
@@ -229,7 +230,7 @@ class GRPOTrainer(Trainer):
         loss = (
             self._train_on(model, rollout, index, keep, place.iteration)
             if keep
-            else self.updates.without_gradient(model)
+            else self.updates.without_gradient(model, rollout)
         )
         self.updates.count(rollout, self.plan.per_device_batch_size, len(keep))
         self.guard.watch(loss, rollout, index)
@@ -277,7 +278,7 @@ class GRPOTrainer(Trainer):
         self.kernel_calls += served
         self._say_path()
         inputs.new_logps = output.logps
-        self.window.add_loss(output.metrics, self.args.beta != 0)
+        self.window.add_loss(output.metrics, self.args.beta != 0, inputs.sampling_logps is not None)
         loss = output.loss if inputs.weight == 1 else output.loss * inputs.weight
         if self.args.loss_type in TOKEN_NORMALISED:
             return loss

@@ -102,12 +102,13 @@ class Updates:
                     rollout.ref_logps[index] = rollout.whole_slice(index, keep, self.policy.logps(reference, batch))
                 self._reference_passes += self.policy.passes - passes
 
-    def without_gradient(self, model: nn.Module) -> Tensor:
+    def without_gradient(self, model: nn.Module, rollout: Rollout) -> Tensor:
         """A loss of 0 whose gradient is 0 everywhere, without the model."""
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)  # else the optimizer would pass over it
-        self.window.add_loss(dict.fromkeys(METRIC_NAMES, 0.0), self.args.beta != 0)
+        sampled = rollout.sampling_logps is not None
+        self.window.add_loss(dict.fromkeys(METRIC_NAMES, 0.0), self.args.beta != 0, sampled)
         for name in ("time/forward", "time/backward"):
             self.window.add(name, 0.0, reduce="sum")
         return torch.zeros((), device=self.args.device)

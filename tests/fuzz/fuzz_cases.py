@@ -76,6 +76,7 @@ POLICY = {
     "num_items": st.none() | st.integers(0, 100) | st.just("tensor"),
     "grad_scale": st.just(1.0) | _numbers(0.0625, 4.0),
     "upstream": st.just(1.0) | _numbers(-4.0, -0.125),
+    "companions": st.sampled_from(("dense", "every second", "expanded")),
     "transform": TRANSFORM,
 }
 SHAPE = {"B": st.integers(1, 5), "T": st.integers(1, 8)}
@@ -170,9 +171,20 @@ def flattened(values: dict[str, Any], B: int, T: int) -> dict[str, Any]:
 
 
 def in_dtype(values: dict[str, Any], case: dict[str, Any], real: torch.dtype) -> dict[str, Any]:
-    """What a caller would pass: numbers in the statistics' dtype, the mask in the case's."""
+    """What a caller would pass: numbers in the statistics' dtype, the mask in the case's, in the case's strides."""
     cast = {k: v.to(real) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in values.items()}
-    return cast | {"mask": values["mask"].to(case["mask"])}
+    strided = {k: _strided(v, case["companions"]) if isinstance(v, Tensor) and v.dim() else v for k, v in cast.items()}
+    mask = values["mask"].to(case["mask"])
+    return strided | {"mask": _strided(mask, "every second" if case["companions"] == "every second" else "dense")}
+
+
+def _strided(tensor: Tensor, how: str) -> Tensor:
+    """The same values a step of two apart, or (all of them the first) without memory of their own."""
+    if how == "every second":
+        return torch.stack([tensor, torch.full_like(tensor, 77)], dim=-1)[..., 0]
+    if how == "expanded" and tensor.dim() == 1 and tensor.is_floating_point():
+        return tensor[:1].expand(tensor.shape)
+    return tensor
 
 
 def logits_of(case: dict[str, Any], draw: Random) -> tuple[Tensor, Tensor]:
@@ -252,8 +264,9 @@ def truth_of(*args: Any, **kwargs: Any) -> Result:
     def and_size(l: Tensor, *rest: Any) -> Tensor:  # noqa: E741
         (slope,) = torch.autograd.grad(l.sum(), seen, retain_graph=True)
         config = rest[1]
-        # exp(x) - x - 1: the KL term is a difference of numbers around 1
-        sizes.append(float(reduce_loss(l.detach().abs() + slope.abs() + config.beta, *rest)))
+        # exp(x) - x - 1: the KL term is a difference of numbers around 1; so is the entropy, of logits
+        floor = config.beta + abs(config.entropy_coef)
+        sizes.append(float(reduce_loss(l.detach().abs() + slope.abs() + floor, *rest)))
         return reduce_loss(l, *rest)
 
     with (

@@ -78,7 +78,7 @@ def test_patch_serves_counts_and_hands_back(module: Any) -> None:
         assert inspect.signature(function) == inspect.signature(original)
         logps = function(*example(), 4, 0.0, 0.0, 0.0, 1.0, lm_head_bias=None, fp32_lm_head=False)
         assert logps.shape == (2, 5)
-        assert function(*example(), support=torch.ones(3)[0]) == "Unsloth"
+        assert function(*example(), support=torch.ones(3)) == "Unsloth"
     assert ours.status() == {"patched": True, "served": 2, "handed back: support": 2}
     ours.unpatch()
     assert module.chunked_hidden_states_selective_log_softmax is original

@@ -205,6 +205,22 @@ def test_grid(device: torch.device, chunks: list[int], number: int, case: dict[s
     assert bool(chunks) == (not softcap and not case["entropy_coef"] and not fp16 and served_here(device))
 
 
+def test_kernels_get_dense_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transposed head stays so when its dtype changes, and a bias may be every second number of something."""
+    seen: list[Any] = []
+    real = probabilities_reference.product
+
+    def product(hidden: Tensor, weight: Tensor, bias: Tensor, *rest: Any) -> None:
+        seen.append((weight.stride(), bias.stride()))
+        real(hidden, weight, bias, *rest)
+
+    monkeypatch.setattr(probabilities_reference, "product", product)
+    hidden, weight, bias = torch.randn(5, 16), torch.randn(16, 67).t(), torch.randn(134)[::2]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        grpo_ext.linear_selective_log_softmax(hidden, weight, torch.arange(5), bias=bias)
+    assert seen == [((16, 1), (1,))]
+
+
 def confident(device: torch.device, dtype: torch.dtype, spread: float) -> tuple[Tensor, Tensor, Tensor]:
     """hidden, weight, ids: each row's target has a probability above .99 (spread 1), or any (0; logits of +-3)."""
     N, V, H = 64, 515, 64

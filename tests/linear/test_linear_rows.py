@@ -15,6 +15,27 @@ from grpo_ext import reference
 from grpo_ext.config import LossConfig
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("layout", ["column", "expanded", "one sequence"])
+def test_ids_and_mask_may_have_strides(device: torch.device, layout: str, masked: bool) -> None:
+    """Such views are flattened without a copy; the kernels would read what lies between."""
+    weight, _ = head(device)
+    N = 6
+    columns = torch.randint(0, V, (N, 3), device=device)
+    ids = {"column": columns[:, 1], "expanded": columns[0, :1].expand(N), "one sequence": columns[:1, :1].expand(1, N)}
+    ids, mask = ids[layout], None
+    if masked:
+        mask = (torch.rand(N, 2, device=device) < 0.6)[:, 0].view(ids.shape)
+    results = []
+    hidden = torch.randn(*ids.shape, H, device=device)
+    for module in (grpo_ext, reference):
+        leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
+        logps = module.linear_selective_log_softmax(*leaves, ids, mask=mask)
+        results.append([logps.detach(), *torch.autograd.grad(logps.sum(), leaves)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("logits_dtype", [None, "float32"])
 def test_a_row_does_not_depend_on_the_others(

@@ -272,9 +272,15 @@ def test_errors_of_later_calls_are_not_swallowed() -> None:
     model, batch = build_model(), micro_batch()
     policy = Policy(CompletionForward(model), FusedHead(model), LossConfig())
     policy.loss(model, batch)
-    batch.advantages = batch.advantages[:2]
+    advantages, batch.advantages = batch.advantages, batch.advantages[:2]
     with pytest.raises(ValueError, match="advantages must be"):
         policy.loss(model, batch)
+    batch.advantages = advantages
+    batch.completion_ids[0, 0] = len(WORDS)
+    passes = policy.passes
+    with pytest.raises(IndexError, match="out of range"):
+        policy.loss(model, batch)
+    assert policy.passes == passes  # no second try from logits
     assert "forward" not in model.__dict__
     assert "forward" not in model.lm_head.__dict__
     assert not model.lm_head._forward_hooks

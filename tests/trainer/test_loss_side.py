@@ -172,6 +172,23 @@ def test_forwards_are_counted(make_trainer: Make) -> None:
     assert [log["forwards_per_micro_batch"] for log in trainer.state.log_history[:2]] == [1.0, 1.0]
 
 
+def test_differences_from_the_engine_are_logged(make_trainer: Make) -> None:
+    def logged(engine: FixedEngine, **changes: Any) -> dict[str, float]:
+        trainer = make_trainer(engine=engine, max_steps=1, **changes)
+        trainer.train()
+        log = trainer.state.log_history[0]
+        return {name.removeprefix("sampling/"): value for name, value in log.items() if name.startswith("sampling/")}
+
+    log = logged(Engine(), vllm_importance_sampling_cap=1.5)
+    ratio = [log[f"importance_sampling_ratio/{name}"] for name in ("min", "mean", "max")]
+    assert 0 < ratio[0] < ratio[1] < ratio[2] <= 1.5
+    assert 0 < log["sampling_logp_difference/mean"] < log["sampling_logp_difference/max"]
+    skipped = logged(Engine(), reward_funcs=nobody)  # the model was not run: no weight is the least one
+    assert skipped.keys() == log.keys()
+    assert math.isnan(skipped["importance_sampling_ratio/min"])
+    assert logged(FixedEngine()) == {}
+
+
 # ---- padding
 
 

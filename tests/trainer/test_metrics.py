@@ -14,7 +14,8 @@ from rich.console import Console
 from transformers import TrainerControl, TrainerState
 
 from grpo_ext.trainer.data import check_dataset, columns_of
-from grpo_ext.trainer.evaluation import evaluation_metrics, evaluation_rows
+from grpo_ext.trainer.evaluation import evaluate_rows, evaluation_metrics, evaluation_rows
+from grpo_ext.trainer.generation import Completions
 from grpo_ext.trainer.metrics import MetricWindow
 from grpo_ext.trainer.records import MetricsFileCallback, print_completions, prompt_text, write_completions
 
@@ -110,6 +111,25 @@ def test_prompt_text() -> None:
 def test_evaluation_rows_cover_each_prompt_once() -> None:
     parts = [evaluation_rows(5, 2, 3, rank) for rank in range(3)]
     assert sorted(row for part in parts for row in part) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_evaluation_calls_the_engine_equally_often_on_all_ranks() -> None:
+    """5 rows on 2 ranks, 1 at a time: an engine that joins the ranks in every call would wait for a third one."""
+
+    def generate(batch: list[int]) -> tuple[Completions, torch.Tensor]:
+        calls.append(batch)
+        return Completions([[7] * (row + 1) for row in batch], [True] * len(batch)), torch.ones(len(batch), 1)
+
+    for world, batch_size in ((2, 1), (2, 2), (4, 1), (7, 3)):
+        numbers, lengths = [], []
+        for rank in range(world):
+            calls: list[list[int]] = []
+            result = evaluate_rows(evaluation_rows(5, 1, world, rank), batch_size, generate, -(-5 // world))
+            numbers.append(len(calls))
+            assert len(result["lengths"]) == len(result["rewards"]) == len(result["finished"])
+            lengths += result["lengths"]
+        assert len(set(numbers)) == 1
+        assert sorted(lengths) == [1, 2, 3, 4, 5]
 
 
 def test_evaluation_metrics() -> None:

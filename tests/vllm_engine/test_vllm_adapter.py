@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file
 from vllm_toys import EOS, PAD, build_model, change_weights, engine_around, needs_vllm, start_client, with_adapter
 
+from grpo_ext.trainer import GRPOConfig
 from grpo_ext.trainer.generation import SamplingParams, TransformersEngine
 from grpo_ext.trainer.vllm import WeightMismatchError
+from grpo_ext.trainer.vllm.build import adapter_update
 from grpo_ext.trainer.vllm.colocate import ColocatedClient
 from grpo_ext.trainer.vllm.weights import base_weights, check_adapter, checkpoint_weights, write_adapter
 
@@ -124,6 +126,16 @@ def test_base_weights_are_those_without_the_adapter() -> None:
 def test_what_vllm_cannot_hot_load_says_so(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=rf"{reason}.*set vllm_lora_mode='merged'"):
         check_adapter(with_adapter(build_model(tied=False), **changes))
+
+
+def test_a_server_that_drops_its_weights_needs_all_of_them(tmp_path: Path) -> None:
+    model = with_adapter(build_model())
+    fields: dict[str, Any] = {"use_vllm": True, "vllm_mode": "server", "vllm_enable_sleep_mode": True, "use_cpu": True}
+    with pytest.raises(ValueError, match="vllm_sleep_level=2 makes the server drop the base weights"):
+        adapter_update(GRPOConfig(str(tmp_path), vllm_sleep_level=2, **fields), model)
+    assert adapter_update(GRPOConfig(str(tmp_path), vllm_sleep_level=1, **fields), model) == "adapter"
+    merged = GRPOConfig(str(tmp_path), vllm_sleep_level=2, vllm_lora_mode="merged", **fields)
+    assert adapter_update(merged, model) == "weights"
 
 
 def test_room_for_the_largest_rank() -> None:

@@ -108,8 +108,9 @@ class HeadCall:
         advantages = self.policy["advantages"]
         others = {k: v for k, v in self.policy.items() if k != "advantages"}
         out = linear_grpo_loss(
-            hidden, weight, self.ids, advantages, self.mask, config, bias=bias, gather=gather, **others
-        )
+            hidden, weight, self.ids, advantages, self.mask, config, bias=bias, gather=gather,
+            memory_budget=p.memory_budget, **others,
+        )  # fmt: skip
         self.output = out
         if not rows:  # 0, and connected to the model
             nothing = p.hidden.sum(dim=1, dtype=torch.float32)

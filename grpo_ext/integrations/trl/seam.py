@@ -31,6 +31,10 @@ ALL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 OURS = frozenset({"log_probs", "entropy"})
 
 
+#: Bytes of our buffers on a GPU: about what TRL's own chunks take, for a few per cent of the head's time.
+GPU_MEMORY_BUDGET = 512 << 20
+
+
 @dataclasses.dataclass(frozen=True)
 class Projection:
     """The arguments of one call.
@@ -48,6 +52,11 @@ class Projection:
     logit_softcap: float | None
     logit_scale: float
     compute_dtype: torch.dtype
+
+    @property
+    def memory_budget(self) -> int | None:
+        """For the linear losses; None: their default."""
+        return GPU_MEMORY_BUDGET if self.hidden.is_cuda else None
 
 
 #: Set while `fused_loss` waits for the model's forward to reach the head: takes over the call.
@@ -95,7 +104,11 @@ def log_probabilities(projection: Projection, with_entropy: bool) -> Outputs:
     """The call on this package's kernels."""
     p = projection
     numerics = Numerics(
-        logit_transform(p.temperature, p.logit_softcap, p.logit_scale), p.compute_dtype, p.compute_dtype, 0, ""
+        logit_transform(p.temperature, p.logit_softcap, p.logit_scale),
+        p.compute_dtype,
+        p.compute_dtype,
+        p.memory_budget or 0,
+        "",
     )
     wanted = wanted_gradients(p.hidden, p.weight, p.bias)
     counts.served["with gradient" if any(wanted) else "without gradient"] += 1

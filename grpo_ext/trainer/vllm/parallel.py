@@ -35,12 +35,12 @@ class Ranks:
             self._group, _ = torch.distributed.new_subgroups_by_enumeration(groups)
 
     def jointly(self, work: Callable[[], T]) -> T:
-        """``work()``; an `EngineError` on one rank is raised on all, so that none waits for a rank that is gone."""
-        error: EngineError | None = None
+        """``work()``; an error on one rank is raised on all, so that none waits for a rank that is gone."""
+        error: Exception | None = None
         result: Any = None
         try:
             result = work()
-        except EngineError as raised:
+        except Exception as raised:  # raised again below
             error = raised
         if self.count > 1:
             mine = None if error is None else (self.rank, isinstance(error, WeightMismatchError), str(error))
