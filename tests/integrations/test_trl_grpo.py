@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,15 @@ patching = contextlib.contextmanager(patched)
 TOLERANCE = {"luspo": 2e-4, "vespo": 2e-4}
 
 
-def assert_same(case: Case, stock: list[dict[str, float]], mine: list[dict[str, float]]) -> None:
+def assert_same(case: Case, stock: list[dict[str, float]], mine: list[dict[str, float]]) -> float:
     worst, where = largest_difference(stock, mine)
     assert worst <= TOLERANCE.get(case.loss_type, 5e-5), where
+    return worst
 
 
-def check(case: Case, folder: Path) -> None:
+def check(case: Case, folder: Path) -> dict[str, float]:
+    """Largest difference of the patched and of the fused run."""
+    found: dict[str, float] = {}
     stock = run_grpo(case, str(folder / "stock"))
     names = set(compared(stock[-1]))
     assert {"loss", "grad_norm", "entropy"} <= names
@@ -37,13 +41,14 @@ def check(case: Case, folder: Path) -> None:
         with patching(fuse_loss):
             mine = run_grpo(case, str(folder / f"ours_{fuse_loss}"))
             status = ours.status()
-        assert_same(case, stock, mine)
+        found["fused" if fuse_loss else "patched"] = assert_same(case, stock, mine)
         assert not status.handed_back
         assert not status.losses_handed_back
         assert status.losses_served == (forwards if fuse_loss else 0)
         assert status.served.get("with gradient", 0) == (0 if fuse_loss else forwards)
         wanted = (case.beta != 0) + (case.num_iterations > 1)
         assert (status.served.get("without gradient", 0) > 0) == (wanted > 0)
+    return found
 
 
 @pytest.mark.parametrize("case", pairwise(), ids=str)
@@ -53,8 +58,9 @@ def test_pairs_of_settings(case: Case, tmp_path: Path) -> None:
 
 @pytest.mark.grid
 @pytest.mark.parametrize("case", grid(), ids=str)
-def test_whole_grid(case: Case, tmp_path: Path) -> None:
-    check(case, tmp_path)
+def test_whole_grid(case: Case, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    for run, difference in check(case, tmp_path).items():
+        record_property(run, difference)  # for --junitxml: make test-all keeps build/grid.xml
 
 
 def test_settings_matter(tmp_path: Path) -> None:
