@@ -1,0 +1,91 @@
+"""Whole training steps, this package's trainer and TRL's side by side.
+
+    python bench/bench_training.py phase --device cuda --cases 0.6b:lora:8,1.7b:lora:8 --output results
+    python bench/bench_training.py longest --device cuda --cases 8b:lora:8 --tokens 2048
+    python bench/bench_training.py phase --device cpu --cases tiny:lora:4 --prompts 2 --group 4 --tokens 16 --dtype fp32
+
+A case is model:lora|full:completions of a micro-batch, and maybe :spread or :equal, the lengths. Models are Qwen3 shapes
+with random weights. `phase` and `longest` hand the same prepared completions to both trainers (`training_setup.py`),
+with the log probabilities that an engine would report: both correct for them (``token_truncate`` at 2), as with vLLM.
+Neither trainer may skip a completion in these runs. Everything writes CSV into ``--output``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+import training_phase
+import training_setup
+
+
+def case(text: str) -> tuple[str, str, int, str]:
+    """``0.6b:lora:8`` or ``0.6b:lora:8:equal``."""
+    model, trained, micro_batch, lengths = (*text.split(":"), "")[:4]
+    if model not in training_setup.SHAPES or trained not in ("lora", "full") or lengths not in ("", "spread", "equal"):
+        raise argparse.ArgumentTypeError(f"{text}: models are {', '.join(training_setup.SHAPES)}, then lora or full")
+    return model, trained, int(micro_batch), lengths
+
+
+def names(allowed: tuple[str, ...]) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        found = text.split(",")
+        for name in found:
+            if name not in allowed:
+                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(allowed)}")
+        return found
+
+    return parse
+
+
+def add_common(parser: argparse.ArgumentParser, cases: str, candidates: str) -> None:
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--cases", type=lambda text: [case(part) for part in text.split(",")], default=cases)
+    parser.add_argument("--candidates", type=names(tuple(training_setup.CANDIDATES)), default=candidates)
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--beta", type=float, default=0.0, help="with a reference model (lora only)")
+    parser.add_argument("--layers", type=int, help="cut the model to so many layers")
+    parser.add_argument("--vocabulary", type=int, help="of the model, instead of its own")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = parser.add_subparsers(dest="part", required=True)
+    phase = parts.add_parser("phase", help="seconds, tokens per second, memory and forwards of the training phase")
+    add_common(phase, "0.6b:lora:8,0.6b:full:8,1.7b:lora:8,1.7b:full:8,8b:lora:8", "ours,trl,trl_patch,trl_fused")
+    phase.add_argument("--lengths", type=names(("spread", "equal")), default="spread,equal")
+    phase.add_argument("--prompts", type=int, default=8)
+    phase.add_argument("--group", type=int, default=8, help="completions of a prompt")
+    phase.add_argument("--tokens", type=int, default=1024, help="longest completion")
+    phase.add_argument("--warmup", type=int, default=1)
+    phase.add_argument("--steps", type=int, default=3)
+    longest = parts.add_parser("longest", help="the longest completion that fits")
+    add_common(longest, "8b:lora:8", "ours,trl")
+    longest.add_argument("--tokens", type=int, default=2048, help="the first probe; the second is twice that")
+    longest.add_argument("--probes", type=int, default=3, help="near the end")
+    longest.add_argument("--capacity", type=float, help="GiB; default: the GPU's")
+    longest.set_defaults(warmup=0, steps=1)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    import torch
+
+    torch.set_num_threads(args.threads)
+    args.output.mkdir(parents=True, exist_ok=True)
+    parts = {"phase": training_phase.phase, "longest": training_phase.longest}
+    return 0 if parts[args.part](args) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

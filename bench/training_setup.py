@@ -1,0 +1,479 @@
+"""What the measurements of whole training steps share: models of known shapes, completions prepared in advance, and
+this package's and TRL's trainer fed with them.
+
+Generation would blur the training phase, so both trainers are handed the same token ids, log probabilities and rewards
+where they would otherwise generate; everything after that is their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import math
+import random
+import statistics
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from typing import Any
+
+import common
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerFast, PrinterCallback, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+
+import grpo_ext
+from grpo_ext.trainer import GRPOConfig, GRPOTrainer
+from grpo_ext.trainer.generation import Completions
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Sizes of a Qwen3 model; the weights are random."""
+
+    hidden: int
+    layers: int
+    inner: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    tied: bool
+    vocabulary: int = 151936
+
+
+SHAPES = {
+    "tiny": Shape(32, 2, 64, 4, 2, 8, True, 512),
+    "0.6b": Shape(1024, 28, 3072, 16, 8, 128, True),
+    "1.7b": Shape(2048, 28, 6144, 16, 8, 128, True),
+    "8b": Shape(4096, 36, 12288, 32, 8, 128, False),
+}
+
+#: Who trains, and with which settings of its own. ``patch`` is the argument of `grpo_ext.integrations.trl.patch`.
+CANDIDATES: dict[str, dict[str, Any]] = {
+    "ours": {"trainer": "ours", "length_sorted_batches": True},
+    "ours_defaults": {"trainer": "ours"},
+    "ours_packed": {"trainer": "ours", "length_sorted_batches": True, "padding_free": True},
+    "trl": {"trainer": "trl"},
+    "trl_patch": {"trainer": "trl", "patch": False},
+    "trl_fused": {"trainer": "trl", "patch": True},
+}
+
+#: TRL's ``vllm_importance_sampling_*`` and ours, so that both form the same weights: each token's ratio of trainer to
+#: engine, cut at 2. TRL needs a forward of its own for it, whatever the mode.
+CORRECTION = {
+    "vllm_importance_sampling_correction": True,
+    "vllm_importance_sampling_mode": "token_truncate",
+    "vllm_importance_sampling_clip_max": 2.0,
+    "use_bias_correction_kl": False,  # with beta; TRL's default is True
+}
+
+
+def build_model(
+    shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0, layers: int | None = None
+) -> Any:
+    """A model with the same random weights at every call on the same device."""
+    config = Qwen3Config(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        num_hidden_layers=layers or shape.layers,
+        intermediate_size=shape.inner,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        tie_word_embeddings=shape.tied,
+        max_position_embeddings=262144,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        return Qwen3ForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa")
+
+
+def build_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """One word per id: ``t7`` is 7. Ids 0 and 1 are padding and the end."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+
+    words = {"<pad>": 0, "<end>": 1} | {f"t{i}": i for i in range(2, vocabulary)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", padding_side="left"
+    )
+
+
+class Workload:
+    """Prompts, and for each the completions that "generation" returns: ids, log probabilities and rewards.
+
+    Half of each group is rewarded, so every completion has a gradient and nobody may skip one.
+
+    Args:
+        vocabulary: of the ids.
+        prompts, group: how many, and completions of each.
+        tokens: longest completion.
+        spread: lengths as reinforcement learning has them, log-normal with half of ``tokens`` as median and everything
+            beyond ``tokens`` cut there, and prompts of 64 to 192 tokens; False: all completions of ``tokens``, all
+            prompts of 128.
+        seed: of all of it.
+    """
+
+    def __init__(self, vocabulary: int, prompts: int, group: int, tokens: int, spread: bool, seed: int = 0) -> None:
+        draw = random.Random(f"workload-{seed}")
+        ids = torch.Generator().manual_seed(seed)
+
+        def some(count: int) -> list[int]:
+            return torch.randint(2, vocabulary, (count,), generator=ids).tolist()
+
+        short = max(2, min(64, tokens // 8))
+        self.group = group
+        self.tokens = tokens
+        self.prompt_ids = [some(draw.randint(short, 3 * short) if spread else 2 * short) for _ in range(prompts)]
+
+        def length() -> int:
+            return max(2, min(tokens, round(tokens / 2 * math.exp(draw.gauss(0, 0.6))))) if spread else tokens
+
+        lengths = [[length() for _ in range(group)] for _ in range(prompts)]
+        self.completions = [[some(count) for count in row] for row in lengths]
+        self.logps: list[list[list[float]]] | None = None
+        self._which = {tuple(ids): index for index, ids in enumerate(self.prompt_ids)}
+        self._rewards = {
+            self._key(completion): float(number % 2)
+            for row in self.completions
+            for number, completion in enumerate(row)
+        }
+
+    @staticmethod
+    def _key(ids: Sequence[int]) -> tuple[int, ...]:
+        return (len(ids), *ids[:16])
+
+    @property
+    def rows(self) -> int:
+        """Completions."""
+        return len(self.prompt_ids) * self.group
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(len(ids) for row in self.completions for ids in row)
+
+    @property
+    def all_tokens(self) -> int:
+        """Tokens of prompts and completions, the prompt once for each completion; no padding."""
+        return self.completion_tokens + self.group * sum(map(len, self.prompt_ids))
+
+    def dataset(self) -> list[dict[str, str]]:
+        return [{"prompt": " ".join(f"t{i}" for i in ids)} for ids in self.prompt_ids]
+
+    def reward(self, completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
+        """The reward function of both trainers."""
+        return [self._rewards[self._key(ids)] for ids in completion_ids]
+
+    def serve(self, prompt_ids: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[list[float]]]:
+        """Ids and the engine's log probabilities, one completion for each prompt; equal prompts get the next one."""
+        assert self.logps is not None, "attach_logps comes first"
+        seen: Counter[int] = Counter()
+        ids, logps = [], []
+        for prompt in prompt_ids:
+            index = self._which[tuple(prompt)]
+            number = seen[index] % self.group
+            seen[index] += 1
+            ids.append(list(self.completions[index][number]))
+            logps.append(list(self.logps[index][number]))
+        return ids, logps
+
+    @torch.no_grad()
+    def attach_logps(self, model: Any, device: torch.device, noise: float = 0.02) -> None:
+        """Log probabilities as an engine in other arithmetic would report them: the model's own with some noise."""
+        generator = torch.Generator().manual_seed(1)
+        self.logps = []
+        for prompt, row in zip(self.prompt_ids, self.completions, strict=True):
+            width = max(map(len, row))
+            ids = torch.zeros(len(row), width, dtype=torch.int64)
+            for number, completion in enumerate(row):
+                ids[number, : len(completion)] = torch.tensor(completion)
+            ids = ids.to(device)
+            fed = torch.cat([torch.tensor(prompt, device=device).expand(len(row), -1), ids], dim=1)
+            hidden = model.model(input_ids=fed, use_cache=False).last_hidden_state[:, len(prompt) - 1 : -1]
+            found: Any = grpo_ext.linear_selective_log_softmax(hidden, model.get_output_embeddings().weight, ids)
+            noisy = found.float().cpu() + noise * torch.randn(found.shape, generator=generator)
+            self.logps.append([noisy[number, : len(c)].tolist() for number, c in enumerate(row)])
+
+
+@dataclasses.dataclass
+class Measured:
+    """One candidate's run: a list holds one value for each step."""
+
+    step_seconds: list[float]
+    rollout_seconds: list[float]
+    losses: list[float]
+    grad_norms: list[float]
+    forwards: int
+    micro_batches: int
+    peak_bytes: float
+    before_bytes: float
+    note: str = ""
+
+    def training_seconds(self, warmup: int) -> list[float]:
+        """Steps without the part in which completions are handed out, decoded and tokenised."""
+        pairs = zip(self.step_seconds, self.rollout_seconds, strict=True)
+        return [step - rollout for step, rollout in pairs][warmup:]
+
+
+class StepWatch(TrainerCallback):
+    """Seconds of every step, from its beginning to the end of its logging, and what was logged."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: list[float] = []
+        self.rollout: list[float] = []
+        self.losses: list[float] = []
+        self.grad_norms: list[float] = []
+        self._start = self._rollout = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        common.synchronize(self.device)
+        self._rollout = 0.0
+        self._start = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        common.synchronize(self.device)
+        self.seconds.append(time.perf_counter() - self._start)
+        self.rollout.append(self._rollout)
+        self.losses.append(float(logs["loss"]))
+        self.grad_norms.append(float(logs["grad_norm"]))
+
+    def aside(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, its time booked as rollout. The device is idle then, so the host's clock tells all of it."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._rollout += time.perf_counter() - start
+
+        return run
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is trained, and how: the same for every candidate."""
+
+    model: str = "0.6b"
+    trained: str = "lora"
+    micro_batch: int = 8
+    steps: int = 4
+    beta: float = 0.0
+    dtype: str = "bf16"
+    device: str = "cpu"
+    learning_rate: float = 1e-6
+    layers: int | None = None
+    vocabulary: int | None = None
+    checkpointing: bool = True
+
+    @property
+    def shape(self) -> Shape:
+        shape = SHAPES[self.model]
+        return shape if self.vocabulary is None else dataclasses.replace(shape, vocabulary=self.vocabulary)
+
+    def build(self) -> Any:
+        return build_model(self.shape, torch.device(self.device), common.DTYPES[self.dtype], layers=self.layers)
+
+    def arguments(self, workload: Workload) -> dict[str, Any]:
+        """Arguments that both trainers know by the same name."""
+        return {
+            "output_dir": tempfile.mkdtemp(prefix="bench_training_"),
+            "per_device_train_batch_size": self.micro_batch,
+            "gradient_accumulation_steps": max(1, workload.rows // self.micro_batch),
+            "num_generations": workload.group,
+            "max_completion_length": workload.tokens,
+            "max_steps": self.steps,
+            "learning_rate": self.learning_rate,
+            "lr_scheduler_type": "constant",
+            "beta": self.beta,
+            "loss_type": "dapo",
+            "gradient_checkpointing": self.checkpointing,
+            "bf16": self.dtype == "bf16",
+            "use_cpu": self.device == "cpu",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "seed": 0,
+            **CORRECTION,
+        }
+
+
+class Prepared:
+    """Generation engine of this package's trainer that hands out a workload."""
+
+    def __init__(self, workload: Workload) -> None:
+        self.workload = workload
+
+    def generate(self, model: nn.Module, prompt_ids: Sequence[Sequence[int]], sampling: Any) -> Completions:
+        ids, logps = self.workload.serve(prompt_ids)
+        return Completions(ids, [True] * len(ids), logps)
+
+
+def lora_config(case: Case) -> Any:
+    if case.trained == "full":
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def build_ours(case: Case, workload: Workload, model: Any, tokenizer: Any, watch: StepWatch, **own: Any) -> Any:
+    config = GRPOConfig(**case.arguments(workload), save_completions=False, **own)
+    trainer = GRPOTrainer(
+        model, workload.reward, config, workload.dataset(), processing_class=tokenizer, peft_config=lora_config(case),
+        callbacks=[watch],
+    )  # fmt: skip
+    trainer.rollouts.engine = Prepared(workload)
+    trainer.rollouts.generate = watch.aside(trainer.rollouts.generate)
+    return trainer
+
+
+def build_trl(case: Case, workload: Workload, model: Any, tokenizer: Any, watch: StepWatch) -> Any:
+    """TRL's trainer as with vLLM: it gets the engine's log probabilities and corrects for them."""
+    import trl
+    from datasets import Dataset
+
+    class Trainer(trl.GRPOTrainer):  # type: ignore[misc]
+        def _generate_single_turn(self, prompt_ids: Any, *_: Any, **__: Any) -> Any:
+            return workload.serve(prompt_ids)
+
+    config = trl.GRPOConfig(**case.arguments(workload))
+    trainer = Trainer(
+        model, workload.reward, config, Dataset.from_list(workload.dataset()), processing_class=tokenizer,
+        peft_config=lora_config(case), callbacks=[watch],
+    )  # fmt: skip
+    trainer.use_vllm = True  # from here on: the constructor would start an engine
+    trainer._generate = watch.aside(trainer._generate)
+    return trainer
+
+
+def backbone(model: Any) -> nn.Module:
+    """The layers under the head, inside PEFT's wrapper."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner.model
+
+
+@torch.no_grad()
+def start_adapter(model: nn.Module) -> None:
+    """The same adapter for every candidate, however many random numbers its constructor has drawn."""
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name:
+            bound = parameter.shape[1] ** -0.5
+            values = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+            parameter.copy_(values)
+
+
+@contextlib.contextmanager
+def patched(value: bool | None) -> Iterator[None]:
+    """TRL with this package's kernels, which must then have served."""
+    if value is None:
+        yield
+        return
+    import grpo_ext.integrations.trl as integration
+
+    integration.patch(fuse_loss=value)
+    try:
+        yield
+        status = integration.status()
+        if not status.served and not status.losses_served:
+            raise RuntimeError(f"patch() was never asked: {status}")
+    finally:
+        integration.unpatch()
+
+
+def settle(device: torch.device) -> None:
+    """Gives back what the candidate before has left."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+Instrument = Callable[[Any, str], None]
+
+
+def run_candidate(
+    name: str, case: Case, workload: Workload, tokenizer: Any, instrument: Instrument | None = None
+) -> Measured:
+    """Trains ``case.steps`` steps; ``instrument`` is called with the trainer before."""
+    device = torch.device(case.device)
+    settings = dict(CANDIDATES[name])
+    kind, patch = settings.pop("trainer"), settings.pop("patch", None)
+    settle(device)
+    watch = StepWatch(device)
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    with patched(patch), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = case.build()
+        build = build_ours if kind == "ours" else build_trl
+        trainer = build(case, workload, model, tokenizer, watch, **settings)
+        start_adapter(trainer.model)
+        trainer.remove_callback(PrinterCallback)  # a line of metrics for every step
+        backbone(trainer.model).register_forward_pre_hook(count)
+        if instrument is not None:
+            instrument(trainer, kind)
+        before = torch.cuda.memory_allocated() if device.type == "cuda" else math.nan
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        trainer.train()
+        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else math.nan
+        note = trainer.loss_path if kind == "ours" else ""
+        if kind == "ours" and settings.get("padding_free"):
+            note += f", {trainer.completion_forward.padded_because or 'packed'}"
+        micro_batches = case.steps * trainer.args.gradient_accumulation_steps
+    trainer.accelerator.free_memory()
+    del trainer, model
+    settle(device)
+    return Measured(
+        watch.seconds, watch.rollout, watch.losses, watch.grad_norms, calls, micro_batches, peak, before, note
+    )
+
+
+def versions(device: torch.device) -> dict[str, Any]:
+    """Machine and versions for a line of a CSV."""
+    import transformers
+
+    found = common.machine(device) | {"transformers": transformers.__version__}
+    for package in ("trl", "peft", "vllm"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = ""
+    if device.type == "cuda":
+        found["driver"] = _driver()
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def _driver() -> str:
+    import subprocess
+
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return ""
+
+
+def median(values: Sequence[float]) -> float:
+    return statistics.median(values) if values else math.nan
