@@ -8,8 +8,8 @@
 # it out, and the tests that need it are skipped. Where there is a GPU nothing is installed: the build for it pins a
 # torch of its own, so that choice is the user's (pip install vllm).
 #
-# `make test-all` adds the whole grid of TRL runs (20 minutes) and the tests beside the real Liger-Kernel and verl, for
-# which it installs them into .venv/peers (1 GB).
+# `make test-all` adds the whole grid of TRL runs (20 minutes) and the tests beside the real Liger-Kernel, verl and
+# unsloth_zoo, for which it installs them into .venv/peers (1.2 GB). Each run's differences: build/grid.xml.
 
 PYTHON ?= python3
 VENV := .venv
@@ -98,9 +98,9 @@ $(VENV)/peers: requirements-peers.txt
 peers: setup $(VENV)/peers
 
 test-all: test peers
-	$(BIN)/python -m pytest -m grid $(ARGS)
+	$(BIN)/python -m pytest -m grid --junitxml=build/grid.xml $(ARGS)
 	PYTHONPATH=$(VENV)/peers $(BIN)/python -m pytest tests/integrations/test_liger_dropins.py \
-	  tests/integrations/test_verl_functions.py
+	  tests/integrations/test_verl_functions.py tests/integrations/test_unsloth_seam.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -3,15 +3,16 @@
 Unsloth writes its GRPO trainer as source text. That text imports one function from ``unsloth_zoo.rl_replacements`` for
 hidden states and head, when it runs: ``chunked_hidden_states_selective_log_softmax``, in later versions also
 ``grpo_chunked_hidden_states_logprobs``. `patch` replaces these names in that module. Calls with options that are not
-ours (scoring over a truncated vocabulary, for instance) are handed back to Unsloth and counted.
+ours (scoring over a truncated vocabulary, a head in fp32) are handed back to Unsloth and counted.
 
-Unsloth can be imported on a machine with a GPU only. The function below is tested everywhere, the replacement on a
-stand-in module; with Unsloth itself it has not run.
+``tests/integrations/unsloth_check.py`` runs Unsloth's functions and ours beside each other, on the CPU in
+``make test-all`` (Unsloth from October 2026 can be imported without a GPU; its GRPO trainer needs one).
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,12 @@ from grpo_ext.linear import linear_selective_log_softmax
 
 #: What carries the vocabulary; the first is in every version that is served.
 SYMBOLS = ("chunked_hidden_states_selective_log_softmax", "grpo_chunked_hidden_states_logprobs")
+
+#: Options of Unsloth's that ask for nothing at these values. Its own defaults are no measure: some come from the
+#: environment.
+NEUTRAL = {"support_top_k": 0, "support_top_p": 1.0, "support_min_p": 0.0, "fp32_lm_head": False}
+#: Options that choose a way, not a result.
+WAYS = {"fused_linear", "support_triton_sampler"}
 
 _originals: dict[str, Any] = {}
 _counts: Counter[str] = Counter()
@@ -63,28 +70,38 @@ def hidden_states_logps(
 def _in_place_of(original: Callable[..., Any]) -> Callable[..., Any]:
     """Ours, or the original for calls with other options; signature and source text stay the original's."""
     own = set(hidden_states_logps.__annotations__)
+    signature = inspect.signature(original)
+    further = [p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
 
     @functools.wraps(original)
     def function(*arguments: Any, **options: Any) -> Any:
-        foreign = sorted(name for name, value in options.items() if name not in own and _is_set(value))
+        call = signature.bind(*arguments, **options)
+        call.apply_defaults()
+        values = dict(call.arguments)
+        for name in further:
+            values |= values.pop(name)
+        foreign = sorted(name for name, value in values.items() if name not in own and _asks_for_more(name, value))
         if foreign:
             _counts["handed back: " + ", ".join(foreign)] += 1
             return original(*arguments, **options)
         _counts["served"] += 1
-        return hidden_states_logps(*arguments, **{k: v for k, v in options.items() if k in own})
+        return hidden_states_logps(**{name: value for name, value in values.items() if name in own})
 
     return function
 
 
-def _is_set(value: Any) -> bool:
-    return isinstance(value, Tensor) or value not in (None, False, "")
+def _asks_for_more(name: str, value: Any) -> bool:
+    if name in WAYS:
+        return False
+    return isinstance(value, Tensor) or value not in (None, False, "", NEUTRAL.get(name))
 
 
 def patch() -> None:
     """Replaces `SYMBOLS` in ``unsloth_zoo.rl_replacements``.
 
     Raises:
-        ImportError: Unsloth is missing or finds no GPU, or its version has no such function.
+        ImportError: Unsloth is missing or cannot be imported here (older ones need a GPU), or its version has no such
+            function.
     """
     if _originals:
         return
@@ -92,7 +109,8 @@ def patch() -> None:
         import unsloth_zoo.rl_replacements as replacements
     except (ImportError, NotImplementedError) as error:
         raise ImportError(
-            f"grpo_ext.integrations.unsloth needs unsloth, and unsloth needs a GPU to be imported: {error}"
+            "grpo_ext.integrations.unsloth needs unsloth, imported before it (and versions before October 2026 need a "
+            f"GPU for that): {error}"
         ) from error
     if not hasattr(replacements, SYMBOLS[0]):
         raise ImportError(

@@ -1,15 +1,18 @@
-"""Unsloth's function as ours: values and gradients; the replacement on a stand-in for the module it is made in.
+"""Unsloth's function as ours: values, gradients; what is served and what handed back, on a stand-in for the module.
 
-Unsloth asks for a GPU when it is imported, so nothing here runs its code.
+Where unsloth_zoo is installed (`make peers`) its own functions are compared with ours, in a process of their own: it
+changes transformers when it is imported.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,7 +59,9 @@ def test_hidden_states_take_the_dtype_of_the_head() -> None:
 
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    def stand_in(hidden_states: Any, lm_head: Any, index: Any, chunks: int = 4, **kwargs: Any) -> str:
+    def stand_in(
+        hidden_states: Any, lm_head: Any, index: Any, chunks: int = 4, support_top_p: float = 1.0, **kwargs: Any
+    ) -> str:
         return "Unsloth"
 
     package, replacements = types.ModuleType("unsloth_zoo"), types.ModuleType("unsloth_zoo.rl_replacements")
@@ -76,10 +81,17 @@ def test_patch_serves_counts_and_hands_back(module: Any) -> None:
     for name in ours.SYMBOLS:
         function = getattr(module, name)
         assert inspect.signature(function) == inspect.signature(original)
-        logps = function(*example(), 4, 0.0, 0.0, 0.0, 1.0, lm_head_bias=None, fp32_lm_head=False)
-        assert logps.shape == (2, 5)
-        assert function(*example(), support=torch.ones(3)) == "Unsloth"
-    assert ours.status() == {"patched": True, "served": 2, "handed back: support": 2}
+        hidden, head, index = example()
+        neutral = {"lm_head_bias": None, "fp32_lm_head": False, "support_top_k": 0, "fused_linear": True}
+        logps = function(hidden, head, index, 2, 1.0, temperature=0.5, **neutral)
+        assert torch.equal(logps, ours.hidden_states_logps(hidden, head, index, temperature=0.5))
+        for more in ({"support": torch.ones(3)}, {"support_top_p": 0.9}, {"support_top_k": 50}, {"fp32_lm_head": True}):
+            assert function(hidden, head, index, **more) == "Unsloth"
+        assert function(hidden, head, index, 4, 0.9) == "Unsloth"
+    handed_back = {"support": 2, "support_top_p": 4, "support_top_k": 2, "fp32_lm_head": 2}
+    assert ours.status() == {
+        "patched": True, "served": 2, **{f"handed back: {name}": count for name, count in handed_back.items()}
+    }  # fmt: skip
     ours.unpatch()
     assert module.chunked_hidden_states_selective_log_softmax is original
     assert not ours.status()["patched"]
@@ -89,6 +101,14 @@ def test_other_versions_are_refused(module: Any) -> None:
     del module.chunked_hidden_states_selective_log_softmax
     with pytest.raises(ImportError, match="has no chunked_hidden_states_selective_log_softmax"):
         ours.patch()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("unsloth_zoo") is None, reason="unsloth_zoo is not installed: make peers")
+def test_the_real_functions_give_the_same() -> None:
+    script = Path(__file__).with_name("unsloth_check.py")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("grpo_ext logps") == 16
 
 
 @pytest.mark.skipif(importlib.util.find_spec("unsloth_zoo") is not None, reason="unsloth is installed here")
