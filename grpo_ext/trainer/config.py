@@ -110,6 +110,12 @@ class GRPOConfig(TrainingArguments):
         "Divide advantages by the standard deviation of the group, the batch, or none (True/False too).",
     )
 
+    score_while_generating: bool = _field(
+        False,
+        "Call the reward functions with the completions of one prompt at a time, in a thread of their own, while those "
+        "of other prompts are still being generated; off, with all of this process's completions at once.",
+    )
+
     # Generation
     num_generations: int = _field(8, "Completions per prompt: the group that advantages compare.")
     max_prompt_length: int | None = _field(

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
 
 Prompt = str | list[dict[str, Any]]
+
+#: Called with the index of a prompt and the ids of its completion as soon as they are known.
+Done = Callable[[int, list[int]], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +58,17 @@ class Completions:
 class GenerationEngine(Protocol):
     """The seam between the trainer and whatever generates."""
 
-    def generate(self, model: nn.Module, prompt_ids: Sequence[Sequence[int]], sampling: SamplingParams) -> Completions:
-        """One completion for each prompt, in order; equal prompts may share their prefill."""
+    def generate(
+        self, model: nn.Module, prompt_ids: Sequence[Sequence[int]], sampling: SamplingParams, done: Done | None = None
+    ) -> Completions:
+        """One completion for each prompt, in order; equal prompts may share their prefill.
+
+        Args:
+            model: unwrapped.
+            prompt_ids: token ids of each prompt.
+            sampling: how tokens are drawn.
+            done: hears of each completion once, in any order, while others are still being generated.
+        """
         ...
 
 
@@ -250,7 +262,9 @@ class TransformersEngine:
         self.pad_id = pad_id
         self.share_prompts = share_prompts
 
-    def generate(self, model: Any, prompt_ids: Sequence[Sequence[int]], sampling: SamplingParams) -> Completions:
+    def generate(
+        self, model: Any, prompt_ids: Sequence[Sequence[int]], sampling: SamplingParams, done: Done | None = None
+    ) -> Completions:
         """See `GenerationEngine.generate`."""
         device = next(model.parameters()).device
         first, which = unique_rows(prompt_ids)
@@ -263,9 +277,14 @@ class TransformersEngine:
                 rows = torch.tensor(first, device=device)
                 cache = shared_prompt_cache(model, ids[rows], mask[rows], torch.tensor(which, device=device))
                 self.share_prompts = cache is not None
-            kwargs = {} if cache is None else {"past_key_values": cache}
+            kwargs: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+            watch = None if done is None else _Ended(len(prompt_ids), width, self.end_ids, done)
+            if watch is not None:
+                kwargs["stopping_criteria"] = [watch]
             tokens = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **kwargs)
         completions, finished = cut_after_end(tokens[:, width:], self.end_ids)
+        if watch is not None:
+            watch.tell_rest(completions)
         return Completions(completions, finished)
 
     def _config(self, sampling: SamplingParams) -> GenerationConfig:
@@ -286,6 +305,35 @@ class TransformersEngine:
             if sampling.min_p:
                 fields["min_p"] = sampling.min_p
         return GenerationConfig(**(fields | sampling.extra))
+
+
+class _Ended(StoppingCriteria):
+    """Stops nothing; tells of each row that has just drawn an end token.
+
+    Args:
+        rows: of the batch.
+        width: of its prompts.
+        end_ids: ids that end a completion.
+        done: see `GenerationEngine.generate`.
+    """
+
+    def __init__(self, rows: int, width: int, end_ids: Sequence[int], done: Done) -> None:
+        self.open = set(range(rows))
+        self.width = width
+        self.end_ids = frozenset(end_ids)
+        self.done = done
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        last = input_ids[:, -1].tolist()
+        for row in [row for row in sorted(self.open) if last[row] in self.end_ids]:
+            self.open.remove(row)
+            self.done(row, input_ids[row, self.width :].tolist())
+        return torch.zeros(len(last), dtype=torch.bool, device=input_ids.device)
+
+    def tell_rest(self, completions: Sequence[list[int]]) -> None:
+        """The rows that reached no end token."""
+        for row in sorted(self.open):
+            self.done(row, completions[row])
 
 
 @contextlib.contextmanager

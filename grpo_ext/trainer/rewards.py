@@ -74,13 +74,32 @@ class RewardFunctions:
         Raises:
             RewardError: naming the function that raised or returned something else.
         """
+        results = self.begin(prompts, completions, completion_ids, columns)
+        waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
+        if waiting:
+            done = _run_together([results[i] for i in waiting])
+            for i, result in zip(waiting, done, strict=True):
+                results[i] = result
+        return self.check(results, len(prompts))
+
+    def begin(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        columns: dict[str, list[Any]],
+    ) -> list[Any]:
+        """What each function returned: of an async one something to await.
+
+        Raises:
+            RewardError: naming the function that raised.
+        """
         arguments = {
             **columns,
             "prompts": list(prompts),
             "completions": list(completions),
             "completion_ids": [list(ids) for ids in completion_ids],
         }
-        n = len(arguments["prompts"])
         results: list[Any] = []
         for function, name, accepts in zip(self.functions, self.names, self._accepts, strict=True):
             chosen = arguments if accepts is None else {k: v for k, v in arguments.items() if k in accepts}
@@ -89,19 +108,18 @@ class RewardFunctions:
             except Exception as error:
                 _close(results)
                 raise _raised(name, error) from error
-        self._await(results)
-        columns_of_rewards = [_check(result, name, n) for result, name in zip(results, self.names, strict=True)]
-        return torch.stack(columns_of_rewards, dim=1)
+        return results
 
-    def _await(self, results: list[Any]) -> None:
-        waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
-        if not waiting:
-            return
-        done = _run_together([results[i] for i in waiting])
-        for i, result in zip(waiting, done, strict=True):
+    def check(self, results: Sequence[Any], n: int) -> Tensor:
+        """The finished results of `begin`, exceptions of async functions among them, as ``(n, functions)`` fp32.
+
+        Raises:
+            RewardError: naming the function that raised or returned something that is not n numbers.
+        """
+        for name, result in zip(self.names, results, strict=True):
             if isinstance(result, BaseException):
-                raise _raised(self.names[i], result) from result
-            results[i] = result
+                raise _raised(name, result) from result
+        return torch.stack([_check(result, name, n) for result, name in zip(results, self.names, strict=True)], dim=1)
 
 
 def reward_metrics(

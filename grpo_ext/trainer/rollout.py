@@ -27,6 +27,7 @@ class MicroBatch:
         normaliser: divisor of the token-normalised losses.
         weight: factor on the loss, for rows that were left out.
         new_logps: ``(B, T)`` fp32, set by the forward pass of the update.
+        known_lengths: tokens of each prompt and of each completion, for `lengths`.
     """
 
     prompt_ids: Tensor
@@ -43,6 +44,13 @@ class MicroBatch:
     normaliser: float | None = None
     weight: float = 1.0
     new_logps: Tensor | None = None
+    known_lengths: tuple[list[int], list[int]] | None = None
+
+    def lengths(self) -> tuple[list[int], list[int]]:
+        """Tokens of each prompt and of each completion, without waiting for the device where they are known."""
+        if self.known_lengths is None:
+            self.known_lengths = self.prompt_mask.sum(dim=1).tolist(), self.completion_mask.sum(dim=1).tolist()
+        return self.known_lengths
 
 
 @dataclasses.dataclass
@@ -63,12 +71,13 @@ class Sample:
     completions: Completions
     texts: list[str]
 
-    def replies(self) -> list[Any]:
-        """The completions in the form of their prompts: text, or one assistant message."""
-        return [
-            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            for prompt, text in zip(self.prompts, self.texts, strict=True)
-        ]
+
+def replies(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[Any]:
+    """Completions in the form of their prompts: text, or one assistant message."""
+    return [
+        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
 
 
 @dataclasses.dataclass
@@ -142,6 +151,7 @@ class Rollout:
             ref_logps=part(self.ref_logps[slice_index]),
             sampling_logps=self._sampling(rows, width, device),
             normaliser=self.normaliser,
+            known_lengths=([len(ids) for ids in prompts], [len(self.completion_ids[row]) for row in rows]),
         )
 
     def whole_slice(self, slice_index: int, keep: Sequence[int], values: Tensor) -> Tensor:

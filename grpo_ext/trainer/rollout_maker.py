@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from grpo_ext.trainer.data import columns_of
 from grpo_ext.trainer.generation import GenerationEngine, PromptEncoder, SamplingParams
 from grpo_ext.trainer.metrics import MetricWindow
 from grpo_ext.trainer.rewards import RewardFunctions, reward_metrics
-from grpo_ext.trainer.rollout import Rollout, Sample
+from grpo_ext.trainer.rollout import Rollout, Sample, replies
+from grpo_ext.trainer.scoring import Scoring
 
 
 class RolloutMaker:
@@ -80,11 +81,7 @@ class RolloutMaker:
         plan = self.plan
         positions = plan.local_rows(self.accelerator.process_index)
         rows = self.schedule.rows(*key)
-        with timed(self.window, "time/generation"):
-            sample = self.generate(model, self.dataset, [rows[p] for p in positions], self.sampling)
-        self.window.update(engine_metrics(self.engine))
-        with timed(self.window, "time/rewards"):
-            rewards = self.score(sample)
+        sample, rewards = self.generate_and_score(model, [rows[p] for p in positions])
         advantages, by_group = self._advantages(gather(self.accelerator, rewards, self.args.device), key)
         completions = sample.completions
         trained = [done or not self.args.mask_truncated_completions for done in completions.finished]
@@ -118,18 +115,50 @@ class RolloutMaker:
         )
         return rollout, sample, rewards
 
-    def generate(self, model: nn.Module, dataset: Any, rows: list[int], sampling: SamplingParams) -> Sample:
-        """Completions for rows of a dataset."""
+    def generate_and_score(self, model: nn.Module, rows: list[int]) -> tuple[Sample, Tensor]:
+        """Completions for rows of the training prompts, and their ``(n, functions)`` rewards."""
+        if not self.args.score_while_generating:
+            with timed(self.window, "time/generation"):
+                sample = self.generate(model, self.dataset, rows, self.sampling)
+            self.window.update(engine_metrics(self.engine))
+            with timed(self.window, "time/rewards"):
+                rewards = self.score(sample)
+            return sample, rewards
+        with Scoring(self.rewards, len(rows), self.args.device) as scoring:
+            with timed(self.window, "time/generation"):
+                sample = self.generate(model, self.dataset, rows, self.sampling, scoring)
+            self.window.update(engine_metrics(self.engine))
+            with timed(self.window, "time/rewards"):
+                rewards, hidden = scoring.finish()
+            self.window.add("time/rewards_hidden", hidden, reduce="sum")
+        return sample, rewards
+
+    def generate(
+        self,
+        model: nn.Module,
+        dataset: Any,
+        rows: list[int],
+        sampling: SamplingParams,
+        scoring: Scoring | None = None,
+    ) -> Sample:
+        """Completions for rows of a dataset; ``scoring`` gets those of a row as soon as all of them are there."""
         examples = [dataset[row] for row in rows]
         prompts = [example["prompt"] for example in examples]
         prompt_ids = self.encoder.encode(prompts)
-        completions = self.engine.generate(model, prompt_ids, sampling)
+        columns = columns_of(examples)
+        if scoring is None:
+            completions = self.engine.generate(model, prompt_ids, sampling)
+        else:
+            groups = _Groups(self.encoder, scoring, rows, prompts, columns)
+            completions = self.engine.generate(model, prompt_ids, sampling, groups.done)
         texts = self.encoder.decode(completions.ids)
-        return Sample(prompts, columns_of(examples), prompt_ids, completions, texts)
+        return Sample(prompts, columns, prompt_ids, completions, texts)
 
     def score(self, sample: Sample) -> Tensor:
         """``(n, functions)`` rewards of a sample."""
-        return self.rewards(sample.prompts, sample.replies(), sample.completions.ids, sample.columns)
+        return self.rewards(
+            sample.prompts, replies(sample.prompts, sample.texts), sample.completions.ids, sample.columns
+        )
 
     def _totals(self, sample: Sample, trained: list[bool]) -> tuple[float, int]:
         """Over all ranks: completion tokens in the loss, and tokens of prompts and completions."""
@@ -166,6 +195,45 @@ class RolloutMaker:
             scale_rewards=self.args.scale_rewards,
         )
         return advantages[order].float(), by_group
+
+
+class _Groups:
+    """Collects completions until those of a prompt are complete, then hands them to be scored.
+
+    Args:
+        encoder: turns ids into text.
+        scoring: gets the groups.
+        rows: the dataset's row of each completion; equal ones are a group.
+        prompts, columns: of each completion.
+    """
+
+    def __init__(
+        self,
+        encoder: PromptEncoder,
+        scoring: Scoring,
+        rows: Sequence[int],
+        prompts: list[Any],
+        columns: dict[str, list[Any]],
+    ) -> None:
+        self.encoder, self.scoring, self.rows, self.prompts, self.columns = encoder, scoring, rows, prompts, columns
+        self._ids: dict[int, list[int]] = {}
+        self._positions: dict[int, list[int]] = {}
+        for position, row in enumerate(rows):
+            self._positions.setdefault(row, []).append(position)
+        self._missing = {row: len(positions) for row, positions in self._positions.items()}
+
+    def done(self, position: int, ids: list[int]) -> None:
+        """One completion is there."""
+        self._ids[position] = ids
+        row = self.rows[position]
+        self._missing[row] -= 1
+        if self._missing[row]:
+            return
+        positions = self._positions[row]
+        group = [self._ids.pop(p) for p in positions]
+        prompts = [self.prompts[p] for p in positions]
+        columns = {name: [values[p] for p in positions] for name, values in self.columns.items()}
+        self.scoring.add(positions, prompts, replies(prompts, self.encoder.decode(group)), group, columns)
 
 
 def sorted_order(lengths: list[int], plan: BatchPlan) -> list[int]:

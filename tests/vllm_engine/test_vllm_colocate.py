@@ -111,6 +111,33 @@ def test_every_end_token_ends(client: ColocatedClient, tmp_path: Path) -> None:
     assert not all(done.finished)
 
 
+def test_answers_are_told_one_by_one_and_are_the_same(client: ColocatedClient, tmp_path: Path) -> None:
+    """The loop that tells of each answer draws what `LLM.generate` draws, and tells before the end."""
+    model, engine = build_model(8), engine_around(client, tmp_path)
+    prompts = [prompt for prompt in PROMPTS for _ in range(4)]
+    engine.end_ids = list(range(0, VOCABULARY, 8))
+    sampling = SamplingParams(20, 1.0)
+    engine.generate(model, prompts, sampling)  # the weights are there: both runs below draw from the same state
+    torch.manual_seed(11)
+    alone = engine.generate(model, prompts, sampling)
+    told: list[tuple[int, list[int]]] = []
+    at_step: list[int] = []
+    steps, step = [0], client.llm.llm_engine.step
+
+    def counted() -> Any:
+        steps[0] += 1
+        return step()
+
+    client.llm.llm_engine.step = counted
+    torch.manual_seed(11)
+    got = engine.generate(model, prompts, sampling, lambda i, ids: (told.append((i, ids)), at_step.append(steps[0])))  # type: ignore[func-returns-value]
+    del client.llm.llm_engine.step
+    assert got == alone
+    assert sorted(told) == list(enumerate(got.ids))
+    assert [i for i, _ in told] != sorted(i for i, _ in told)
+    assert at_step[0] < at_step[-1] <= steps[0]
+
+
 def test_weights_are_handed_over_when_they_changed(client: ColocatedClient, tmp_path: Path) -> None:
     model, engine = build_model(3), engine_around(client, tmp_path)
     engine.generate(model, PROMPTS, GREEDY)

@@ -127,9 +127,14 @@ def test_server(
     assert adapters(port) == []
     assert not engine.folder.exists()
 
-    full = make()
+    full = make(score_while_generating=True)
     full.train()
     check_run(full)
+    assert all(line["time/rewards_hidden"] > 0 for line in full.state.log_history if "loss" in line)
+    told: list[tuple[int, list[int]]] = []
+    many = [prompt for prompt in ([5, 6, 7], [8, 9]) for _ in range(3)]
+    answers = full.rollouts.engine.generate(full.model, many, SamplingParams(6), lambda i, ids: told.append((i, ids)))
+    assert sorted(told) == list(enumerate(answers.ids))
     expected = TransformersEngine([EOS], PAD).generate(full.model, prompts, greedy)
     assert full.rollouts.engine.generate(full.model, prompts, greedy).ids == expected.ids
 

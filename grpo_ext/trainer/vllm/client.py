@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,18 +28,29 @@ class Answer:
     first: dict[int, float]
 
 
+#: Called with the index of a prompt and its answer as soon as that is complete.
+Answered = Callable[[int, Answer], None]
+
+
 class Client(Protocol):
     """One vLLM: in this process (`ColocatedClient`) or behind HTTP (`ServerClient`)."""
 
     max_model_len: int
 
-    def complete(self, prompt_ids: Sequence[Sequence[int]], fields: dict[str, Any], top: int = 0) -> list[Answer]:
+    def complete(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        fields: dict[str, Any],
+        top: int = 0,
+        answered: Answered | None = None,
+    ) -> list[Answer]:
         """One completion per prompt, in order.
 
         Args:
             prompt_ids: token ids of each prompt.
             fields: of vLLM's SamplingParams, see `sampling_fields`.
             top: how many of the first token's log probabilities to report.
+            answered: hears of each answer once, in any order, from this thread, while others are still on their way.
         """
         ...
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from grpo_ext.trainer.vllm.client import Answer, Weights
+from grpo_ext.trainer.vllm.client import Answer, Answered, Weights
 from grpo_ext.trainer.vllm.errors import EngineError
 from grpo_ext.trainer.vllm.weights import all_read
 
@@ -144,15 +144,42 @@ class ColocatedClient:
             arguments["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
         return arguments | settings.extra
 
-    def complete(self, prompt_ids: Sequence[Sequence[int]], fields: dict[str, Any], top: int = 0) -> list[Answer]:
+    def complete(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        fields: dict[str, Any],
+        top: int = 0,
+        answered: Answered | None = None,
+    ) -> list[Answer]:
         """See `Client.complete`."""
         params = self._sampling_params(**fields, n=1, logprobs=top, detokenize=False)
         prompts = [{"prompt_token_ids": list(ids)} for ids in prompt_ids]
         with self._failing("generating"), self._eager():
-            outputs = self.llm.generate(prompts, params, use_tqdm=False, lora_request=self._adapter)
-        if len(outputs) != len(prompts):
-            raise EngineError(f"vLLM answered {len(outputs)} of {len(prompts)} prompts. {RESUME}")
-        return [_answer(output.outputs[0], top) for output in outputs]
+            if answered is None:
+                outputs = self.llm.generate(prompts, params, use_tqdm=False, lora_request=self._adapter)
+                answers = [_answer(output.outputs[0], top) for output in outputs]
+            else:
+                answers = self._one_by_one(prompts, params, top, answered)
+        if len(answers) != len(prompts):
+            raise EngineError(f"vLLM answered {len(answers)} of {len(prompts)} prompts. {RESUME}")
+        return answers
+
+    def _one_by_one(self, prompts: list[Any], params: Any, top: int, answered: Answered) -> list[Answer]:
+        """What `LLM.generate` does, telling of each answer at the step that completes it: the same draws."""
+        from vllm.sampling_params import RequestOutputKind
+
+        engine = self.llm.llm_engine
+        params.output_kind = RequestOutputKind.FINAL_ONLY
+        answers: dict[int, Answer] = {}
+        for index, prompt in enumerate(prompts):
+            engine.add_request(str(index), prompt, params, lora_request=self._adapter)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    index = int(output.request_id)
+                    answers[index] = _answer(output.outputs[0], top)
+                    answered(index, answers[index])
+        return [answers[index] for index in sorted(answers)]
 
     def load_weights(self, weights: Weights) -> None:
         """See `Client.load_weights`; the tensors are read where they are."""

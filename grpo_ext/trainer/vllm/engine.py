@@ -13,9 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from grpo_ext.trainer.generation import Completions, SamplingParams
+from grpo_ext.trainer.generation import Completions, Done, SamplingParams
 from grpo_ext.trainer.vllm.check import TOP, WeightCheck
-from grpo_ext.trainer.vllm.client import Answer, Client
+from grpo_ext.trainer.vllm.client import Answer, Answered, Client
 from grpo_ext.trainer.vllm.parallel import Ranks
 from grpo_ext.trainer.vllm.sampling import sampling_fields
 from grpo_ext.trainer.vllm.weights import checkpoint_weights, trainable_version, write_adapter
@@ -70,7 +70,9 @@ class VllmEngine:
         self._metrics: dict[str, list[float]] = {}
         self._finalizer = weakref.finalize(self, client.close)
 
-    def generate(self, model: nn.Module, prompt_ids: Sequence[Sequence[int]], sampling: SamplingParams) -> Completions:
+    def generate(
+        self, model: nn.Module, prompt_ids: Sequence[Sequence[int]], sampling: SamplingParams, done: Done | None = None
+    ) -> Completions:
         """See `GenerationEngine.generate`.
 
         Raises:
@@ -105,7 +107,7 @@ class VllmEngine:
             self._held = (self.step(), trainable_version(model))
         prompts, own = self.ranks.gather_prompts(prompt_ids)
         with self.ranks.same_draws():
-            answers = self.ranks.jointly(lambda: self.client.complete(prompts, fields))[own]
+            answers = self.ranks.jointly(lambda: self.client.complete(prompts, fields, 0, _told(done, own)))[own]
         if self.sleep_level:
             self.ranks.barrier()  # a server's other clients may still be generating
             self.ranks.jointly(lambda: self.client.sleep(self.sleep_level))
@@ -165,6 +167,18 @@ class VllmEngine:
         # An engine in this process draws from torch's generators: the check takes no number away from the training.
         with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
             return self.client.complete(prompts, PROBE_FIELDS, top=TOP)
+
+
+def _told(done: Done | None, own: slice) -> Answered | None:
+    """``done`` for the answers of this rank, counted from its first."""
+    if done is None:
+        return None
+
+    def answered(index: int, answer: Answer) -> None:
+        if own.start <= index < own.stop:
+            done(index - own.start, answer.ids)
+
+    return answered
 
 
 def close_quietly(engine: object) -> None:

@@ -10,8 +10,10 @@ machines you trust):
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import http.client
+import itertools
 import json
 import shutil
 import time
@@ -20,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo_ext.trainer.vllm.client import Answer, Weights
+from grpo_ext.trainer.vllm.client import Answer, Answered, Weights
 from grpo_ext.trainer.vllm.errors import EngineError
 from grpo_ext.trainer.vllm.weights import write_weights
 
@@ -28,6 +30,9 @@ COMMAND = (
     "VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve MODEL --logprobs-mode processed_logprobs "
     "--generation-config vllm (with --enable-lora --max-lora-rank R where an adapter is hot-loaded)"
 )
+
+#: Requests at a time where each group of completions has one of its own.
+CONNECTIONS = 256
 
 
 class ServerClient:
@@ -73,8 +78,33 @@ class ServerClient:
         self._adapters = 0
         self._run = run
 
-    def complete(self, prompt_ids: Sequence[Sequence[int]], fields: dict[str, Any], top: int = 0) -> list[Answer]:
+    def complete(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        fields: dict[str, Any],
+        top: int = 0,
+        answered: Answered | None = None,
+    ) -> list[Answer]:
         """See `Client.complete`."""
+        if answered is None:
+            return self._complete(prompt_ids, fields, top)
+        # A request is answered as a whole: one for each run of equal prompts, all at once, so that the server has as
+        # much to do at a time as with a single request.
+        runs = [list(run) for _, run in itertools.groupby(range(len(prompt_ids)), key=lambda i: list(prompt_ids[i]))]
+        answers: dict[int, Answer] = {}
+        with concurrent.futures.ThreadPoolExecutor(min(len(runs), CONNECTIONS)) as pool:
+            waiting = {pool.submit(self._complete, [prompt_ids[i] for i in run], fields, top): run for run in runs}
+            try:
+                for future in concurrent.futures.as_completed(waiting):
+                    for index, answer in zip(waiting[future], future.result(), strict=True):
+                        answers[index] = answer
+                        answered(index, answer)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        return [answers[index] for index in range(len(prompt_ids))]
+
+    def _complete(self, prompt_ids: Sequence[Sequence[int]], fields: dict[str, Any], top: int) -> list[Answer]:
         body = {
             "model": self.name,
             "prompt": [list(ids) for ids in prompt_ids],
