@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grpo_ext.trainer.aligned import AlignedBatch, looks_ahead
 from grpo_ext.trainer.generation import position_ids, shared_prompt_cache
 from grpo_ext.trainer.head import FusedHead, HeadFunction
 from grpo_ext.trainer.models import evaluating
@@ -31,6 +32,7 @@ class CompletionForward:
     Attributes:
         tokens: positions that went through the model so far.
         padded_because: why rows are padded in spite of ``padding_free``; None where they are not, or not known yet.
+        masked_because: why padded rows need an attention mask; None where they do not, or not known yet.
     """
 
     def __init__(self, model: nn.Module, share_prompts: bool = True, padding_free: bool = False) -> None:
@@ -44,6 +46,10 @@ class CompletionForward:
         self.padding_free = padding_free
         self.padded_because: str | None = None
         self._packing_proved = False
+        self.masked_because: str | None = None
+        self._alignment_proved = False
+        if not (self.keeps_logits and self.takes_positions and self.takes_cache):
+            self.masked_because = "the model's forward takes no position_ids, use_cache and logits_to_keep"
         if padding_free and not (self.keeps_logits and self.takes_positions and self.takes_cache):
             self._pad_because("the model's forward takes no position_ids, use_cache and logits_to_keep")
 
@@ -62,12 +68,12 @@ class CompletionForward:
             LookupError: the head turned out not to serve; ``head.reason`` says why.
         """
         width = batch.completion_ids.shape[1]
-        packed = self._packed(model, batch)
-        if packed is not None:
-            self.tokens += packed.positions
-            kwargs = {**packed.inputs(), "use_cache": False}
+        laid_out = self._packed(model, batch) or self._aligned(model, batch)
+        if laid_out is not None:
+            self.tokens += laid_out.positions
+            kwargs = laid_out.inputs()
             result = head.run(
-                model, lambda: model(**kwargs), lambda hidden, *rest: function(packed.by_row(hidden), *rest)
+                model, lambda: model(**kwargs), lambda hidden, *rest: function(laid_out.by_row(hidden), *rest)
             )
         else:
             inputs = self._inputs(model, batch)
@@ -93,9 +99,24 @@ class CompletionForward:
         shared = len(batch.prompt_first) * (batch.prompt_ids.shape[1] - 1) + batch.completion_ids.numel()
         return None if self.share_prompts and shared < packed.positions else packed
 
+    def _aligned(self, model: nn.Module, batch: MicroBatch) -> AlignedBatch | None:
+        """The micro-batch with all padding behind the rows; None where prompts are shared or a mask is needed."""
+        if self.masked_because is not None or self._shares(batch):
+            return None
+        if not self._alignment_proved:
+            with torch.no_grad(), evaluating(model):
+                self.masked_because = looks_ahead(model, batch)
+            self._alignment_proved = True
+        return None if self.masked_because is not None else AlignedBatch(batch)
+
+    def _shares(self, batch: MicroBatch) -> bool:
+        return (
+            self.share_prompts and batch.prompt_ids.shape[1] > 1 and len(batch.prompt_first) < len(batch.prompt_of_row)
+        )
+
     def _inputs(self, model: nn.Module, batch: MicroBatch) -> dict[str, Any]:
         """Keyword arguments of the model; the keys and values of shared prompts are computed here."""
-        if self.share_prompts and batch.prompt_ids.shape[1] > 1 and len(batch.prompt_first) < len(batch.prompt_of_row):
+        if self._shares(batch):
             inputs = self._after_prompts(model, batch)
             if inputs is not None:
                 return inputs

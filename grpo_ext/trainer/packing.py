@@ -40,7 +40,12 @@ class PackedBatch:
 
     def inputs(self) -> dict[str, Any]:
         """Keyword arguments of a model of transformers; its head sees the positions that predict a token only."""
-        return {"input_ids": self._ids, "position_ids": self._position_ids, "logits_to_keep": self._keep}
+        return {
+            "input_ids": self._ids,
+            "position_ids": self._position_ids,
+            "logits_to_keep": self._keep,
+            "use_cache": False,
+        }
 
     def by_row(self, hidden: Tensor) -> Tensor:
         """``(1, M, H)`` of the kept positions as ``(B, T, H)``, zeros where there is no token."""

@@ -178,7 +178,7 @@ def test_replays_reuse_the_first_forward(make_trainer: Make) -> None:
     kept, forwards = KeepRollouts(trainer), []
     trainer.model.register_forward_hook(lambda *_: forwards.append(1))
     trainer.train()
-    assert len(forwards) == 8
+    assert len(forwards) == 8 + 2  # the two are of the attempt whether rows need a mask, once in a run
     assert len(kept.rollouts) == 2
     logs = trainer.state.log_history
     assert [logs[i]["ratio/max"] == 1.0 for i in range(4)] == [True, False, True, False]

@@ -76,7 +76,8 @@ def test_skipping_keeps_the_gradient(make_trainer: Make, loss_type: str, ga: int
         warnings.simplefilter("ignore")  # cispo's cap
         trainer, skipped = gradients(make_trainer, **fields)
         _, whole = gradients(make_trainer, skip_zero_gradient_sequences=False, **fields)
-    torch.testing.assert_close(skipped, whole, rtol=2e-5, atol=2e-7)
+    # Against the norm: what elements near 0 are rounded to depends on the processor and the rows beside them.
+    assert bool(((skipped - whole).norm(dim=1) <= 5e-6 * whole.norm(dim=1)).all())
     logs = trainer.state.log_history
     assert 0.5 <= logs[0]["skipped_sequences"] < 1
     assert logs[0]["tokens/computed"] < logs[0]["tokens/padded"]

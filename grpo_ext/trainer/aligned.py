@@ -1,0 +1,83 @@
+"""Micro-batches whose rows all begin in the first column, so that causal attention needs no mask.
+
+Prompts are padded on their left, completions on their right, and a mask has to hide the gap. A mask costs attention its
+fastest form: torch then leaves FlashAttention, writes out ``(B, 1, N, N)`` and repeats grouped keys and values. With
+all padding behind a row's last token a causal model cannot see it, and nothing is left to mask.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grpo_ext.trainer.packing import TOLERANCE
+from grpo_ext.trainer.rollout import MicroBatch
+
+
+class AlignedBatch:
+    """A micro-batch as ``(B, W)`` ids, prompt and completion joined, without the last token of the longest row.
+
+    Attributes:
+        positions: B * W.
+        kept: the last so many columns hold everything that predicts a completion token.
+    """
+
+    def __init__(self, batch: MicroBatch) -> None:
+        prompts, completions = batch.lengths()
+        width = max(p + c for p, c in zip(prompts, completions, strict=True)) - 1
+        device = batch.prompt_ids.device
+        both = torch.cat([batch.prompt_ids, batch.completion_ids], dim=1)
+        gap = [batch.prompt_ids.shape[1] - p for p in prompts]
+        if any(gap):
+            columns = torch.tensor(gap).unsqueeze(1) + torch.arange(width)
+            self._ids = both.gather(1, columns.clamp_(max=both.shape[1] - 1).to(device))
+        else:
+            self._ids = both[:, :width]
+        self.positions = self._ids.numel()
+        self.kept = width - (min(prompts) - 1)
+        self._shape = batch.completion_ids.shape
+        self._source: Tensor | None = None
+        if len(set(prompts)) > 1:
+            each = list(zip(prompts, completions, strict=True))
+            first = [row * self.kept + p - min(prompts) for row, (p, _) in enumerate(each)]
+            self._source = torch.cat([torch.arange(f, f + c) for f, c in zip(first, completions, strict=True)]).to(
+                device
+            )
+            ranges = [torch.arange(row * self._shape[1], row * self._shape[1] + c) for row, c in enumerate(completions)]
+            self._where = torch.cat(ranges).to(device)
+
+    def inputs(self) -> dict[str, Any]:
+        """Keyword arguments of a model of transformers."""
+        return {"input_ids": self._ids, "logits_to_keep": self.kept, "use_cache": False}
+
+    def by_row(self, hidden: Tensor) -> Tensor:
+        """``(B, kept, H)`` as ``(B, T, H)``: what predicts each completion token; anything where there is none."""
+        hidden = hidden[:, -self.kept :]
+        if self._source is None:
+            return hidden
+        size = hidden.shape[-1]
+        found = hidden.reshape(-1, size).index_select(0, self._source)
+        return hidden.new_zeros((self._shape.numel(), size)).index_copy(0, self._where, found).view(*self._shape, size)
+
+
+def looks_ahead(model: nn.Module, batch: MicroBatch) -> str | None:
+    """Why a model needs a mask for padding behind a row, found by trying; None where it does not."""
+    prompts, completions = batch.lengths()
+    row = max(range(len(prompts)), key=lambda r: prompts[r] + completions[r])
+    whole = torch.cat([batch.prompt_ids[row, -prompts[row] :], batch.completion_ids[row, : completions[row]]])
+    ids = whole[-16:].unsqueeze(0)
+    count = ids.shape[1]
+    positions = torch.arange(count, device=ids.device).unsqueeze(0)
+    alone = model(
+        input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, use_cache=False, logits_to_keep=1
+    ).logits[0, -1]
+    try:
+        followed = torch.cat([ids, (ids == 0).to(ids.dtype)], dim=1)  # by other tokens, whatever they are
+        beside = model(input_ids=followed, use_cache=False, logits_to_keep=count + 1).logits[0, 0]
+    except (RuntimeError, ValueError, TypeError) as error:
+        return f"the model does not run without a mask ({type(error).__name__})"
+    if bool((beside.float() - alone.float()).norm() <= TOLERANCE.get(alone.dtype, 1e-4) * alone.float().norm()):
+        return None
+    return "the model looks at tokens behind the one it predicts from"
