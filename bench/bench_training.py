@@ -4,10 +4,10 @@
     python bench/bench_training.py longest --device cuda --cases 8b:lora:8 --tokens 2048
     python bench/bench_training.py phase --device cpu --cases tiny:lora:4 --prompts 2 --group 4 --tokens 16 --dtype fp32
 
-A case is model:lora|full:completions of a micro-batch, and maybe :spread or :equal, the lengths. Models are Qwen3 shapes
-with random weights. `phase` and `longest` hand the same prepared completions to both trainers (`training_setup.py`),
-with the log probabilities that an engine would report: both correct for them (``token_truncate`` at 2), as with vLLM.
-Neither trainer may skip a completion in these runs. Everything writes CSV into ``--output``.
+A case is model:lora|full:completions of a micro-batch, and maybe :spread or :equal, the lengths. Models are shapes of
+Qwen3 with random weights. `phase`, `longest` and `trace` hand the same prepared completions to both trainers
+(`training_setup.py`), with the log probabilities that an engine would report: both correct for them (``token_truncate``
+at 2), as with vLLM. Neither trainer may skip a completion in these runs. Everything writes CSV into ``--output``.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import training_phase
 import training_setup
+import training_trace
 
 
 def case(text: str) -> tuple[str, str, int, str]:
@@ -57,15 +58,19 @@ def add_common(parser: argparse.ArgumentParser, cases: str, candidates: str) -> 
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
 
 
+def add_workload(parser: argparse.ArgumentParser, prompts: int) -> None:
+    parser.add_argument("--prompts", type=int, default=prompts)
+    parser.add_argument("--group", type=int, default=8, help="completions of a prompt")
+    parser.add_argument("--tokens", type=int, default=1024, help="longest completion")
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="part", required=True)
     phase = parts.add_parser("phase", help="seconds, tokens per second, memory and forwards of the training phase")
     add_common(phase, "0.6b:lora:8,0.6b:full:8,1.7b:lora:8,1.7b:full:8,8b:lora:8", "ours,trl,trl_patch,trl_fused")
     phase.add_argument("--lengths", type=names(("spread", "equal")), default="spread,equal")
-    phase.add_argument("--prompts", type=int, default=8)
-    phase.add_argument("--group", type=int, default=8, help="completions of a prompt")
-    phase.add_argument("--tokens", type=int, default=1024, help="longest completion")
+    add_workload(phase, prompts=8)
     phase.add_argument("--warmup", type=int, default=1)
     phase.add_argument("--steps", type=int, default=3)
     longest = parts.add_parser("longest", help="the longest completion that fits")
@@ -74,6 +79,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     longest.add_argument("--probes", type=int, default=3, help="near the end")
     longest.add_argument("--capacity", type=float, help="GiB; default: the GPU's")
     longest.set_defaults(warmup=0, steps=1)
+    trace = parts.add_parser("trace", help="where the time of a step goes")
+    add_common(trace, "0.6b:lora:8,8b:lora:8", "ours,trl")
+    add_workload(trace, prompts=2)
+    trace.set_defaults(warmup=0, steps=3)
     return parser.parse_args(arguments)
 
 
@@ -83,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     torch.set_num_threads(args.threads)
     args.output.mkdir(parents=True, exist_ok=True)
-    parts = {"phase": training_phase.phase, "longest": training_phase.longest}
+    parts = {"phase": training_phase.phase, "longest": training_phase.longest, "trace": training_trace.trace}
     return 0 if parts[args.part](args) else 1
 
 

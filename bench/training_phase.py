@@ -66,7 +66,7 @@ def row_of(
         "step_s": setup.median(found.step_seconds[warmup:]),
         "tokens_per_s": workload.all_tokens / seconds,
         "completion_tokens_per_s": workload.completion_tokens / seconds,
-        "forwards": found.forwards / found.micro_batches,
+        "forwards": found.forwards[-1] / found.micro_batches,
         "peak_gib": found.peak_bytes / GIB,
         "weights_gib": found.before_bytes / GIB,
         "loss": found.losses[0],

@@ -207,13 +207,14 @@ class Workload:
 
 @dataclasses.dataclass
 class Measured:
-    """One candidate's run: a list holds one value for each step."""
+    """One candidate's run: a list holds one value for each step. ``forwards`` are passes through the layers, those that
+    gradient checkpointing repeats left out."""
 
     step_seconds: list[float]
     rollout_seconds: list[float]
     losses: list[float]
     grad_norms: list[float]
-    forwards: int
+    forwards: list[int]
     micro_batches: int
     peak_bytes: float
     before_bytes: float
@@ -234,11 +235,13 @@ class StepWatch(TrainerCallback):
         self.rollout: list[float] = []
         self.losses: list[float] = []
         self.grad_norms: list[float] = []
+        self.forwards: list[int] = []
         self._start = self._rollout = 0.0
+        self._forwards = 0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         common.synchronize(self.device)
-        self._rollout = 0.0
+        self._rollout, self._forwards = 0.0, 0
         self._start = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
@@ -249,6 +252,11 @@ class StepWatch(TrainerCallback):
         self.rollout.append(self._rollout)
         self.losses.append(float(logs["loss"]))
         self.grad_norms.append(float(logs["grad_norm"]))
+        self.forwards.append(self._forwards)
+
+    def count_forward(self, *_: Any) -> None:
+        """Forward hook of the model's layers."""
+        self._forwards += 1
 
     def aside(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function``, its time booked as rollout. The device is idle then, so the host's clock tells all of it."""
@@ -416,12 +424,6 @@ def run_candidate(
     kind, patch = settings.pop("trainer"), settings.pop("patch", None)
     settle(device)
     watch = StepWatch(device)
-    calls = 0
-
-    def count(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
-
     with patched(patch), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = case.build()
@@ -429,7 +431,7 @@ def run_candidate(
         trainer = build(case, workload, model, tokenizer, watch, **settings)
         start_adapter(trainer.model)
         trainer.remove_callback(PrinterCallback)  # a line of metrics for every step
-        backbone(trainer.model).register_forward_pre_hook(count)
+        backbone(trainer.model).register_forward_pre_hook(watch.count_forward)
         if instrument is not None:
             instrument(trainer, kind)
         before = torch.cuda.memory_allocated() if device.type == "cuda" else math.nan
@@ -440,12 +442,12 @@ def run_candidate(
         note = trainer.loss_path if kind == "ours" else ""
         if kind == "ours" and settings.get("padding_free"):
             note += f", {trainer.completion_forward.padded_because or 'packed'}"
-        micro_batches = case.steps * trainer.args.gradient_accumulation_steps
+        micro_batches = trainer.args.gradient_accumulation_steps
     trainer.accelerator.free_memory()
     del trainer, model
     settle(device)
     return Measured(
-        watch.seconds, watch.rollout, watch.losses, watch.grad_norms, calls, micro_batches, peak, before, note
+        watch.seconds, watch.rollout, watch.losses, watch.grad_norms, watch.forwards, micro_batches, peak, before, note
     )
 
 

@@ -1,0 +1,262 @@
+"""Where a step's time goes: seconds of its parts, and what the device ran meanwhile.
+
+The first step warms up. In the second every part waits for the device at its beginning and end, so parts add up to the
+step (which takes a little longer than without waiting). The third runs under torch.profiler.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+import training_setup as setup
+from torch import Tensor
+from training_phase import case_of
+from training_setup import Workload
+from transformers import TrainerCallback
+
+import grpo_ext
+
+#: Parts of a step in the order in which the plot stacks them.
+PARTS = (
+    "generation", "rewards", "old and reference logps", "layers, forward", "head and loss, forward",
+    "head and loss, backward", "layers, backward", "clip and optimizer", "other",
+)  # fmt: skip
+
+#: What a kernel is, by its name; the first that fits.
+KERNELS = (
+    ("attention", r"flash|fmha|attention|sdpa"),
+    ("matrix products", r"gemm|nvjet|xmma|cutlass|wgmma|splitK|probability_product|tensor_product"),
+    ("head and loss", r"grpo|row_|logprob|logp|ring|probab"),
+    ("optimizer", r"adam|multi_tensor|foreach|lpnorm"),
+    ("copies and casts", r"copy|cat|Memcpy|Memset|fill|cast"),
+    ("elementwise and norms", r"elementwise|reduce|norm|softmax|index|gather|scatter|triton"),
+)
+
+
+class Parts:
+    """Seconds of the named parts of a step; a part inside another one is not counted twice."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.running = False
+        self._stack: list[str] = []
+        self._since = 0.0
+
+    def _book(self) -> None:
+        common.synchronize(self.device)
+        now = time.perf_counter()
+        if self._stack:
+            self.seconds[self._stack[-1]] += now - self._since
+        self._since = now
+
+    def start(self) -> None:
+        self.running = True
+        self._stack = ["other"]
+        common.synchronize(self.device)
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        if self.running:
+            self._book()
+        self.running = False
+        self._stack = []
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        if not self.running:
+            yield
+            return
+        self._book()
+        self._stack.append(name)
+        try:
+            yield
+        finally:
+            self._book()
+            self._stack.pop()
+
+    def become(self, name: str) -> None:
+        """The running part is over, and ``name`` goes on in its place."""
+        if self.running:
+            self._book()
+            self._stack[-1] = name
+
+    def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self.part(name):
+                return function(*args, **kwargs)
+
+        return run
+
+    def around_head(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function whose first argument are the hidden states: its forward, and its backward until their gradient."""
+
+        def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return function(hidden, *args, **kwargs)
+            if hidden.requires_grad:
+                hidden.register_hook(lambda _: self.become("layers, backward"))
+            with self.part("head and loss, forward"):
+                return function(hidden, *args, **kwargs)
+
+        return run
+
+
+class Director(TrainerCallback):
+    """Turns the clock and the profiler on and off, and books the optimizer."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.profiler: Any = None
+        self.profiled_seconds = 0.0
+        self._start = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 1:
+            self.parts.start()
+        if state.global_step == 2:
+            kinds = [torch.profiler.ProfilerActivity.CPU]
+            if self.parts.device.type == "cuda":
+                kinds.append(torch.profiler.ProfilerActivity.CUDA)
+            self.profiler = torch.profiler.profile(activities=kinds)
+            self.profiler.start()
+            self._start = time.perf_counter()
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.parts.become("clip and optimizer")
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.parts.become("other")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.parts.stop()
+        if state.global_step == 3:
+            common.synchronize(self.parts.device)
+            self.profiled_seconds = time.perf_counter() - self._start
+            self.profiler.stop()
+
+
+@contextlib.contextmanager
+def head_replaced(kind: str, parts: Parts) -> Iterator[None]:
+    """The function that both trainers call at the head, timed."""
+    if kind == "ours":
+        own = grpo_ext.linear_grpo_loss
+        grpo_ext.linear_grpo_loss = parts.around_head(own)
+        try:
+            yield
+        finally:
+            grpo_ext.linear_grpo_loss = own
+        return
+    from trl.trainer import utils
+
+    original = utils._ChunkedLogProbFunction
+
+    class Timed:
+        apply = staticmethod(parts.around_head(original.apply))
+
+    utils._ChunkedLogProbFunction = Timed
+    try:
+        yield
+    finally:
+        utils._ChunkedLogProbFunction = original
+
+
+def instrument(trainer: Any, kind: str, parts: Parts) -> None:
+    """Books the parts of either trainer."""
+    trainer.compute_loss = parts.around("layers, forward", trainer.compute_loss)
+    trainer.accelerator.backward = parts.around("head and loss, backward", trainer.accelerator.backward)
+    trainer.accelerator.clip_grad_norm_ = parts.around("clip and optimizer", trainer.accelerator.clip_grad_norm_)
+    if kind == "ours":
+        trainer.rollouts.generate = parts.around("generation", trainer.rollouts.generate)
+        trainer.rollouts.score = parts.around("rewards", trainer.rollouts.score)
+        trainer.updates.add_logps = parts.around("old and reference logps", trainer.updates.add_logps)
+        return
+    trainer._generate = parts.around("generation", trainer._generate)
+    trainer._calculate_rewards = parts.around("rewards", trainer._calculate_rewards)
+    logps = trainer._get_per_token_logps_and_entropies
+
+    def without_gradient_apart(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            return logps(*args, **kwargs)
+        with parts.part("old and reference logps"):
+            return logps(*args, **kwargs)
+
+    trainer._get_per_token_logps_and_entropies = without_gradient_apart
+
+
+def trace(args: Any) -> bool:
+    device = torch.device(args.device)
+    rows: list[dict[str, Any]] = []
+    kernels: list[dict[str, Any]] = []
+    for model, trained, micro_batch, lengths in args.cases:
+        case = dataclasses.replace(case_of(args, model, trained, micro_batch), steps=3)
+        workload = Workload(
+            case.shape.vocabulary, args.prompts, args.group, args.tokens, spread=lengths != "equal", seed=0
+        )
+        tokenizer = setup.build_tokenizer(case.shape.vocabulary)
+        plain = case.build()
+        workload.attach_logps(plain, device)
+        del plain
+        for name in args.candidates:
+            parts = Parts(device)
+            director = Director(parts)
+            with contextlib.ExitStack() as stack:
+
+                def prepare(trainer: Any, kind: str, parts: Parts = parts, director: Director = director,
+                            stack: contextlib.ExitStack = stack) -> None:  # fmt: skip
+                    instrument(trainer, kind, parts)
+                    trainer.add_callback(director)
+                    stack.enter_context(head_replaced(kind, parts))
+
+                found = setup.run_candidate(name, case, workload, tokenizer, prepare)
+            where = {"candidate": name, "model": model, "trained": trained, "lengths": lengths or "spread"}
+            seconds = {part: parts.seconds[part] for part in PARTS}
+            rows.append(
+                where | seconds | {"sum": sum(seconds.values()), "step_s": found.step_seconds[1],
+                "completions": workload.rows, "micro_batch": micro_batch, "all_tokens": workload.all_tokens}
+                | setup.versions(device)
+            )  # fmt: skip
+            kernels += [where | row for row in kernel_rows(director)]
+            print(name, {part: round(value, 4) for part, value in seconds.items()}, flush=True)
+            for row in kernels[-len(KERNELS) - 3 :]:
+                print("   ", {k: common._short(v) for k, v in row.items() if k not in where}, flush=True)
+            common.write_csv(Path(args.output) / f"training_trace_{args.device}.csv", rows)
+            common.write_csv(Path(args.output) / f"training_kernels_{args.device}.csv", kernels)
+    return True
+
+
+def kernel_rows(director: Director, top: int = 20) -> list[dict[str, Any]]:
+    """Milliseconds and launches of the kernels of the profiled step: the greatest, then kinds, then all of them.
+
+    Without a GPU the operators of the CPU stand for kernels.
+    """
+    on_gpu = director.parts.device.type == "cuda"
+    events = []
+    for event in director.profiler.key_averages():
+        if on_gpu:
+            if event.device_type != torch.autograd.DeviceType.CUDA or event.is_user_annotation:
+                continue
+            events.append((event.key, event.self_device_time_total / 1e3, event.count))
+        else:
+            events.append((event.key, event.self_cpu_time_total / 1e3, event.count))
+    events.sort(key=lambda event: -event[1])
+    kinds: dict[str, list[float]] = {name: [0.0, 0] for name, _ in KERNELS} | {"rest": [0.0, 0]}
+    for name, milliseconds, count in events:
+        kind = next((kind for kind, pattern in KERNELS if re.search(pattern, name, re.IGNORECASE)), "rest")
+        kinds[kind][0] += milliseconds
+        kinds[kind][1] += count
+    rows = [{"what": "kernel", "name": name[:160], "ms": ms, "launches": count} for name, ms, count in events[:top]]
+    rows += [{"what": "kind", "name": name, "ms": ms, "launches": int(n)} for name, (ms, n) in kinds.items()]
+    total = sum(ms for _, ms, _ in events)
+    rows.append({"what": "all", "name": "busy", "ms": total, "launches": sum(n for _, _, n in events)})
+    rows.append({"what": "all", "name": "wall clock", "ms": director.profiled_seconds * 1e3, "launches": 0})
+    return rows
