@@ -80,6 +80,26 @@ def test_equals_trl(
         torch.testing.assert_close(mine, stock, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_mean_logits(bias: bool, autocast: bool) -> None:
+    """A metric of KTO's and DPO's: of the logits as they are scored, without a gradient."""
+    tensors, outputs = example(37, bias=bias), ("log_probs", "mean_logits")
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        wanted = call(seam.LogProbabilities.original, tensors, outputs, scale=0.5)
+        found = call(utils._ChunkedLogProbFunction, tensors, outputs, scale=0.5)
+    assert ours.status().served == {"with gradient": 1}
+    assert [output is None for output in found] == [False, True, True, False, True]
+    assert not found[3].requires_grad
+    # TRL's logits are rounded to bf16 before their mean: 301 roundings of numbers below 8
+    torch.testing.assert_close(found[3], wanted[3], rtol=0, atol=2e-3 if autocast else 1e-6)
+
+
+def test_mean_logits_under_a_softcap_are_handed_back() -> None:
+    call(utils._ChunkedLogProbFunction, example(5), ("log_probs", "mean_logits"), softcap=20.0)
+    assert ours.status().handed_back == {"asks for mean_logits under a softcap": 1}
+
+
 def test_without_entropy_and_without_gradient() -> None:
     tensors = example(9)
     logps, entropy, *_ = call(utils._ChunkedLogProbFunction, tensors, outputs=("log_probs",))
@@ -120,7 +140,7 @@ def test_low_precision_is_no_worse_than_trl(case: str) -> None:
     assert sum(ours.status().served.values()) == 1
 
 
-@pytest.mark.parametrize("outputs", [("log_probs", "entropy", "is_top1"), ("mean_logits",), seam.ALL_OUTPUTS])
+@pytest.mark.parametrize("outputs", [("log_probs", "entropy", "is_top1"), ("log_sum_sq_probs",), seam.ALL_OUTPUTS])
 def test_outputs_that_are_not_ours_go_to_trl(outputs: tuple[str, ...]) -> None:
     tensors = example(5)
     mine = call(utils._ChunkedLogProbFunction, tensors, outputs=outputs)
@@ -129,7 +149,7 @@ def test_outputs_that_are_not_ours_go_to_trl(outputs: tuple[str, ...]) -> None:
         assert (a is None) == (b is None)
         assert a is None or torch.equal(a, b)
     (reason,) = ours.status().handed_back
-    assert reason == "asks for " + ", ".join(sorted(set(outputs) - set(OURS)))
+    assert reason == "asks for " + ", ".join(sorted(set(outputs) - seam.OURS))
     assert not ours.status().served
 
 

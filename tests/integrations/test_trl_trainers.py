@@ -79,9 +79,11 @@ def kto(folder: str) -> list[dict[str, float]]:
         (rloo, {"with gradient": 2, "without gradient": 1}, set()),
         # The accuracy of each token is a metric that TRL's class computes on the way.
         (sft, {}, {"asks for is_top1"}),
-        # The policy's calls bring metrics along; the reference model's are ours, two a step with KTO's KL estimate.
-        (dpo, {"without gradient": 2}, {"asks for is_top1, mean_logits"}),
-        (kto, {"without gradient": 4}, {"asks for mean_logits"}),
+        # So it is for DPO's policy; the reference model's calls are ours.
+        (dpo, {"without gradient": 2}, {"asks for is_top1"}),
+        # A step is the policy's call, the reference model's, and one of each without a gradient for the KL estimate;
+        # the policy's ask for mean logits too.
+        (kto, {"with gradient": 2, "without gradient": 6}, set()),
     ],
     ids=["rloo", "sft", "dpo", "kto"],
 )

@@ -202,7 +202,7 @@ def fill_adapters(model: Any) -> None:
 def compared(logs: dict[str, float]) -> dict[str, float]:
     """The numbers of one step that follow from the loss."""
     names = ("loss", "grad_norm", "kl", "entropy", "cispo_clip_ratio", "vespo/phi_seq_mean")
-    return {k: v for k, v in logs.items() if k in names or k.startswith("clip_ratio/")}
+    return {k: v for k, v in logs.items() if k in names or k.startswith(("clip_ratio/", "logits/"))}
 
 
 def largest_difference(first: list[dict[str, float]], second: list[dict[str, float]]) -> tuple[float, str]:

@@ -28,8 +28,7 @@ Outputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | No
 
 #: What TRL's class computes beside the log probabilities when nobody says otherwise.
 ALL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-OURS = frozenset({"log_probs", "entropy"})
-
+OURS = frozenset({"log_probs", "entropy", "mean_logits"})
 
 #: Bytes of our buffers on a GPU: about what TRL's own chunks take, for a few per cent of the head's time.
 GPU_MEMORY_BUDGET = 512 << 20
@@ -97,10 +96,24 @@ def reason_to_hand_back(projection: Projection, outputs: tuple[str, ...]) -> str
     softcap = projection.logit_softcap
     if projection.logit_scale == 0 or (softcap is not None and softcap <= 0):
         return f"logit_scale {projection.logit_scale}, softcap {softcap}"
+    if softcap is not None and "mean_logits" in outputs:
+        return "asks for mean_logits under a softcap"
     return None
 
 
-def log_probabilities(projection: Projection, with_entropy: bool) -> Outputs:
+@torch.no_grad()
+def mean_logits(projection: Projection) -> Tensor:
+    """Mean over the vocabulary of each row's processed logits, fp32 (N,): linear, so the head's mean row gives it."""
+    p = projection
+    with gather_head(p.weight, p.bias):
+        row = p.weight.to(p.compute_dtype).mean(0, dtype=torch.float32)
+        offset = 0.0 if p.bias is None else p.bias.float().mean()
+    with torch.autocast(p.hidden.device.type, enabled=False):
+        mean: Tensor = p.hidden.to(p.compute_dtype).float() @ row + offset
+    return mean * (p.logit_scale / p.temperature)
+
+
+def log_probabilities(projection: Projection, outputs: tuple[str, ...]) -> Outputs:
     """The call on this package's kernels."""
     p = projection
     numerics = Numerics(
@@ -112,9 +125,11 @@ def log_probabilities(projection: Projection, with_entropy: bool) -> Outputs:
     )
     wanted = wanted_gradients(p.hidden, p.weight, p.bias)
     counts.served["with gradient" if any(wanted) else "without gradient"] += 1
+    with_entropy = "entropy" in outputs
     request = Request(numerics, wanted, with_entropy, False, None, gather_head)
     logps, entropy = linear_logps(p.hidden, p.weight, p.bias, p.targets, None, None, None, request)
-    return logps, entropy if with_entropy else None, None, None, None
+    mean = mean_logits(p) if "mean_logits" in outputs else None
+    return logps, entropy if with_entropy else None, None, mean, None
 
 
 class LogProbabilities:
@@ -147,7 +162,7 @@ class LogProbabilities:
             return take(projection)
         reason = reason_to_hand_back(projection, tuple(outputs))
         if reason is None:
-            return log_probabilities(projection, "entropy" in outputs)
+            return log_probabilities(projection, tuple(outputs))
         counts.handed_back[reason] += 1
         result: Outputs = cls.original.apply(
             hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
