@@ -15,6 +15,7 @@ import argparse
 import functools
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,7 @@ import grpo_ext.integrations.unsloth as ours
 from grpo_ext import reference
 
 os.environ.setdefault("UNSLOTH_IS_PRESENT", "1")
+os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", tempfile.mkdtemp())  # else a folder where it is started
 
 #: fp32 rounding of a log probability of size 10, and of a gradient of norm 1.
 FLOOR = 4e-6
