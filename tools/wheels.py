@@ -113,9 +113,7 @@ def sizes(target: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", action="append", help="an interpreter, may be repeated; else one of each version")
-    parser.add_argument(
-        "--kind", action="append", help="cpu or cu13, may be repeated; else what can be built here"
-    )
+    parser.add_argument("--kind", action="append", help="cpu or cu13, may be repeated; else what can be built here")
     parser.add_argument("--output", type=Path, default=ROOT / "dist")
     options = parser.parse_args()
     target, possible = options.output.resolve(), kinds()
