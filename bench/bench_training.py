@@ -25,6 +25,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 import training_phase
 import training_setup
 import training_trace
+import training_two
 
 
 def case(text: str) -> tuple[str, str, int, str]:
@@ -64,6 +65,26 @@ def add_workload(parser: argparse.ArgumentParser, prompts: int) -> None:
     parser.add_argument("--tokens", type=int, default=1024, help="longest completion")
 
 
+def add_learn(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--candidates", type=names(("ours", "trl")), default="ours,trl")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--every", type=int, default=5, help="steps between two measurements of the held-out reward")
+    parser.add_argument("--samples", type=int, default=8, help="answers to each held-out question")
+    parser.add_argument("--batch", type=int, default=32, help="completions of a step")
+    parser.add_argument("--tokens", type=int, default=24, help="longest completion")
+    parser.add_argument("--engine", choices=("auto", "transformers", "vllm"), default="auto")
+    parser.add_argument("--vllm_memory", type=float, default=0.15, help="share of the GPU for each engine")
+    parser.add_argument("--together", type=int, default=1, help="runs of one trainer at a time")
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="packaged name, .gguf file or folder")
+    parser.add_argument("--questions", type=Path, help="JSON of [question, answer] pairs, instead of reasoning-gym")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--trainer", choices=("ours", "trl"), help="one run, for the processes that this starts")
+    parser.add_argument("--seed", type=int, default=0)
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="part", required=True)
@@ -83,6 +104,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add_common(trace, "0.6b:lora:8,8b:lora:8", "ours,trl")
     add_workload(trace, prompts=2)
     trace.set_defaults(warmup=0, steps=3)
+    add_learn(parts.add_parser("learn", help="held-out reward of SmolLM2-135M against time and samples"))
+    two = parts.add_parser("two", help="two GPUs against one")
+    add_common(two, "1.7b:full:8", "ours")
+    add_workload(two, prompts=8)
+    two.add_argument("--kinds", type=names(training_two.KINDS), default="ddp,fsdp2,vocabulary")
+    two.add_argument("--processes", type=int, default=2)
+    two.add_argument("--warmup", type=int, default=1)
+    two.add_argument("--steps", type=int, default=2)
+    two.add_argument("--rows", type=int, default=8192, help="tokens of the vocabulary-parallel loss")
+    two.add_argument("--hidden", type=int, default=2048)
+    two.add_argument("--wide", type=int, default=262144, help="its vocabulary")
+    two.add_argument("--runs", type=int, default=5)
+    two.add_argument("--worker", choices=training_two.KINDS, help="for the processes that this command starts")
     return parser.parse_args(arguments)
 
 
@@ -92,7 +126,16 @@ def main(arguments: list[str] | None = None) -> int:
 
     torch.set_num_threads(args.threads)
     args.output.mkdir(parents=True, exist_ok=True)
-    parts = {"phase": training_phase.phase, "longest": training_phase.longest, "trace": training_trace.trace}
+    if args.part == "learn":  # needs packages that the others do not
+        import training_learn
+
+        return 0 if training_learn.learn(args) else 1
+    parts = {
+        "phase": training_phase.phase,
+        "longest": training_phase.longest,
+        "trace": training_trace.trace,
+        "two": training_two.two,
+    }
     return 0 if parts[args.part](args) else 1
 
 

@@ -295,12 +295,12 @@ class Case:
     def build(self) -> Any:
         return build_model(self.shape, torch.device(self.device), common.DTYPES[self.dtype], layers=self.layers)
 
-    def arguments(self, workload: Workload) -> dict[str, Any]:
-        """Arguments that both trainers know by the same name."""
+    def arguments(self, workload: Workload, world: int = 1) -> dict[str, Any]:
+        """Arguments that both trainers know by the same name; the workload is one optimizer step of all processes."""
         return {
             "output_dir": tempfile.mkdtemp(prefix="bench_training_"),
             "per_device_train_batch_size": self.micro_batch,
-            "gradient_accumulation_steps": max(1, workload.rows // self.micro_batch),
+            "gradient_accumulation_steps": max(1, workload.rows // (self.micro_batch * world)),
             "num_generations": workload.group,
             "max_completion_length": workload.tokens,
             "max_steps": self.steps,
@@ -339,8 +339,10 @@ def lora_config(case: Case) -> Any:
     return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def build_ours(case: Case, workload: Workload, model: Any, tokenizer: Any, watch: StepWatch, **own: Any) -> Any:
-    config = GRPOConfig(**case.arguments(workload), save_completions=False, **own)
+def build_ours(
+    case: Case, workload: Workload, arguments: dict[str, Any], model: Any, tokenizer: Any, watch: StepWatch
+) -> Any:
+    config = GRPOConfig(**arguments, save_completions=False)
     trainer = GRPOTrainer(
         model, workload.reward, config, workload.dataset(), processing_class=tokenizer, peft_config=lora_config(case),
         callbacks=[watch],
@@ -350,7 +352,9 @@ def build_ours(case: Case, workload: Workload, model: Any, tokenizer: Any, watch
     return trainer
 
 
-def build_trl(case: Case, workload: Workload, model: Any, tokenizer: Any, watch: StepWatch) -> Any:
+def build_trl(
+    case: Case, workload: Workload, arguments: dict[str, Any], model: Any, tokenizer: Any, watch: StepWatch
+) -> Any:
     """TRL's trainer as with vLLM: it gets the engine's log probabilities and corrects for them."""
     import trl
     from datasets import Dataset
@@ -359,7 +363,7 @@ def build_trl(case: Case, workload: Workload, model: Any, tokenizer: Any, watch:
         def _generate_single_turn(self, prompt_ids: Any, *_: Any, **__: Any) -> Any:
             return workload.serve(prompt_ids)
 
-    config = trl.GRPOConfig(**case.arguments(workload))
+    config = trl.GRPOConfig(**arguments)
     trainer = Trainer(
         model, workload.reward, config, Dataset.from_list(workload.dataset()), processing_class=tokenizer,
         peft_config=lora_config(case), callbacks=[watch],
@@ -416,9 +420,22 @@ Instrument = Callable[[Any, str], None]
 
 
 def run_candidate(
-    name: str, case: Case, workload: Workload, tokenizer: Any, instrument: Instrument | None = None
+    name: str,
+    case: Case,
+    workload: Workload,
+    tokenizer: Any,
+    instrument: Instrument | None = None,
+    *,
+    world: int = 1,
+    extra: dict[str, Any] | None = None,
 ) -> Measured:
-    """Trains ``case.steps`` steps; ``instrument`` is called with the trainer before."""
+    """Trains ``case.steps`` steps.
+
+    Args:
+        instrument: called with the trainer and its kind before.
+        world: processes.
+        extra: more arguments for either trainer.
+    """
     device = torch.device(case.device)
     settings = dict(CANDIDATES[name])
     kind, patch = settings.pop("trainer"), settings.pop("patch", None)
@@ -428,7 +445,8 @@ def run_candidate(
         warnings.simplefilter("ignore")
         model = case.build()
         build = build_ours if kind == "ours" else build_trl
-        trainer = build(case, workload, model, tokenizer, watch, **settings)
+        arguments = case.arguments(workload, world) | (extra or {}) | settings
+        trainer = build(case, workload, arguments, model, tokenizer, watch)
         start_adapter(trainer.model)
         trainer.remove_callback(PrinterCallback)  # a line of metrics for every step
         backbone(trainer.model).register_forward_pre_hook(watch.count_forward)

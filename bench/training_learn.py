@@ -1,0 +1,207 @@
+"""Held-out reward against wall clock and samples: SmolLM2-135M learns one-digit products, in both trainers.
+
+Each run is a process; those of one trainer run side by side when ``--together`` is more than 1, so that every trainer
+meets the same company. The clock stands still while the held-out questions are answered.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+import training_setup as setup
+from datasets import Dataset
+from transformers import PrinterCallback, TrainerCallback
+
+from grpo_ext.tasks.arithmetic import INSTRUCTION, arithmetic_questions, number_reward
+from grpo_ext.tasks.heldout import heldout_reward
+from grpo_ext.tasks.models import load_model
+from grpo_ext.trainer.generation import SamplingParams
+
+HELDOUT = 24
+
+
+def questions(path: Path | None) -> list[tuple[str, str]]:
+    """The pool of (question, answer), from a file where reasoning-gym is not at hand."""
+    if path is None:
+        return arithmetic_questions("products")
+    return [(question, answer) for question, answer in json.loads(path.read_text())]
+
+
+def datasets(pairs: list[tuple[str, str]], seed: int) -> tuple[Dataset, Dataset]:
+    """(train, held out), without a common question; the split of `grpo_ext.tasks.arithmetic`."""
+    pairs = list(pairs)
+    random.Random(seed).shuffle(pairs)
+    rows = [
+        {"prompt": [{"role": "user", "content": f"{question} {INSTRUCTION}"}], "answer": answer}
+        for question, answer in pairs
+    ]
+    return Dataset.from_list(rows[HELDOUT:]), Dataset.from_list(rows[:HELDOUT])
+
+
+class HeldOut(TrainerCallback):
+    """Measures the held-out reward before the first step and after every so many."""
+
+    def __init__(self, data: Any, tokenizer: Any, args: Any, device: torch.device) -> None:
+        self.data, self.tokenizer, self.args, self.device = data, tokenizer, args, device
+        self.points: list[dict[str, float]] = []
+        self.spent = 0.0
+        self._since = 0.0
+        self._sampling = SamplingParams(args.tokens, 1.0)
+
+    def _pause(self) -> None:
+        common.synchronize(self.device)
+        self.spent += time.perf_counter() - self._since
+
+    def _go_on(self) -> None:
+        common.synchronize(self.device)
+        self._since = time.perf_counter()
+
+    def _measure(self, model: Any, step: int) -> None:
+        found = heldout_reward(
+            model, self.tokenizer, self.data, number_reward, self._sampling, samples=self.args.samples, batch_size=256
+        )
+        samples = step * self.args.batch
+        self.points.append({"step": step, "samples": samples, "seconds": self.spent, "reward": found.reward})
+        print(f"step {step}: {self.spent:.1f} s, held-out reward {found.reward:.3f}", flush=True)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self._measure(model, 0)
+        self._go_on()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if state.global_step % self.args.every == 0 or state.global_step == self.args.steps:
+            self._pause()
+            self._measure(model, state.global_step)
+            self._go_on()
+
+
+def model_folder(args: Any) -> Path:
+    """The model as a folder that every loader knows; made once."""
+    folder = Path(args.model)
+    if folder.is_dir() and (folder / "config.json").is_file():
+        return folder
+    folder = Path(tempfile.gettempdir()) / "bench_training_model"
+    if not (folder / "config.json").is_file():
+        model, tokenizer = load_model(args.model, dtype="bfloat16")
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+def run(args: Any) -> list[dict[str, Any]]:
+    """One trainer, one seed, in this process."""
+    from peft import LoraConfig
+
+    device = torch.device(args.device)
+    folder = str(model_folder(args))
+    model, tokenizer = load_model(folder, dtype="bfloat16")
+    train, heldout = datasets(questions(args.questions), args.seed)
+    watch = HeldOut(heldout, tokenizer, args, device)
+    shared: dict[str, Any] = {
+        "output_dir": tempfile.mkdtemp(prefix="bench_learn_"),
+        "per_device_train_batch_size": args.batch,
+        "num_generations": 8,
+        "max_completion_length": args.tokens,
+        "temperature": 1.0,
+        "learning_rate": 2e-4,
+        "lr_scheduler_type": "constant",
+        "max_steps": args.steps,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "seed": args.seed,
+        "gradient_checkpointing": False,
+        "bf16": device.type == "cuda",
+        "use_cpu": device.type == "cpu",
+        "disable_tqdm": True,
+        "use_vllm": args.engine == "vllm",
+        "vllm_gpu_memory_utilization": args.vllm_memory,
+        "vllm_max_model_length": 512,
+        **setup.CORRECTION,
+    }
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    kwargs: dict[str, Any] = {"train_dataset": train, "processing_class": tokenizer, "peft_config": lora}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if args.trainer == "ours":
+            from grpo_ext.trainer import GRPOConfig, GRPOTrainer
+
+            config = GRPOConfig(**shared, save_completions=False, length_sorted_batches=True)
+            trainer: Any = GRPOTrainer(model, number_reward, config, callbacks=[watch], **kwargs)
+        else:
+            import trl
+
+            config = trl.GRPOConfig(**shared)
+            trainer = trl.GRPOTrainer(model, number_reward, config, callbacks=[watch], **kwargs)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    where = {"candidate": args.trainer, "seed": args.seed, "engine": args.engine, "together": args.together}
+    return [where | point | setup.versions(device) for point in watch.points]
+
+
+def learn(args: Any) -> bool:
+    """All trainers and seeds; one CSV."""
+    if args.engine == "auto":
+        args.engine = "vllm" if importlib.util.find_spec("vllm") is not None else "transformers"
+    output = Path(args.output)
+    if args.trainer is not None:
+        common.write_csv(output / f"training_learn_{args.trainer}_{args.seed}.csv", run(args))
+        return True
+    args.model = str(model_folder(args))  # before several processes ask for it
+    good = True
+    for trainer in args.candidates:
+        waiting = list(range(args.seeds))
+        while waiting:
+            batch, waiting = waiting[: args.together], waiting[args.together :]
+            processes = [subprocess.Popen(command(args, trainer, seed)) for seed in batch]
+            for process in processes:
+                good &= process.wait() == 0
+    merge(output, args)
+    return good
+
+
+def command(args: Any, trainer: str, seed: int) -> list[str]:
+    script = Path(__file__).parent / "bench_training.py"
+    names = (
+        "device", "output", "steps", "every", "samples", "batch", "tokens", "engine", "vllm_memory", "together",
+        "model", "threads",
+    )  # fmt: skip
+    found = [f"--{name}={getattr(args, name)}" for name in names]
+    if args.questions is not None:
+        found.append(f"--questions={args.questions}")
+    return [sys.executable, str(script), "learn", *found, f"--trainer={trainer}", f"--seed={seed}"]
+
+
+def merge(output: Path, args: Any) -> None:
+    """One CSV of all runs, and what it says in two lines."""
+    import csv
+
+    rows: list[dict[str, Any]] = []
+    for trainer in args.candidates:
+        for seed in range(args.seeds):
+            path = output / f"training_learn_{trainer}_{seed}.csv"
+            if path.is_file():
+                with path.open(newline="") as file:
+                    rows += list(csv.DictReader(file))
+                path.unlink()
+    if not rows:
+        return
+    common.write_csv(output / f"training_learn_{args.device}.csv", rows)
+    for trainer in args.candidates:
+        last = [max((r for r in rows if r["candidate"] == trainer and int(r["seed"]) == seed),
+                    key=lambda r: float(r["step"]), default=None) for seed in range(args.seeds)]  # fmt: skip
+        done = [r for r in last if r is not None]
+        rewards = ", ".join(r["reward"] for r in done)
+        seconds = ", ".join(r["seconds"] for r in done)
+        print(f"{trainer}: final held-out reward {rewards}; seconds {seconds}")
