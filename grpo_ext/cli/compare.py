@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from grpo_ext.cli.convert import SettingsError
-from grpo_ext.cli.plot import moving_average, read_metrics, read_summary
+from grpo_ext.cli.plot import moving_average
+from grpo_ext.cli.run_files import read_metrics, read_summary
 
 #: Title and, in order of preference, the names of the metric; a panel that no run has values for is left out.
 PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any
 
 from grpo_ext.cli.convert import SettingsError
 from grpo_ext.cli.data import load_datasets, load_reward
-from grpo_ext.cli.settings import ADAPTER_FOLDER, MODEL_FOLDER, read_run
-from grpo_ext.cli.train import make_config, measure_heldout, write_samples
+from grpo_ext.cli.run_files import ADAPTER_FOLDER, MODEL_FOLDER, write_json, write_samples
+from grpo_ext.cli.settings import read_run
+from grpo_ext.cli.train import make_config, measure_heldout
 from grpo_ext.tasks import load_model
 from grpo_ext.tasks.heldout import best_constant_reward
 
@@ -45,10 +45,8 @@ def eval_command(folder: str, samples: int | None = None, seed: int | None = Non
         "samples": samples or settings.heldout_samples,
         "seed": args.seed if seed is None else seed,
     }
-    with open(os.path.join(folder, "eval.json"), "w", encoding="utf-8") as file:
-        json.dump(report, file, indent=2)
-        file.write("\n")
-    write_samples(os.path.join(folder, "eval.jsonl"), result)
+    write_json(os.path.join(folder, "eval.json"), report)
+    write_samples(os.path.join(folder, "eval.jsonl"), result.samples)
     return report
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
-from typing import Any
 
 from grpo_ext.cli.convert import SettingsError
-from grpo_ext.cli.settings import METRICS_FILE, PLOT_FILE, SUMMARY_FILE
+from grpo_ext.cli.run_files import METRICS_FILE, PLOT_FILE, read_metrics, read_summary
 
 #: Steps over which the smooth line averages.
 WINDOW = 5
@@ -77,29 +75,7 @@ def reward_curve(folder: str) -> tuple[list[int], list[float]]:
     return steps, [curve[step] for step in steps]
 
 
-def read_metrics(folder: str) -> list[dict[str, Any]]:
-    """The lines of a run's metrics file.
-
-    Raises:
-        SettingsError: the folder has none.
-    """
-    path = os.path.join(folder, METRICS_FILE)
-    if not os.path.isfile(path):
-        raise SettingsError(f"{folder} is not a run folder: it has no {METRICS_FILE}")
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]
-
-
 def moving_average(values: list[float]) -> list[float]:
     """Mean of each value and up to `WINDOW` - 1 before it."""
     windows = [values[max(0, index + 1 - WINDOW) : index + 1] for index in range(len(values))]
     return [sum(window) / len(window) for window in windows]
-
-
-def read_summary(folder: str) -> dict[str, Any]:
-    """The run's summary, empty while the run has none."""
-    path = os.path.join(folder, SUMMARY_FILE)
-    if not os.path.isfile(path):
-        return {}
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)

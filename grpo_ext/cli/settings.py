@@ -10,16 +10,8 @@ from typing import Any
 import yaml
 
 from grpo_ext.cli.convert import SettingsError, convert, field_types, suggest
+from grpo_ext.cli.run_files import CONFIG_FILE
 from grpo_ext.tasks.arithmetic import TASKS
-
-#: The files of a run folder.
-CONFIG_FILE = "config.yaml"
-SUMMARY_FILE = "summary.json"
-METRICS_FILE = "metrics.jsonl"
-PLOT_FILE = "reward.png"
-ADAPTER_FOLDER = "adapter"
-MODEL_FOLDER = "model"
-TENSORBOARD_FOLDER = "tensorboard"
 
 
 @dataclasses.dataclass

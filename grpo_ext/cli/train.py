@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import statistics
 import time
@@ -17,18 +16,20 @@ from transformers.trainer_utils import get_last_checkpoint
 from grpo_ext.cli.convert import SettingsError
 from grpo_ext.cli.data import load_datasets, load_reward
 from grpo_ext.cli.info import versions
-from grpo_ext.cli.plot import plot_run, read_metrics, read_summary
-from grpo_ext.cli.settings import (
+from grpo_ext.cli.plot import plot_run
+from grpo_ext.cli.run_files import (
     ADAPTER_FOLDER,
     CONFIG_FILE,
     METRICS_FILE,
     MODEL_FOLDER,
     SUMMARY_FILE,
     TENSORBOARD_FOLDER,
-    LoraSettings,
-    RunSettings,
-    read_settings,
+    read_metrics,
+    read_summary,
+    write_json,
+    write_samples,
 )
+from grpo_ext.cli.settings import LoraSettings, RunSettings, read_settings
 from grpo_ext.tasks import load_model
 from grpo_ext.tasks.heldout import HeldoutResult, best_constant_reward, heldout_reward
 from grpo_ext.trainer.generation import SamplingParams
@@ -70,7 +71,7 @@ def train_command(config: str, arguments: Sequence[str]) -> dict[str, Any]:
         if heldout is None:
             return None
         result = measure_heldout(policy, tokenizer, settings, args, heldout, rewards)
-        write_samples(os.path.join(folder, f"heldout_{name}.jsonl"), result)
+        write_samples(os.path.join(folder, f"heldout_{name}.jsonl"), result.samples)
         _say(f"held-out reward {name} training: {result.reward:.3f} ± {result.stderr:.3f}")
         return result
 
@@ -89,7 +90,7 @@ def train_command(config: str, arguments: Sequence[str]) -> dict[str, Any]:
             "heldout_reward_before": before and round(before.reward, 4),
             "best_constant_reward": constant and round(constant, 4),
         }
-        _write_json(os.path.join(folder, SUMMARY_FILE), summary)
+        write_json(os.path.join(folder, SUMMARY_FILE), summary)
 
     started = time.monotonic()
     trainer = run_trainer(settings, args, model, tokenizer, train_set, heldout, rewards, resume)
@@ -107,7 +108,7 @@ def train_command(config: str, arguments: Sequence[str]) -> dict[str, Any]:
         "backend": backend(args.device.type),
         "versions": versions(),
     }
-    _write_json(os.path.join(folder, SUMMARY_FILE), summary)
+    write_json(os.path.join(folder, SUMMARY_FILE), summary)
     plot_run(folder)
     return summary | {"folder": folder}
 
@@ -239,13 +240,6 @@ def measure_heldout(
     )
 
 
-def write_samples(path: str, result: HeldoutResult) -> None:
-    """One line of JSON per sampled answer."""
-    with open(path, "w", encoding="utf-8") as file:
-        for sample in result.samples:
-            file.write(json.dumps(sample, ensure_ascii=False) + "\n")
-
-
 def final_line(summary: dict[str, Any]) -> str:
     """What a run prints last."""
     minutes = f"{summary['steps']} steps, {summary['seconds'] / 60:.1f} minutes, {summary['folder']}"
@@ -303,11 +297,3 @@ def _tensorboard_folder(folder: str) -> Iterator[None]:
 
 def _say(line: str) -> None:
     print(line, flush=True)
-
-
-def _write_json(path: str, value: dict[str, Any]) -> None:
-    # Written beside and moved: a run that is stopped never leaves half a summary.
-    with open(path + ".part", "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-    os.replace(path + ".part", path)
