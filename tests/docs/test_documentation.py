@@ -97,6 +97,7 @@ def test_every_loss_type_is_drawn_and_described() -> None:
     page = (DOCS / "losses.md").read_text(encoding="utf-8")
     for name in LOSS_TYPES:
         assert (DOCS / "plots" / f"loss_{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"(plots/loss_{name}.png)" in page
         assert re.search(rf"\b{name}\b", page)
 
 
