@@ -24,12 +24,20 @@ Row = dict[str, str]
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One run of a script: its file's name, its arguments, the CSV it writes and what the progress calls it."""
+    """One run of a script: its file's name, its arguments, the CSV it writes and what the progress calls it.
+
+    ``into_folder``: the script takes ``--output FOLDER`` and names the CSV itself, instead of ``--csv FILE``.
+    """
 
     script: str
     arguments: tuple[str, ...]
     csv: str
     title: str
+    into_folder: bool = False
+
+    def command(self, output: Path) -> list[str]:
+        place = ("--output", str(output)) if self.into_folder else ("--csv", str(output / self.csv))
+        return [sys.executable, str(script_folder() / self.script), *self.arguments, *place]
 
 
 def script_folder() -> Path:
@@ -56,7 +64,8 @@ def jobs_of(subject: str, device: str, threads: int, quick: bool, extra: Sequenc
         device: ``cpu`` or ``cuda``.
         threads: of the CPU.
         quick: small shapes, a few runs: tries the command, measures nothing to be quoted.
-        extra: more arguments for the script, which win over those chosen here.
+        extra: more arguments for the script, which win over those chosen here; of ``training`` the one that measures
+            memory against tokens.
     """
     common = ("--device", device, "--threads", str(threads))
     if subject == "row":
@@ -83,7 +92,7 @@ def _row_job(common: tuple[str, ...], device: str, quick: bool, extra: Sequence[
 
 
 def _training_jobs(common: tuple[str, ...], device: str, threads: int, quick: bool, extra: Sequence[str]) -> list[Job]:
-    jobs = []
+    jobs = [_phase_job(common, device, quick)]
     size = ("--layers", "1", "--rows", "4", "--steps", "1") if quick else ("--layers", "4", "--steps", "1")
     for tokens in (16, 32) if quick else (64, 128, 256):
         arguments = (*common, *size, *extra, "--tokens", str(tokens))
@@ -91,12 +100,29 @@ def _training_jobs(common: tuple[str, ...], device: str, threads: int, quick: bo
         jobs.append(Job("bench_trainer_memory.py", arguments, f"trainer_memory_{device}_{tokens}.csv", title))
     if device != "cpu" or quick:  # whole steps of the real model have no small shape
         return jobs
-    for trainer in ("ours", "trl"):
-        if trainer == "trl" and importlib.util.find_spec("trl") is None:
-            continue
+    for trainer in ("ours", "trl") if _has_trl() else ("ours",):
         arguments = ("--trainer", trainer, "--steps", "10", "--threads", str(threads))
         jobs.append(Job("bench_trainer_step.py", arguments, f"trainer_step_{trainer}.csv", f"training step, {trainer}"))
     return jobs
+
+
+def _phase_job(common: tuple[str, ...], device: str, quick: bool) -> Job:
+    """Steps on completions that both trainers are handed; the script fails where their losses differ."""
+    names = ["ours", "trl", "trl_patch", "trl_fused"] if _has_trl() else ["ours"]
+    if quick:
+        size = "--cases tiny:lora:4:spread --prompts 2 --group 4 --tokens 16 --dtype fp32 --steps 1"
+        names = names[:2]
+    elif device == "cpu":
+        size = "--cases 0.6b:lora:4:spread --layers 2 --prompts 2 --group 8 --tokens 64 --dtype fp32 --steps 2"
+    else:
+        size = "--cases 0.6b:lora:8,1.7b:lora:8"
+    arguments = ("phase", *common, *size.split(), "--candidates", ",".join(names))
+    title = "training phase of a step: " + ", ".join(names)
+    return Job("bench_training.py", arguments, f"training_phase_{device}.csv", title, into_folder=True)
+
+
+def _has_trl() -> bool:
+    return importlib.util.find_spec("trl") is not None
 
 
 def run_job(job: Job, output: Path) -> list[Row]:
@@ -107,7 +133,7 @@ def run_job(job: Job, output: Path) -> list[Row]:
     """
     path, log = output / job.csv, output / f"{job.csv}.log"
     path.unlink(missing_ok=True)
-    command = [sys.executable, str(script_folder() / job.script), *job.arguments, "--csv", str(path)]
+    command = job.command(output)
     with log.open("w", encoding="utf-8") as file:
         file.write(" ".join(command) + "\n")
         file.flush()

@@ -18,8 +18,10 @@ COLUMNS: dict[str, tuple[tuple[str, str, int | None], ...]] = {
         ("extra_mb", "extra MiB", 1), ("logp_error", "error of logp", 7),
     ),
     "training": (
-        ("trainer", "trainer", None), ("path", "path", None), ("rows", "rows", None), ("tokens", "tokens", None),
-        ("peak_mib", "peak MiB", 0), ("seconds_per_step", "s / step", 2), ("seconds_median", "s / step (run)", 2),
+        ("candidate", "prepared batch", None), ("model", "model", None), ("trained", "trained", None),
+        ("training_s", "s of training", 3), ("tokens_per_s", "tokens / s", 0), ("peak_gib", "peak GiB", 2),
+        ("path", "path", None), ("rows", "rows", None), ("tokens", "tokens", None), ("peak_mib", "peak MiB", 0),
+        ("seconds_per_step", "s / step", 2), ("trainer", "whole steps", None), ("seconds_median", "s / step (run)", 2),
     ),
 }  # fmt: skip
 
@@ -59,7 +61,8 @@ def draw(subject: str, rows: list[dict[str, str]], folder: Path) -> list[Path]:
         return [_roofline(rows, dtype, folder) for dtype in dict.fromkeys(row["dtype"] for row in rows)]
     if subject == "linear":
         return [_ratios(rows, folder)]
-    return [_memory([row for row in rows if row.get("peak_mib")], folder)]
+    phases, memory = ([row for row in rows if row.get(name)] for name in ("training_s", "peak_mib"))
+    return [*([_phases(phases, folder)] if phases else []), *([_memory(memory, folder)] if memory else [])]
 
 
 def _roofline(rows: list[dict[str, str]], dtype: str, folder: Path) -> Path:
@@ -101,6 +104,26 @@ def _ratios(rows: list[dict[str, str]], folder: Path) -> Path:
     axes.set_ylabel("time, of the bare matrix products")
     axes.set_title(f"{rows[0]['rows']} rows, {rows[0]['dtype']}, {rows[0]['device']}", fontsize=10)
     return _saved(figure, axes, folder / "linear_ratio.png")
+
+
+def _phases(rows: list[dict[str, str]], folder: Path) -> Path:
+    """Seconds of the training phase, a group of bars for each case."""
+    figure, axes = _figure()
+    cases = list(dict.fromkeys((row["model"], row["trained"], row["lengths"]) for row in rows))
+    names = list(dict.fromkeys(row["candidate"] for row in rows))
+    width = 0.8 / len(names)
+    for number, name in enumerate(names):
+        points = [
+            (cases.index((row["model"], row["trained"], row["lengths"])) + number * width, float(row["training_s"]))
+            for row in rows
+            if row["candidate"] == name
+        ]
+        axes.bar_label(axes.bar(*zip(*points, strict=True), width, label=name), fmt="%.3g", fontsize=7)
+    axes.set_xticks([place + 0.4 - width / 2 for place in range(len(cases))], [" ".join(case) for case in cases])
+    axes.set_ylabel("seconds of a step's training phase")
+    first = rows[0]
+    axes.set_title(f"{first['completions']} completions of up to {first['max_tokens']} tokens, {first['device']}")
+    return _saved(figure, axes, folder / "training_phase.png")
 
 
 def _memory(rows: list[dict[str, str]], folder: Path) -> Path:

@@ -39,6 +39,31 @@ def test_quick_measurement(subject: str, picture: str, tmp_path: Path, capfd: py
     assert all(float(row["ms"]) > 0 for row in rows)
 
 
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_training_script_takes_its_arguments(device: str, quick: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(script_folder()))
+    import bench_training
+
+    job = jobs_of("training", device, 1, quick, ())[0]
+    assert Path(job.command(Path("there"))[1]).name == "bench_training.py"
+    arguments = bench_training.parse(job.command(Path("there"))[2:])
+    assert (arguments.part, arguments.device, arguments.output) == ("phase", device, Path("there"))
+    assert "ours" in arguments.candidates
+
+
+def test_training_phase_is_drawn(tmp_path: Path) -> None:
+    case = {"model": "m", "trained": "lora", "completions": "8", "max_tokens": "16", "device": "cpu"}
+    rows = [
+        case | {"candidate": name, "lengths": lengths, "training_s": "0.5"}
+        for name in ("ours", "trl")
+        for lengths in ("spread", "equal")
+    ]
+    (path,) = draw("training", rows, tmp_path)
+    assert path.name == "training_phase.png"
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
 def test_memory_against_tokens_is_drawn(tmp_path: Path) -> None:
     where = {"rows": "4", "model": "m", "layers": "1", "device": "cpu"}
     rows = [
