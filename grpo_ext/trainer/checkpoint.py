@@ -27,11 +27,27 @@ def save_state(folder: Path, rank: int, plan: BatchPlan, kernel_calls: int, roll
     torch.save(state, folder / STATE_FILE.format(rank=rank))
 
 
+def check_processes(folder: Path, rank: int, plan: BatchPlan) -> None:
+    """Refuse a checkpoint of another number of processes before any of it is loaded, on every rank.
+
+    Raises:
+        ValueError: naming both numbers.
+    """
+    paths = [folder / STATE_FILE.format(rank=r) for r in (rank, 0)]
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
+        return
+    before = torch.load(path, weights_only=True)["plan"]["world_size"]
+    if before != plan.world_size:
+        raise ValueError(
+            f"the checkpoint was written by {before} process(es), this run has {plan.world_size}: use {before}"
+        )
+
+
 def load_state(folder: Path, rank: int, plan: BatchPlan) -> tuple[int, Rollout | None] | None:
     """(kernel calls, generation batch in use) of a rank; None, with a warning, where the checkpoint has no such file.
 
-    Raises:
-        ValueError: when the checkpoint was written by another number of processes.
+    `check_processes` has seen to it that the number of processes is the same.
     """
     path = folder / STATE_FILE.format(rank=rank)
     if not path.exists():
@@ -40,9 +56,6 @@ def load_state(folder: Path, rank: int, plan: BatchPlan) -> tuple[int, Rollout |
     state: dict[str, Any] = torch.load(path, weights_only=True)
     now = dataclasses.asdict(plan)
     changed = {name: (old, now[name]) for name, old in state["plan"].items() if now.get(name) != old}
-    if "world_size" in changed:
-        before, here = changed["world_size"]
-        raise ValueError(f"the checkpoint was written by {before} process(es), this run has {here}: use {before}")
     if changed:
         listed = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
         warnings.warn(f"batch numbers differ from the checkpoint's ({listed}): other prompts follow", stacklevel=3)

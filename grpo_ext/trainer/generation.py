@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
 
+from grpo_ext.trainer.shards import acts_jointly
+
 Prompt = str | list[dict[str, Any]]
 
 #: Called with the index of a prompt and the ids of its completion as soon as they are known.
@@ -271,9 +273,12 @@ class TransformersEngine:
         ids, mask = left_pad(prompt_ids, self.pad_id, device)
         width = ids.shape[1]
         config = self._config(sampling)
+        # Where the weights are spread over processes all of them go on until the last has its end token, and none has
+        # a pass of its own for prompts that it alone sees twice.
+        jointly = acts_jointly(model)
         with torch.no_grad(), _eval_mode(model), _own_generation_config(model, config):
             cache = None
-            if self.share_prompts and len(first) < len(which) and width > 1:
+            if self.share_prompts and not jointly and len(first) < len(which) and width > 1:
                 rows = torch.tensor(first, device=device)
                 cache = shared_prompt_cache(model, ids[rows], mask[rows], torch.tensor(which, device=device))
                 self.share_prompts = cache is not None
@@ -281,7 +286,9 @@ class TransformersEngine:
             watch = None if done is None else _Ended(len(prompt_ids), width, self.end_ids, done)
             if watch is not None:
                 kwargs["stopping_criteria"] = [watch]
-            tokens = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **kwargs)
+            tokens = model.generate(
+                input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=jointly, **kwargs
+            )
         completions, finished = cut_after_end(tokens[:, width:], self.end_ids)
         if watch is not None:
             watch.tell_rest(completions)

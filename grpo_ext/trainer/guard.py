@@ -48,7 +48,15 @@ class NonfiniteGuard:
         self._losses.append(loss.detach().float())
         self._slices.append((rollout, slice_index))
 
-    def before_step(self, model: nn.Module, norm: Any, step: int, scaled: bool) -> None:
+    def spoilt_by_others(self, loss: Tensor) -> Tensor:
+        """A loss whose gradient is not finite where any loss of its window is not, with nobody waiting.
+
+        For DeepSpeed, which steps inside of backward and refuses gradients that are not finite, and nothing else.
+        """
+        losses = torch.stack([*self._losses, loss.detach().float()])
+        return loss * torch.where(losses.isfinite().all(), 1.0, math.nan).to(loss.dtype)
+
+    def before_step(self, model: nn.Module, norm: Any, step: int, scaled: bool, taken: bool | None = None) -> None:
         """Drop the gradients of a step that must not be taken.
 
         Args:
@@ -56,25 +64,32 @@ class NonfiniteGuard:
             step: its number, from 1.
             scaled: a gradient scaler is at work: it skips such steps itself, and a gradient out of range is how it
                 finds its scale; only the losses are looked at.
+            taken: what became of the step where it is over already (DeepSpeed); None where it is still to come.
 
         Raises:
-            NonfiniteError: the limit is reached; names the file with the batch.
+            NonfiniteError: the limit is reached, or such a step was taken; names the file with the batch.
         """
         losses, slices, self._losses, self._slices = self._losses, self._slices, [], []
         wrong = torch.stack(losses).isfinite().logical_not() if losses else torch.zeros(1, dtype=torch.bool)
         bad_loss = bool(self.gather(wrong.any().reshape(1).float()).any())
-        bad = bad_loss or (not scaled and not math.isfinite(float(norm)))
+        bad_gradient = taken is False or (norm is not None and not math.isfinite(float(norm)))
+        bad = bad_loss or (not scaled and bad_gradient)
         self.window.add("nonfinite_steps", float(bad and self.rank == 0), reduce="sum")  # one step, not one per rank
         if not bad:
             self.in_a_row = 0
             return
         self.in_a_row += 1
-        if not scaled:
+        what = "loss" if bad_loss else f"gradient (norm {norm})"
+        if taken:
+            raise NonfiniteError(
+                f"step {step}: the {what} is not finite, and this version of DeepSpeed took the step all the same: go "
+                f"on from the checkpoint before. The batch is in {self._save(step, slices, wrong)}"
+            )
+        if taken is None and not scaled:
             for parameter in model.parameters():
                 parameter.grad = None  # the optimizer leaves such parameters and their state alone
         if self.in_a_row >= self.limit:
             path = self._save(step, slices, wrong)
-            what = "loss" if bad_loss else f"gradient (norm {float(norm)})"
             raise NonfiniteError(
                 f"step {step}: the {what} is not finite, for {self.in_a_row} step(s) in a row, none of which was "
                 f"taken; the batch is in {path} (max_nonfinite_steps={self.limit}). Look for a learning rate that is "

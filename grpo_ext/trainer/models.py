@@ -19,6 +19,8 @@ from transformers import (
     TrainerState,
 )
 
+from grpo_ext.trainer.shards import whole
+
 if TYPE_CHECKING:
     from peft import PeftConfig
 
@@ -169,9 +171,7 @@ class Reference:
         """``reference = share * model + (1 - share) * reference``, in the reference's own dtype."""
         assert self._frozen is not None
         for mine, theirs in zip(self._frozen.parameters(), model.parameters(), strict=True):
-            value: Any = theirs.detach()
-            value = value.full_tensor() if hasattr(value, "full_tensor") else value
-            mine.lerp_(value.to(mine.device, mine.dtype), share)
+            mine.lerp_(whole(theirs).to(mine.device, mine.dtype), share)
 
     def state_dict(self) -> dict[str, torch.Tensor] | None:
         """Weights of a reference that moves with the run; None for one that the adapter's model is."""

@@ -16,7 +16,7 @@ from transformers.trainer_callback import ProgressCallback
 from grpo_ext.config import LOSS_TYPES
 from grpo_ext.losses import kernel_calls
 from grpo_ext.trainer.batching import MicroStep, PromptSchedule
-from grpo_ext.trainer.checkpoint import load_reference, load_state, save_reference, save_state
+from grpo_ext.trainer.checkpoint import check_processes, load_reference, load_state, save_reference, save_state
 from grpo_ext.trainer.config import GRPOConfig
 from grpo_ext.trainer.data import (
     MicroStepNumbers,
@@ -46,6 +46,7 @@ from grpo_ext.trainer.models import (
     load_tokenizer,
 )
 from grpo_ext.trainer.policy import Policy
+from grpo_ext.trainer.recompute import checkpointing_arguments
 from grpo_ext.trainer.records import (
     MetricsFileCallback,
     RewardProgressCallback,
@@ -123,6 +124,9 @@ class GRPOTrainer(Trainer):
         if self.accelerator.num_processes > 1:
             # Ranks may hold completions of the same prompt: on one stream they would draw the same tokens.
             set_seed(args.seed, device_specific=True)
+        if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            args.gradient_checkpointing_kwargs = checkpointing_arguments(module, sharded)
         self.reference = Reference(module) if args.beta != 0 else None
         if args.sync_ref_model and self.reference is not None:
             self.reference.check_can_move()
@@ -218,7 +222,8 @@ class GRPOTrainer(Trainer):
 
         The division by the accumulation steps happens in `compute_loss`, so nothing is divided here.
         """
-        model.train()
+        if not model.training:  # thousands of modules, a tenth of a second on a slow host
+            model.train()
         optimizer_train = getattr(self.optimizer, "train", None)
         if callable(optimizer_train):
             optimizer_train()  # schedule-free optimizers keep two sets of weights
@@ -245,14 +250,20 @@ class GRPOTrainer(Trainer):
             assert batch.new_logps is not None
             rollout.old_logps[index] = rollout.whole_slice(index, keep, batch.new_logps)
         with timed(self.window, "time/backward"):
-            kwargs = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
-            self.accelerator.backward(loss, **kwargs)
+            if self.is_deepspeed_enabled:  # takes its step in there, where this was the window's last micro-batch
+                self.accelerator.backward(self.guard.spoilt_by_others(loss), scale_wrt_gas=False)
+            else:
+                self.accelerator.backward(loss)
         return loss.detach()
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Called by transformers between backward and step: the place to refuse the step."""
         norm = super()._get_grad_norm(model, grad_norm)
-        self.guard.before_step(model, norm, self.state.global_step + 1, self.accelerator.scaler is not None)
+        scaled, taken = self.accelerator.scaler is not None, None
+        if self.is_deepspeed_enabled:
+            engine: Any = model
+            scaled, taken = engine.fp16_enabled(), engine.was_step_applied()
+        self.guard.before_step(model, norm, self.state.global_step + 1, scaled, taken)
         return norm
 
     def compute_loss(
@@ -403,10 +414,17 @@ class GRPOTrainer(Trainer):
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         return f"The state after step {self.state.global_step} is saved: go on with resume_from_checkpoint={folder}"
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """Called by transformers before the first step.
+
+        Raises:
+            ValueError: when the checkpoint was written by another number of processes.
+        """
         self._rollout = None  # left by an earlier call of train()
         self.kernel_calls = 0
-        result = super()._prepare_for_training(*args, **kwargs)
+        if resume_from_checkpoint is not None:
+            check_processes(Path(resume_from_checkpoint), self.accelerator.process_index, self.plan)
+        result = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         keep_logits_dtype(self.accelerator.unwrap_model(self.model_wrapped), self.accelerator.autocast)
         return result
 
@@ -421,11 +439,7 @@ class GRPOTrainer(Trainer):
             save_reference(Path(output_dir), self.reference.state_dict())
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """The inverse; called by transformers when a run resumes.
-
-        Raises:
-            ValueError: when the checkpoint was written by another number of processes.
-        """
+        """The inverse; called by transformers when a run resumes."""
         super()._load_rng_state(checkpoint)
         if checkpoint is None:
             return

@@ -1,7 +1,16 @@
-"""Three optimizer steps of a tiny model on however many processes it is started on; see test_two_processes.py."""
+"""Short runs of a tiny model on however many processes it is started on; see test_two_processes.py.
+
+    torchrun --nproc_per_node 2 two_process_worker.py FOLDER KIND...
+
+KIND says how the weights are spread: ``ddp`` (not at all), ``fsdp2``, ``zero2`` or ``zero3``. With two GPUs visible the
+last three run on them, else all on the CPU.
+"""
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -9,14 +18,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, gather_object
 from torch import nn
 from toys import EOS, WORDS, GradientCatcher, build_model, build_tokenizer, reward_number
+from transformers import TrainerCallback
 
 from grpo_ext.trainer import GRPOConfig, GRPOTrainer
 from grpo_ext.trainer.generation import Completions, SamplingParams
+from grpo_ext.trainer.guard import NonfiniteError
+from grpo_ext.trainer.shards import is_sharded, whole
+from grpo_ext.trainer.vllm.weights import checkpoint_weights
 
-CASES = ("dapo", "grpo", "dr_grpo", "bnpo", "skipped")
+#: Words that end a greedy completion here, so that some are short and some are long.
+ENDS = [EOS, 2, 3, 4]
+LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo")
+#: What runs with each kind; FSDP2 has its part in every `make test`, so it takes the two that divide differently.
+CASES = dict.fromkeys(("ddp", "zero2", "zero3"), (*LOSSES, "skipped")) | {"fsdp2": ("dapo", "bnpo", "skipped")}
+ROWS = [{"prompt": f"add {i} " + "= " * (i % 3 + 1)} for i in range(20)]
 
 
 class HashEngine:
@@ -42,49 +62,161 @@ def second_half(prompts: list[str], completions: list[str], **_: Any) -> list[fl
     return [n if int(p.split()[1]) >= 10 else 0.5 for p, n in zip(prompts, numbers, strict=True)]
 
 
-def run(folder: Path, case: str, world_size: int) -> dict[str, Any]:
-    """Gradients of each step (flat) and the logs; two steps per generation, with a KL term (not for ``skipped``)."""
+def sharding(kind: str) -> dict[str, Any]:
+    """Fields of the config that spread the weights as ``kind`` says."""
+    if kind == "fsdp2":
+        layers = {"transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer"]}
+        return {"fsdp": True, "fsdp_config": {"version": 2, **layers}, "use_cpu": not torch.cuda.is_available()}
+    if kind.startswith("zero"):
+        sizes = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+        automatic = dict.fromkeys((*sizes, "gradient_clipping"), "auto")
+        # Plain descent is not among the optimizers that DeepSpeed knows, and its own would have to be compiled.
+        other_optimizer = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+        config = {**automatic, **other_optimizer, "zero_optimization": {"stage": int(kind[-1])}}
+        return {"deepspeed": config, "accelerator_config": {"use_configured_state": not torch.cuda.is_available()}}
+    return {"use_cpu": True}
+
+
+def make_config(kind: str, **fields: Any) -> GRPOConfig:
+    """A config on this machine, with or without GPUs."""
+    if kind.startswith("zero") and not torch.cuda.is_available():
+        import deepspeed
+
+        # accelerate asks a GPU for the name of the backend; without one it has to be told. And no compiling of
+        # DeepSpeed's own messages through shared memory: gloo's are tested here.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        AcceleratorState._reset_state(reset_partial_state=True)
+        PartialState(backend="gloo")
+    args = GRPOConfig(**fields, **sharding(kind))
+    if kind == "fsdp2" and not torch.cuda.is_available():
+        # accelerate turns to FSDP where it sees GPUs. Everything behind that question works on gloo as well.
+        args.distributed_state.distributed_type = DistributedType.MULTI_GPU
+    return args
+
+
+def make_trainer(
+    folder: Path, case: str, world_size: int, kind: str, callbacks: Any = None, **changes: Any
+) -> GRPOTrainer:
+    """Three steps of plain descent, two per generation, with a KL term (not for ``skipped``)."""
     skipped = case == "skipped"
-    loss_type = "dapo" if skipped else case
-    rows = [{"prompt": f"add {i} " + "= " * (i % 3 + 1)} for i in range(20)]
-    catcher = GradientCatcher()
     # bnpo averages over a rank's own micro-batch: one process equals two where it takes theirs one after the other.
     in_turn = 2 if case == "bnpo" and world_size == 1 else 1
-    args = GRPOConfig(
-        output_dir=str(folder / f"run-{case}-{world_size}"),
-        per_device_train_batch_size=8 // world_size // in_turn,
-        gradient_accumulation_steps=2 * in_turn,
-        steps_per_generation=4 * in_turn,
-        num_generations=2,
-        max_completion_length=5,
-        max_steps=3,
-        loss_type=loss_type,
-        beta=0.0 if skipped else 0.05,
-        learning_rate=1e-2,
-        optim="sgd",
-        max_grad_norm=0.0,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-    )
-    model, tokenizer = build_model(), build_tokenizer()
-    trainer = GRPOTrainer(
-        model,
-        second_half if skipped else reward_number,
-        args,
-        rows,
-        eval_dataset=rows[:5],
-        processing_class=tokenizer,
-        callbacks=[catcher],
-    )
-    trainer.rollouts.engine = HashEngine()
-    trainer.train()
-    return {
-        "gradients": [torch.cat([g.flatten() for g in step.values()]) for step in catcher.steps],
-        "logs": trainer.state.log_history[:3],
-        "eval_reward": trainer.evaluate()["eval_reward"],
+    fields: dict[str, Any] = {
+        "output_dir": str(folder / f"run-{case}-{world_size}-{kind}"),
+        "per_device_train_batch_size": 8 // world_size // in_turn,
+        "gradient_accumulation_steps": 2 * in_turn,
+        "steps_per_generation": 4 * in_turn,
+        "num_generations": 2,
+        "max_completion_length": 5,
+        "max_steps": 3,
+        "loss_type": "dapo" if skipped else case,
+        "beta": 0.0 if skipped else 0.05,
+        "learning_rate": 1e-2,
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
     }
+    trainer = GRPOTrainer(
+        build_model(),
+        second_half if skipped else reward_number,
+        make_config(kind, **{**fields, **changes}),
+        ROWS,
+        eval_dataset=ROWS[:5],
+        processing_class=build_tokenizer(),
+        callbacks=callbacks,
+    )
+    real: Any = trainer.rollouts.engine
+    real.end_ids = ENDS
+    trainer.real_engine = real  # type: ignore[attr-defined]
+    trainer.rollouts.engine = HashEngine()
+    return trainer
+
+
+def weights_of(trainer: GRPOTrainer) -> dict[str, torch.Tensor]:
+    """All weights, put together; every rank must ask."""
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    return {name: whole(p).cpu().clone() for name, p in model.named_parameters()}
+
+
+def run(
+    folder: Path, case: str, world_size: int, kind: str = "ddp", resume: Any = None, **changes: Any
+) -> dict[str, Any]:
+    """Gradients of each step (flat; none under DeepSpeed), the logs, the weights in the end, and what it generates."""
+    catcher = GradientCatcher()
+    trainer = make_trainer(folder, case, world_size, kind, [catcher], **changes)
+    trainer.train(resume_from_checkpoint=resume)
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    result = {
+        "gradients": [torch.cat([whole(g).cpu().flatten() for g in step.values()]) for step in catcher.steps if step],
+        "logs": [line for line in trainer.state.log_history if "loss" in line],
+        "eval_reward": trainer.evaluate()["eval_reward"],
+        "weights": weights_of(trainer),
+        "handed over": {name: tensor.cpu().clone() for name, tensor in checkpoint_weights(model)},
+        "sharded": any(is_sharded(p) for p in model.parameters()),
+    }
+    # Greedy completions of the model itself, which end at different steps: a rank that is done has to go on.
+    trainer.rollouts.engine = trainer.real_engine  # type: ignore[attr-defined]
+    trainer.args.max_completion_length = 24
+    result["generated"] = {n: v for n, v in trainer.evaluate().items() if "length" in n or n == "eval_reward"}
+    return result
+
+
+class Weights(TrainerCallback):
+    """The weights after each step."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+        self.trainer: Any = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps.append(weights_of(self.trainer))
+
+
+def nonfinite(folder: Path, kind: str) -> dict[str, Any]:
+    """The second step's first loss is infinite on the last rank, its gradient is not; then an error at the first."""
+    seen = Weights()
+    trainer = make_trainer(folder / "skips", "dapo", 2, kind, [seen])
+    seen.trainer = trainer
+    calls, last, compute_loss = [0], trainer.accelerator.process_index == 1, trainer.compute_loss
+
+    def spoilt(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls[0] += 1
+        return compute_loss(*args, **kwargs) + (math.inf if last and calls[0] == 3 else 0.0)
+
+    trainer.compute_loss = spoilt  # type: ignore[method-assign]
+    trainer.train()
+    same = [all(torch.equal(a[n], b[n]) for n in a) for a, b in zip(seen.steps, seen.steps[1:], strict=False)]
+    result: dict[str, Any] = {"steps that moved nothing": same}
+    result["counted"] = [line["nonfinite_steps"] for line in trainer.state.log_history if "loss" in line]
+    trainer = make_trainer(folder / "ends", "dapo", 2, kind, max_nonfinite_steps=1)
+    calls[0], compute_loss = 2, trainer.compute_loss
+    trainer.compute_loss = spoilt  # type: ignore[method-assign]
+    try:
+        trainer.train()
+    except NonfiniteError as error:
+        result["error"] = str(error)
+    return result
+
+
+def resumed(folder: Path, kind: str, of_one: Path) -> dict[str, Any]:
+    """A run, the same run gone on with from its first step, inside a generation batch, and from one process's."""
+    optim = {"optim": "adamw_torch"}  # FSDP2 of torch cannot load the state of an optimizer that has none
+    whole_run = make_trainer(folder / "first", "dapo", 2, kind, save_strategy="steps", save_steps=1, **optim)
+    whole_run.train()
+    result: dict[str, Any] = {"whole": weights_of(whole_run)}
+    trainer = make_trainer(folder / "second", "dapo", 2, kind, **optim)
+    trainer.train(resume_from_checkpoint=str(folder / "first" / f"run-dapo-2-{kind}" / "checkpoint-1"))
+    result["resumed"] = weights_of(trainer)
+    result["losses"] = [[line["loss"] for line in t.state.log_history if "loss" in line] for t in (whole_run, trainer)]
+    trainer = make_trainer(folder / "third", "dapo", 2, kind)
+    try:
+        trainer.train(resume_from_checkpoint=str(of_one / "run-dapo-1-ddp" / "checkpoint-1"))
+    except ValueError as error:
+        result["error"] = str(error)
+    return result
 
 
 def sampled(folder: Path) -> list[list[int]]:
@@ -102,9 +234,19 @@ def sampled(folder: Path) -> list[list[int]]:
     return gather_object(rollout.completion_ids)
 
 
+def main(folder: Path, kinds: Sequence[str]) -> None:
+    results: dict[str, Any] = {}
+    for kind in kinds:
+        results[kind] = {case: run(folder, case, 2, kind) for case in CASES[kind]}
+        results[kind]["nonfinite"] = nonfinite(folder / f"nonfinite-{kind}", kind)
+        results[kind]["resumed"] = resumed(folder / f"resumed-{kind}", kind, folder / "of-one")
+    if "ddp" in kinds:
+        results["sampled"] = sampled(folder)
+    if torch.distributed.get_rank() == 0:
+        torch.save(results, folder / "two.pt")
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    results: dict[str, Any] = {case: run(Path(sys.argv[1]), case, 2) for case in CASES}
-    results["sampled"] = sampled(Path(sys.argv[1]))
-    if torch.distributed.get_rank() == 0:
-        torch.save(results, Path(sys.argv[1]) / "two.pt")
+    print(json.dumps({"kinds": sys.argv[2:]}))
+    main(Path(sys.argv[1]), sys.argv[2:])

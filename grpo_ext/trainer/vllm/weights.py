@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo_ext.trainer.models import is_peft_model
+from grpo_ext.trainer.shards import is_sharded, whole
 
 
 def base_of(model: nn.Module) -> Any:
@@ -119,7 +120,7 @@ def _merged(layer: Any, name: str) -> Tensor:
     weight = layer.get_base_layer().weight
     if layer.disable_adapters or not layer.active_adapters:
         return whole(weight)
-    if _is_sharded(weight):
+    if is_sharded(weight):
         raise ValueError(
             f"{name} is sharded over processes, and merging an adapter needs it whole: set vllm_lora_mode='adapter'"
         )
@@ -129,26 +130,6 @@ def _merged(layer: Any, name: str) -> Tensor:
     layer.unmerge()
     weight.copy_(before)
     return merged
-
-
-def _is_sharded(tensor: Tensor) -> bool:
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor put together from its shards, detached; a collective call where it is sharded."""
-    from torch.distributed.tensor import DTensor
-
-    if isinstance(tensor, DTensor):
-        return tensor.detach().full_tensor()  # type: ignore[attr-defined]
-    if hasattr(tensor, "ds_id"):  # DeepSpeed ZeRO-3
-        import deepspeed  # type: ignore[import-not-found]
-
-        with deepspeed.zero.GatheredParameters([tensor]):
-            return tensor.detach().clone()
-    return tensor.detach()
 
 
 def write_config(model: nn.Module, folder: Path, tokenizer: Any = None) -> None:

@@ -1,0 +1,72 @@
+"""Starts two_process_worker.py on two processes, and compares what it found with one process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import two_process_worker as worker
+
+# A step that replays logs no reward, so names are compared where they occur.
+SAME = ("loss", "reward", "reward_std", "kl", "entropy", "grad_norm", "num_tokens", "completions/mean_length")
+
+
+def on_two(folder: Path, kinds: Sequence[str], timeout: float, **environment: str) -> dict[str, Any]:
+    """The results of two processes, by kind and case."""
+    worker.make_trainer(folder / "of-one", "dapo", 1, "ddp", save_strategy="steps", save_steps=1, max_steps=1).train()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = subprocess.run(
+        [*command, worker.__file__, str(folder), *kinds],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=Path(worker.__file__).parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+    assert process.returncode == 0, process.stderr[-6000:]
+    results: dict[str, Any] = torch.load(folder / "two.pt")
+    return results
+
+
+def compare(one: dict[str, Any], two: dict[str, Any], case: str, tolerance: float = 1e-5) -> None:
+    """One run on one process and on two: gradients, weights, logs, and what the trained model generates."""
+    for mine, theirs in zip(one["gradients"], two["gradients"], strict=len(two["gradients"]) > 0):
+        assert (mine - theirs).norm() <= tolerance * mine.norm()
+    start = dict(worker.build_model().named_parameters())
+    for name, mine in one["weights"].items():
+        moved = (mine - start[name]).norm()
+        assert moved > 0
+        assert (mine - two["weights"][name]).norm() <= 10 * tolerance * moved + 1e-7 * mine.norm(), name
+        assert torch.equal(two["weights"][name], two["handed over"][name])
+    assert len(one["logs"]) == len(two["logs"]) == 3
+    for mine, theirs in zip(one["logs"], two["logs"], strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in mine.keys() & set(SAME) - ({"entropy"} if case == "skipped" else set()):
+            assert mine[name] == pytest.approx(theirs[name], rel=10 * tolerance, abs=tolerance), name
+    assert one["eval_reward"] == pytest.approx(two["eval_reward"])
+    assert one["generated"] == pytest.approx(two["generated"])
+    assert two["generated"]["eval_completions/min_length"] < two["generated"]["eval_completions/max_length"]
+    # What one process leaves out two may not: each runs at least one row, so that both have a backward.
+    share = [log["skipped_sequences"] for log in one["logs"]]
+    assert (max(share) > 0.3) == (case == "skipped")
+
+
+def check_the_rest(two: dict[str, Any]) -> None:
+    """A loss that is not finite, and resuming."""
+    assert two["nonfinite"]["counted"] == [0.0, 1.0, 0.0]
+    assert two["nonfinite"]["steps that moved nothing"] == [True, False]
+    assert (
+        "step 1: the loss is not finite, for 1 step(s) in a row, none of which was taken" in two["nonfinite"]["error"]
+    )
+    resumed = two["resumed"]
+    for name, weight in resumed["whole"].items():
+        assert torch.equal(weight, resumed["resumed"][name]), name
+    whole, after = resumed["losses"]
+    assert after == whole
+    assert resumed["error"] == "the checkpoint was written by 1 process(es), this run has 2: use 1"
