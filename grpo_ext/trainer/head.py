@@ -190,7 +190,9 @@ def _forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None
 
 def causal_lm(model: nn.Module) -> nn.Module:
     """The transformers model inside the wrappers of several processes and of PEFT."""
-    inner: Any = extract_model_from_parallel(model)
+    inner: Any = model
+    if isinstance(getattr(model, "module", None), nn.Module) or "_orig_mod" in model.__dict__:
+        inner = extract_model_from_parallel(model)  # looks at every module, so not where nothing is wrapped
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 

@@ -88,6 +88,7 @@ class Policy:
                         batch.completion_ids,
                         bias=bias,
                         mask=batch.loss_mask,
+                        valid_rows=sum(batch.lengths()[1]),
                         return_entropy=True,
                         **self._logit_options(),
                     )
@@ -101,6 +102,7 @@ class Policy:
                 self.head_config,
                 bias=bias,
                 entropy_threshold=threshold,
+                valid_rows=sum(batch.lengths()[1]),
                 **_companions(batch),
             )
             made.append(output)
@@ -130,7 +132,13 @@ class Policy:
 
     def _logps_from_hidden(self, batch: MicroBatch, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         logps: Any = grpo_ext.linear_selective_log_softmax(
-            hidden, weight, batch.completion_ids, bias=bias, mask=batch.completion_mask, **self._logit_options()
+            hidden,
+            weight,
+            batch.completion_ids,
+            bias=bias,
+            mask=batch.completion_mask,
+            valid_rows=sum(batch.lengths()[1]),
+            **self._logit_options(),
         )
         return logps
 
