@@ -47,7 +47,6 @@ from grpo_ext.trainer.models import (
 )
 from grpo_ext.trainer.policy import Policy
 from grpo_ext.trainer.recompute import checkpointing_arguments
-from grpo_ext.trainer.recompute import checkpointing_arguments
 from grpo_ext.trainer.records import (
     MetricsFileCallback,
     RewardProgressCallback,
@@ -125,9 +124,6 @@ class GRPOTrainer(Trainer):
         if self.accelerator.num_processes > 1:
             # Ranks may hold completions of the same prompt: on one stream they would draw the same tokens.
             set_seed(args.seed, device_specific=True)
-        if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:
-            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-            args.gradient_checkpointing_kwargs = checkpointing_arguments(module, sharded)
         if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:
             sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
             args.gradient_checkpointing_kwargs = checkpointing_arguments(module, sharded)
@@ -227,7 +223,6 @@ class GRPOTrainer(Trainer):
         The division by the accumulation steps happens in `compute_loss`, so nothing is divided here.
         """
         if not model.training:  # thousands of modules, a tenth of a second on a slow host
-            if not model.training:  # thousands of modules, a tenth of a second on a slow host
             model.train()
         optimizer_train = getattr(self.optimizer, "train", None)
         if callable(optimizer_train):
