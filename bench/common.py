@@ -70,7 +70,7 @@ def milliseconds(measured: Callable[[], Any], device: torch.device) -> float:
     if device.type == "cuda":
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
-        torch.cuda._sleep(2_000_000)  # 1 ms: the host gets ahead, its own time is not the device's
+        torch.cuda._sleep(8_000_000)  # 4 ms: the host gets ahead, its own time is not the device's
         start.record()
         measured()
         stop.record()

@@ -17,6 +17,7 @@
 #if defined(GRPO_CUDA)
 #include "cuda/cuda.h"
 #include "cuda/probability.h"
+#include "cuda/products.h"
 #endif
 
 namespace py = pybind11;
@@ -290,10 +291,43 @@ void cuda_probability_product(int device, uintptr_t stream, const py::tuple& t) 
   p.partials = pointer<float>(t[k++]);
   p.partials_stride = t[k++].cast<int64_t>();
   p.exponent = pointer<float>(t[k++]);
-  p.tile = t[k++].cast<int32_t>();
-  p.raster = t[k++].cast<int32_t>();
-  p.swizzle = t[k++].cast<int32_t>();
   cuda::probability_product(device, p, stream_of(stream));
+}
+
+void cuda_logits_product(int device, uintptr_t stream, const py::tuple& t) {
+  size_t k = 0;
+  cuda::LogitsProductParams p{};
+  p.dtype = DType(t[k++].cast<int>());
+  p.rows = t[k++].cast<int32_t>();
+  p.vocab = t[k++].cast<int32_t>();
+  p.hidden_size = t[k++].cast<int32_t>();
+  p.hidden = pointer<const void>(t[k++]);
+  p.hidden_stride = t[k++].cast<int64_t>();
+  p.weight = pointer<const void>(t[k++]);
+  p.weight_stride = t[k++].cast<int64_t>();
+  p.bias = pointer<const float>(t[k++]);
+  p.out_dtype = DType(t[k++].cast<int>());
+  p.out = pointer<void>(t[k++]);
+  p.out_stride = t[k++].cast<int64_t>();
+  cuda::logits_product(device, p, stream_of(stream));
+}
+
+void cuda_head_gradient(int device, uintptr_t stream, const py::tuple& t) {
+  size_t k = 0;
+  cuda::HeadGradientParams p{};
+  p.dtype = DType(t[k++].cast<int>());
+  p.rows = t[k++].cast<int32_t>();
+  p.vocab = t[k++].cast<int32_t>();
+  p.hidden_size = t[k++].cast<int32_t>();
+  p.left = pointer<const void>(t[k++]);
+  p.left_stride = t[k++].cast<int64_t>();
+  p.right = pointer<const void>(t[k++]);
+  p.right_stride = t[k++].cast<int64_t>();
+  p.upper = pointer<void>(t[k++]);
+  p.lower = pointer<void>(t[k++]);
+  p.first = t[k++].cast<bool>();
+  p.last = t[k++].cast<bool>();
+  cuda::head_gradient(device, p, stream_of(stream));
 }
 
 void cuda_fold_partials(int device, uintptr_t stream, const py::tuple& chunk, const py::tuple& t) {
@@ -367,16 +401,18 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_scale_rows", &cuda_scale_rows);
   m.def("cuda_target_reference", &cuda_target_reference);
   m.def("cuda_probability_product", &cuda_probability_product);
+  m.def("cuda_logits_product", &cuda_logits_product);
+  m.def("cuda_head_gradient", &cuda_head_gradient);
   m.def("cuda_fold_partials", &cuda_fold_partials);
   m.def("cuda_scale_product", &cuda_scale_product);
-#if defined(GRPO_CUDA_PROBABILITIES)
-  m.attr("CUDA_PROBABILITIES") = true;
+#if defined(GRPO_CUDA_HOPPER)
+  m.attr("CUDA_HOPPER_PRODUCTS") = true;
 #else
-  m.attr("CUDA_PROBABILITIES") = false;
+  m.attr("CUDA_HOPPER_PRODUCTS") = false;
 #endif
 #else
   m.attr("CUDA_ARCHITECTURES") = "";
   m.attr("CUDA_VERSION") = 0;
-  m.attr("CUDA_PROBABILITIES") = false;
+  m.attr("CUDA_HOPPER_PRODUCTS") = false;
 #endif
 }

@@ -40,8 +40,8 @@ struct Launch {
   bool beside_previous = false;
 };
 
-template <class Params>
-void launch(const void* kernel, const Launch& how, Stream stream, const Params& params) {
+template <class... Params>
+void launch(const void* kernel, const Launch& how, Stream stream, const Params&... params) {
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(how.grid);
@@ -60,7 +60,7 @@ void launch(const void* kernel, const Launch& how, Stream stream, const Params& 
     a.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     a.val.programmaticStreamSerializationAllowed = 1;
   }
-  void* arguments[] = {const_cast<Params*>(&params)};
+  void* arguments[] = {const_cast<Params*>(&params)...};
   GRPO_CUDA_CHECK(cudaLaunchKernelExC(&config, kernel, arguments));
 }
 

@@ -68,10 +68,6 @@ struct ProductParams {
   float* partials;          // [tiles, rows, 2]: sums of 2^t and t 2^t, target excluded
   int64_t partials_stride;  // between tiles, in pairs
   float* exponent;          // [rows] t of the target, written by the tile that has it
-  // How the tiles are walked; no result depends on it.
-  int32_t tile;     // 0: 128 x 256 by two warpgroups together, 1: 64 x 256 by one each in turn
-  int32_t raster;   // 0: CUTLASS decides, 1: along the rows, 2: along the vocabulary
-  int32_t swizzle;  // 1, 2, 4, 8
 };
 
 struct FoldParams {
@@ -116,7 +112,7 @@ void probability_product(int device, const ProductParams& params, Stream stream)
 void fold_partials(int device, const FoldParams& params, Stream stream);
 void scale_product(int device, const ScaleParams& params, Stream stream);
 
-// One per instantiation file.
-void probability_product_bf16(int multiprocessors, const ProductParams& params, Stream stream);
+// Where the build has the kernel and the device can run it.
+void launch_probability_product(int multiprocessors, const ProductParams& params, Stream stream);
 
 }  // namespace grpo::cuda

@@ -174,20 +174,4 @@ void scale_product(int device, const ScaleParams& p, Stream stream) {
   GRPO_CUDA_CHECK(cudaGetLastError());
 }
 
-void probability_product(int device, const ProductParams& p, Stream stream) {
-  const DeviceGuard guard(device);
-  if (p.rows == 0) return;
-#if defined(GRPO_CUDA_PROBABILITIES)
-  const Device& what = device_of(device);
-  if (what.architecture != 90)
-    throw std::invalid_argument("grpo_ext: probability_product runs on sm_90, this device is sm_" +
-                                std::to_string(what.architecture));
-  const int multiprocessors = what.multiprocessors;
-  probability_product_bf16(multiprocessors, p, stream);
-#else
-  throw std::invalid_argument(
-      "grpo_ext: this build has no probability_product: install nvidia-cutlass and rebuild for 90");
-#endif
-}
-
 }  // namespace grpo::cuda

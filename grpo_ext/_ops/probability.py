@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,14 +30,6 @@ class ChunkRows:
 
     def packed(self) -> tuple[int, int, int, int]:
         return self.count, self.first, pointer(self.index), pointer(self.mask)
-
-
-class Tiling(NamedTuple):
-    """How the product's tiles are shaped and walked; results do not depend on raster and swizzle."""
-
-    tile: int = 0  # 0: 128 x 256, two warpgroups together; 1: 64 x 256, one each in turn
-    raster: int = 1  # 0: CUTLASS decides; 1: along the rows; 2: along the vocabulary
-    swizzle: int = 1  # 1, 2, 4 or 8
 
 
 def place(tensor: Tensor) -> tuple[int, int]:
@@ -82,7 +73,6 @@ def product(
     probabilities: Tensor | None,
     partials: Tensor,
     exponent: Tensor,
-    tiling: Tiling,
 ) -> None:
     count_call()
     _C.cuda_probability_product(
@@ -92,7 +82,7 @@ def product(
             hidden.data_ptr(), hidden.stride(0), weight.data_ptr(), weight.stride(0), pointer(bias),
             reference.data_ptr(), target.data_ptr(), slope / math.log(2),
             pointer(probabilities), 0 if probabilities is None else probabilities.stride(0),
-            partials.data_ptr(), partials.stride(0) // 2, exponent.data_ptr(), *tiling,
+            partials.data_ptr(), partials.stride(0) // 2, exponent.data_ptr(),
         ),
     )  # fmt: skip
 

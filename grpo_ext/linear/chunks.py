@@ -177,7 +177,8 @@ def gradients(
         of_entropy = None if entropy_coef is None else entropy_coef[where]
         work.kernels.gradient_(Z, ids, live, own, coef[where], of_entropy)
         keep = coef[where] != 0 if of_entropy is None else None
-        _products(work, X, Z, where, keep, head_gradient, dhidden, wants_hidden)
+        last = end == work.selection.count
+        _products(work, X, Z, where, keep, head_gradient, last, dhidden, wants_hidden)
     return work.finish_hidden(dhidden) if wants_hidden else dhidden
 
 
@@ -238,7 +239,7 @@ def loss_gradients(
             keep = coef != 0 if of_entropy is None else None
             first = None if live is None else live[:with_gradient]
             work.kernels.gradient_(G, ids[:with_gradient], first, stats.first(with_gradient), coef, of_entropy)
-        _products(work, X[:with_gradient], G, own, keep, head_gradient, dhidden, wants_hidden)
+        _products(work, X[:with_gradient], G, own, keep, head_gradient, end >= active, dhidden, wants_hidden)
     return logps, entropy, work.finish_hidden(dhidden) if wants_hidden else dhidden
 
 
@@ -266,6 +267,7 @@ def _products(
     where: Rows,
     keep: Tensor | None,
     head_gradient: HeadGradient,
+    last: bool,
     dhidden: Tensor,
     wants_hidden: bool,
 ) -> None:
@@ -274,6 +276,6 @@ def _products(
         where, count = drop_rows(keep, where, Z, X)
         X, Z = X[:count], Z[:count]
     gradient = work.head.factor(Z)
-    head_gradient.add(gradient, X)
+    head_gradient.add(gradient, X, last=last)
     if wants_hidden:
         work.head.back_to_hidden(gradient, dhidden, where)  # into the memory of X

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grpo_ext._ops import products
 from grpo_ext.linear.plan import ChunkPlan
 
 Rows = Tensor | slice  # rows of the flattened tokens: indices, or a range
@@ -31,7 +32,8 @@ class Head:
         rows: int,
     ) -> None:
         self.weight = weight.to(compute_dtype)
-        self.bias = None if bias is None else bias.to(logits_dtype)
+        self._own_product = compute_dtype in (torch.bfloat16, torch.float16) and products.served(self.weight)
+        self.bias = None if bias is None else bias.to(torch.float32 if self._own_product else logits_dtype)
         self.plan = plan
         self.capacity = min(plan.rows, -(-rows // plan.block) * plan.block)
         self.mixed = logits_dtype != compute_dtype
@@ -62,6 +64,9 @@ class Head:
             return rows, kept
         if self._buffer is None:
             self._buffer = rows.new_empty((self.capacity, self.plan.stride), dtype=self._logits_dtype)
+        if self._own_product:  # in one piece, at the speed of many rows: a row's bits are its own there
+            products.logits_product(rows, self.weight, self.bias, self._buffer[:count, : self.vocab])
+            return rows, self._buffer[:count, : self.vocab]
         self._hidden[count:padded].zero_()
         for start in range(0, padded, self.plan.block):
             block = slice(start, start + self.plan.block)
@@ -137,13 +142,15 @@ class HeadGradient:
         self.weight, self.bias = weight, bias
         self._given = accumulate_into
         self._sum = accumulate_into
+        self._lower: Tensor | None = None  # of fp32 sums in two planes; `_sum` is the upper one then
         self._bias_sum: Tensor | None = None
         self._one_chunk = one_chunk
 
-    def add(self, gradient: Tensor, rows: Tensor, factor: Tensor | None = None) -> None:
-        """factor: (rows,) of the gradient's rows, where it is not in them yet; `rows` has it already."""
+    def add(self, gradient: Tensor, rows: Tensor, factor: Tensor | None = None, *, last: bool = False) -> None:
+        """factor: (rows,) of the gradient's rows, where it is not in them yet; `rows` has it already. last: nothing is
+        added after this."""
         if self.weight is not None:
-            self._add_product(gradient.t(), rows)
+            self._add_product(gradient, rows, last)
         if self.bias is not None:
             if factor is None:
                 total = gradient.sum(dim=0, dtype=_sum_dtype(gradient.dtype))
@@ -151,10 +158,19 @@ class HeadGradient:
                 total = weighted_rows(gradient, factor)
             self._bias_sum = total if self._bias_sum is None else self._bias_sum.add_(total)
 
-    def _add_product(self, left: Tensor, right: Tensor) -> None:
+    def _add_product(self, gradient: Tensor, right: Tensor, last: bool) -> None:
         assert self.weight is not None
         wide = _sum_dtype(right.dtype)
-        if self._sum is None and self._one_chunk and self.weight.dtype == right.dtype:
+        left = gradient.t()
+        if self._in_planes(gradient, right):
+            first = self._sum is None
+            if self._sum is None:
+                self._sum, self._lower = right.new_empty(self.weight.shape), right.new_empty(self.weight.shape)
+            assert self._lower is not None
+            products.head_gradient(gradient, right, self._sum, self._lower, first=first, last=last)
+            if last:
+                self._lower = None
+        elif self._sum is None and self._one_chunk and self.weight.dtype == right.dtype:
             self._sum = torch.mm(left, right)
         elif self._sum is None:
             self._sum = right.new_empty(self.weight.shape, dtype=wide)
@@ -171,11 +187,21 @@ class HeadGradient:
         else:
             self._sum.add_(torch.mm(left, right))
 
+    def _in_planes(self, gradient: Tensor, right: Tensor) -> bool:
+        """Whether the sum over several products is kept as two planes of 16 bits, whose upper one becomes the gradient:
+        a third less memory than an fp32 sum with a rounded copy of it, and nearly half the traffic."""
+        assert self.weight is not None
+        if self._lower is not None:
+            return True
+        rounded = self.weight.dtype == right.dtype == torch.bfloat16
+        return self._sum is None and not self._one_chunk and rounded and products.served(gradient, right)
+
     def results(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients in the dtypes of what they are of; empty tensors for those that were not wanted."""
         nothing = like.new_empty(0)
         of_weight, of_bias = nothing, nothing
         if self.weight is not None and self._given is None:
+            assert self._lower is None, "the last product was not announced"
             of_weight = torch.zeros_like(self.weight) if self._sum is None else self._sum.to(self.weight.dtype)
         if self.bias is not None:
             of_bias = torch.zeros_like(self.bias) if self._bias_sum is None else self._bias_sum.to(self.bias.dtype)

@@ -110,13 +110,19 @@ def _linear_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tens
     selection, mask = _selection(ids.numel(), which)
     with torch.autocast(hidden.device.type, enabled=False):
         if serves(weight, numerics, entropy_gradient=entropy_gradient):
-            probable = Probabilities(hidden, weight, bias, ids, mask, selection, numerics, guess)
-            factors, derivative_rows, logits = probabilities_loops.log_probabilities(probable, derivative, keep)
+            stores = derivative or keep
+            probable = Probabilities(hidden, weight, bias, ids, mask, selection, numerics, guess, stores)
+            factors, residuals, derivative_rows, logits = probabilities_loops.log_probabilities(
+                probable, derivative, keep
+            )
             per_token = [probable.logps, probable.entropy, factors]
         else:
             work = Rowwise(hidden, weight, bias, ids, mask, selection, numerics)
             *per_token, derivative_rows, logits = log_probabilities(work, with_entropy, derivative, keep)
+            residuals = per_token[-1].new_empty(0)
     logps, entropy, lse = (t.view(ids.shape) for t in per_token)
+    if keep:  # with what belongs to E where that is kept; the logits route has no use for it
+        lse = torch.stack([lse, residuals.view(ids.shape) if residuals.numel() else torch.zeros_like(lse)])
     return logps, entropy, lse, derivative_rows.view(hidden.shape if derivative else (0,)), logits
 
 
@@ -127,6 +133,8 @@ def _linear_logps_fake(
     *_, logits_dtype, _, _, _, derivative, keep, _, _ = rest
     dtype = torch.float64 if logits_dtype == torch.float64 else torch.float32
     logps, entropy, lse = (ids.new_empty(ids.shape, dtype=dtype) for _ in range(3))
+    if keep:
+        lse = torch.stack([lse, lse])
     rows = torch.library.get_ctx().new_dynamic_size() if keep else 0
     logits = hidden.new_empty((rows, weight.shape[0]) if keep else (0,), dtype=logits_dtype if keep else hidden.dtype)
     return logps, entropy, lse, hidden.new_empty(hidden.shape if derivative else (0,)), logits
@@ -140,6 +148,9 @@ def _linear_gradient(
     numerics, rest = Numerics(*rest[:NUMERIC_ARGUMENTS]), rest[NUMERIC_ARGUMENTS:]
     logps, entropy, lse, coef, entropy_coef, wanted, weight_grad, logits, entropy_gradient = rest
     selection, mask = _selection(ids.numel(), which)
+    residuals = lse.new_empty(0)
+    if lse.dim() > ids.dim():  # the forward has kept logits or E
+        lse, residuals = lse.unbind()
     # Which route the forward took, and whether the gradient can take it too: what is kept is of use to its own only.
     served = serves(weight, numerics, entropy_gradient=entropy_gradient)
     by_probabilities = served and entropy_coef is None
@@ -151,7 +162,7 @@ def _linear_gradient(
         if by_probabilities:
             work = Probabilities(hidden, weight, bias, ids, mask, selection, numerics, logps)
             head_gradient = _head_gradient(weight, bias, wanted, weight_grad, selection.count <= work.capacity)
-            dhidden = probabilities_loops.gradients(work, coef, head_gradient, wanted[0], logits, lse)
+            dhidden = probabilities_loops.gradients(work, coef, head_gradient, wanted[0], logits, lse, residuals)
         else:
             work = Rowwise(hidden, weight, bias, ids, mask, selection, numerics)
             head_gradient = _head_gradient(weight, bias, wanted, weight_grad, selection.count <= work.head.capacity)

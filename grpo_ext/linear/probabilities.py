@@ -8,7 +8,6 @@ loops over its chunks are in `probabilities_loops`.
 
 from __future__ import annotations
 
-import os
 from types import ModuleType
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from grpo_ext import _C
 from grpo_ext._ops import probability as kernels
-from grpo_ext._ops.probability import TILE_COLUMNS, ChunkRows, Tiling
+from grpo_ext._ops.probability import TILE_COLUMNS, ChunkRows
 from grpo_ext.linear import probabilities_reference
 from grpo_ext.linear.chunks import Numerics, Tokens
 from grpo_ext.linear.head import Rows
@@ -31,6 +30,9 @@ DEFAULT_BUDGET = 1272 << 20
 
 #: Rows of a chunk are a multiple of this many, the height of a tile.
 ROW_STEP = 128
+
+#: Bytes of a chunk's hidden states where no E is stored: they are read again for every few tiles of the head, from L2.
+HIDDEN_BYTES = 32 << 20
 
 #: Bytes of the fp32 product that is scaled into the gradient of the hidden states, a few thousand rows at a time.
 PRODUCT_BYTES = 32 << 20
@@ -78,7 +80,7 @@ def refusal(
     if capability != (9, 0):
         return "the kernel is for compute capability 9.0"
     if not built:
-        return "the extension was built without it (nvidia-cutlass, architecture 90)"
+        return "the extension was built without it (architecture 90)"
     if compute_dtype != torch.bfloat16:
         return "the product is for bf16"
     if hidden_size % 8 or not aligned:
@@ -101,16 +103,19 @@ def serves(weight: Tensor, numerics: Numerics, *, entropy_gradient: bool = False
         transform=numerics.transform,
         entropy_gradient=entropy_gradient,
         aligned=aligned,
-        built=_C.CUDA_PROBABILITIES,
+        built=_C.CUDA_HOPPER_PRODUCTS,
         capability=torch.cuda.get_device_capability(weight.device) if on_gpu else None,
     )
     return reason is None
 
 
-def probability_plan(vocab: int, hidden_size: int, numerics: Numerics, device_type: str) -> ChunkPlan:
+def probability_plan(
+    vocab: int, hidden_size: int, numerics: Numerics, device_type: str, stores: bool = True
+) -> ChunkPlan:
     """Rows per chunk within the budget, counting E, the rows of hidden states, partial sums and the fp32 product.
 
-    At least as many as the logits route has for the same budget: completions that fit there fit here.
+    At least as many as the logits route has for the same budget: completions that fit there fit here. Where no E is
+    stored there are as many as keep their hidden states in L2.
     """
     itemsize = numerics.compute_dtype.itemsize
     stride = -(-vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT
@@ -123,18 +128,9 @@ def probability_plan(vocab: int, hidden_size: int, numerics: Numerics, device_ty
         vocab, hidden_size, numerics.compute_dtype, numerics.logits_dtype, device_type, numerics.memory_budget
     )
     rows = max(fitting // ROW_STEP * ROW_STEP, others.rows)
+    if not stores and device_type == "cuda" and not numerics.memory_budget:
+        rows = max(rows, HIDDEN_BYTES // (hidden_size * itemsize) // ROW_STEP * ROW_STEP)
     return ChunkPlan(min(rows, ROW_STEP), rows, stride)
-
-
-def tiling_from_environment() -> Tiling:
-    """``GRPO_EXT_TILING="tile,raster,swizzle"``; see `Tiling`."""
-    given = os.environ.get("GRPO_EXT_TILING")
-    if not given:
-        return Tiling()
-    values = [int(n) for n in given.split(",")]
-    if len(values) != 3 or values[0] not in (0, 1) or values[1] not in (0, 1, 2) or values[2] not in (1, 2, 4, 8):
-        raise ValueError(f"GRPO_EXT_TILING must be tile,raster,swizzle of (0-1, 0-2, 1|2|4|8), got {given!r}")
-    return Tiling(*values)
 
 
 class Chunk(NamedTuple):
@@ -144,14 +140,13 @@ class Chunk(NamedTuple):
     hidden: Tensor  # (rows, H) in the products' dtype
     probabilities: Tensor  # (stored, V): E, the target's element corrected
     factor: Tensor  # (stored,) d logp / d logits = factor * E
-    target: Tensor | None  # (stored,) int32 column of the target here, -1: none
-    residual: Tensor | None  # (stored,) what rounding the target's element of E has left over
+    target: Tensor  # (stored,) int32 column of the target here, -1: none
+    residual: Tensor  # (stored,) what rounding the target's element of E has left over
 
     def first(self, count: int) -> Chunk:
         where = self.where
         own = slice(where.start, where.start + count) if isinstance(where, slice) else where[:count]
-        target, residual = (None if t is None else t[:count] for t in (self.target, self.residual))
-        return Chunk(own, self.hidden[:count], self.probabilities[:count], self.factor[:count], target, residual)
+        return Chunk(own, *(t[:count] for t in self[1:]))
 
 
 class Probabilities(Tokens):
@@ -159,6 +154,7 @@ class Probabilities(Tokens):
 
     Args:
         guess: per token, about the log probabilities to be found (of an older policy, say); centres the references.
+        stores: whether E of any row will be asked for.
     """
 
     def __init__(
@@ -171,6 +167,7 @@ class Probabilities(Tokens):
         selection: Selection,
         numerics: Numerics,
         guess: Tensor | None,
+        stores: bool = True,
     ) -> None:
         super().__init__(hidden, ids, mask, selection, numerics)
         wide = numerics.statistics_dtype
@@ -182,9 +179,8 @@ class Probabilities(Tokens):
         self.vocab, self.hidden_size = weight.shape
         scale, _, temperature = numerics.transform
         self.slope = scale / temperature
-        plan = probability_plan(self.vocab, self.hidden_size, numerics, weight.device.type)
+        plan = probability_plan(self.vocab, self.hidden_size, numerics, weight.device.type, stores)
         self.capacity = min(plan.rows, -(-selection.count // plan.block) * plan.block)
-        self.tiling = tiling_from_environment()
         self.logps, self.entropy = self.per_token(), self.per_token()
         self.shard: Tensor | None = None
         if self.group is not None:
@@ -242,7 +238,7 @@ class Probabilities(Tokens):
             if part.start < part.stop:
                 self._kernels.product(
                     X[part], self.weight, self.bias, reference[part], target[part], self.slope,
-                    E if part.start < stored else None, self._partials[:, part], exponent[part], self.tiling,
+                    E if part.start < stored else None, self._partials[:, part], exponent[part],
                 )  # fmt: skip
         partials = self._partials[:, :count]
         factor, residual = self._factor[:count], self._residual[:count]
@@ -262,8 +258,13 @@ class Probabilities(Tokens):
             part = slice(start, min(start + step, count))
             product = self._back(chunk.probabilities[part])
             rows = self._chunk_rows(chunk.where, part)
-            residual, target = (None if t is None else t[part] for t in (chunk.residual, chunk.target))
-            self._kernels.scale(rows, product, factor[part], residual, target, self.weight, out)
+            own = chunk.residual[part], chunk.target[part]
+            self._kernels.scale(rows, product, factor[part], *own, self.weight, out)
+
+    def own_columns(self, where: Rows) -> Tensor:
+        """(rows,) int32: the column of each row's token on this rank, -1: another rank has it."""
+        column = self.ids[where] if self.shard is None else self.ids[where] - self.shard[0]
+        return torch.where((column >= 0) & (column < self.vocab), column, -1).int()
 
     def _chunk_rows(self, where: Rows, part: slice) -> ChunkRows:
         count = part.stop - part.start

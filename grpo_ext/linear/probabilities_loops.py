@@ -16,7 +16,7 @@ from grpo_ext.linear.probabilities import Chunk, Probabilities
 from grpo_ext.linear.rows import row_chunks, sequence_chunks
 
 
-def log_probabilities(work: Probabilities, derivative: bool, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+def log_probabilities(work: Probabilities, derivative: bool, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Fills ``work.logps`` and ``work.entropy``.
 
     Args:
@@ -24,10 +24,11 @@ def log_probabilities(work: Probabilities, derivative: bool, keep: bool) -> tupl
             they fit into one chunk.
 
     Returns:
-        The factors of E per token, 0 where it is not kept; dlogp/dhidden (tokens, H); E (rows, V).
+        The factors of E per token and what rounding its target's element has left over, 0 where E is not kept;
+        dlogp/dhidden (tokens, H); E (rows, V).
     """
     jacobian = work.hidden_gradient() if derivative else work.hidden.new_empty(0)
-    factors, kept = work.per_token(), work.hidden.new_empty(0)
+    factors, residuals, kept = work.per_token(), work.per_token(), work.hidden.new_empty(0)
     for start, end in row_chunks(work.selection.count, work.capacity):
         active = min(max(work.selection.active - start, 0), end - start) if derivative else 0
         chunk = work.chunk(start, end, end - start if keep else active)
@@ -35,8 +36,9 @@ def log_probabilities(work: Probabilities, derivative: bool, keep: bool) -> tupl
             work.back_to_hidden(chunk.first(active), chunk.factor[:active], jacobian)
         if keep:
             put(factors, chunk.where, chunk.factor)
+            put(residuals, chunk.where, chunk.residual)
             kept = chunk.probabilities
-    return factors, work.finish_hidden(jacobian) if derivative else jacobian, kept
+    return factors, residuals, work.finish_hidden(jacobian) if derivative else jacobian, kept
 
 
 def gradients(
@@ -46,8 +48,10 @@ def gradients(
     wants_hidden: bool,
     kept: Tensor | None,
     factors: Tensor,
+    residuals: Tensor,
 ) -> Tensor:
-    """Gradients for given coefficients of the log probabilities, from E made once more (or `kept`, with `factors`)."""
+    """Gradients for given coefficients of the log probabilities, from E made once more (or `kept`, with `factors` and
+    `residuals`)."""
     dhidden = work.hidden_gradient() if wants_hidden else work.hidden.new_empty(0)
     coef = coef.reshape(-1)
     for start, end in row_chunks(work.selection.count, work.capacity):
@@ -55,8 +59,10 @@ def gradients(
             chunk = work.chunk(start, end, end - start)
         else:
             where = work.selection.positions(start, end)
-            chunk = Chunk(where, work.gather(where, end - start), kept, factors.reshape(-1)[where], None, None)
-        _products(work, chunk, chunk.factor * coef[chunk.where], head_gradient, dhidden, wants_hidden)
+            own = factors.reshape(-1)[where], work.own_columns(where), residuals.reshape(-1)[where]
+            chunk = Chunk(where, work.gather(where, end - start), kept, *own)
+        last = end == work.selection.count
+        _products(work, chunk, chunk.factor * coef[chunk.where], head_gradient, last, dhidden, wants_hidden)
     return work.finish_hidden(dhidden) if wants_hidden else dhidden
 
 
@@ -89,7 +95,8 @@ def loss_gradients(
             continue
         chunk = chunk.first(with_gradient)
         _, coef, *_ = torch.ops.grpo_ext.policy_loss(work.logps.view(shape), work.entropy.view(shape), *tensors, spec)
-        _products(work, chunk, chunk.factor * coef.view(-1)[chunk.where], head_gradient, dhidden, wants_hidden)
+        factor = chunk.factor * coef.view(-1)[chunk.where]
+        _products(work, chunk, factor, head_gradient, end >= active, dhidden, wants_hidden)
     return work.finish_hidden(dhidden) if wants_hidden else dhidden
 
 
@@ -98,10 +105,11 @@ def _products(
     chunk: Chunk,
     factor: Tensor,
     head_gradient: HeadGradient,
+    last: bool,
     dhidden: Tensor,
     wants_hidden: bool,
 ) -> None:
     rows = chunk.hidden if head_gradient.weight is None else work.scaled_hidden(chunk, factor)
-    head_gradient.add(chunk.probabilities, rows, factor)
+    head_gradient.add(chunk.probabilities, rows, factor, last=last)
     if wants_hidden:
         work.back_to_hidden(chunk, factor, dhidden)

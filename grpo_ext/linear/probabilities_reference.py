@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from grpo_ext._ops.probability import TILE_COLUMNS, ChunkRows, Tiling
+from grpo_ext._ops.probability import TILE_COLUMNS, ChunkRows
 
 # The constants of csrc/cuda/probability.h and probability_glue.cu; exponents are to base 2.
 GREATEST_EXPONENT = 100.0
@@ -81,7 +81,6 @@ def product(
     probabilities: Tensor | None,
     partials: Tensor,
     exponent: Tensor,
-    tiling: Tiling,
 ) -> None:
     """``E = 2^t`` with ``t = processed logit / ln 2 - reference``, 0 at the target, whose t goes to `exponent`.
 

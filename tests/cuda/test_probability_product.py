@@ -16,22 +16,21 @@ from torch import Tensor
 import grpo_ext
 from grpo_ext import _C, reference
 from grpo_ext._ops import probability as kernels
-from grpo_ext._ops.probability import TILE_COLUMNS, ChunkRows, Tiling
+from grpo_ext._ops.probability import TILE_COLUMNS, ChunkRows
 from grpo_ext.config import LossConfig
 from grpo_ext.linear import probabilities_reference as twins
 from grpo_ext.linear.probabilities import Probabilities, select_route
 
 
 def _hopper() -> bool:
-    return _C.CUDA_PROBABILITIES and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    return _C.CUDA_HOPPER_PRODUCTS and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not _hopper(), reason="needs a Hopper GPU and a build with CUTLASS"),
+    pytest.mark.skipif(not _hopper(), reason="needs a Hopper GPU and a build for it"),
 ]
 LN2 = math.log(2)
-TILINGS = [Tiling(0, 1, 1), Tiling(1, 1, 1)]
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +71,7 @@ class Case:
             "residual": torch.full((rows,), **nan),
         }
 
-    def run(self, module: Any, tiling: Tiling = TILINGS[0], store: bool = True, fold: bool = True) -> dict[str, Tensor]:
+    def run(self, module: Any, store: bool = True, fold: bool = True) -> dict[str, Tensor]:
         out = self.outputs()
         E = out["E"][: self.chunk.count, : self.weight.shape[0]] if store else None
         module.target_reference(
@@ -81,7 +80,7 @@ class Case:
         )  # fmt: skip
         module.product(
             self.hidden, self.weight, self.bias, out["reference"], out["target"], self.slope, E, out["partials"],
-            out["exponent"], tiling,
+            out["exponent"],
         )  # fmt: skip
         if fold:
             module.fold(
@@ -93,7 +92,6 @@ class Case:
 
 # rows around a tile and its half; vocabularies around a tile of 256 and at real sizes, odd ones padded; H below, at,
 # between and above steps of 64
-@pytest.mark.parametrize("tiling", TILINGS)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     ("rows", "vocab", "size"),
@@ -102,16 +100,19 @@ class Case:
         (300, 50_257, 256), (257, 151_936, 128), (130, 151_669, 64), (1025, 3000, 576),
     ],
 )  # fmt: skip
-def test_kernels_against_their_twins(rows: int, vocab: int, size: int, bias: bool, tiling: Tiling) -> None:
+def test_kernels_against_their_twins(rows: int, vocab: int, size: int, bias: bool) -> None:
     case = Case(rows, vocab, size, bias=bias)
     if case.bias is not None:
         case.bias[case.ids] = case.bias[case.ids].nan_to_num(neginf=0.5)
     for fold in (False, True):
-        ours, theirs = case.run(kernels, tiling, fold=fold), case.run(twins, fold=fold)
+        ours, theirs = case.run(kernels, fold=fold), case.run(twins, fold=fold)
         assert torch.equal(ours["target"], theirs["target"])
-        loose = {"rtol": 1e-5, "atol": 1e-5}
-        torch.testing.assert_close(ours["reference"], theirs["reference"], **loose)
-        torch.testing.assert_close(ours["exponent"], theirs["exponent"], **loose)
+        torch.testing.assert_close(ours["reference"], theirs["reference"], rtol=1e-5, atol=1e-5)
+        # Tensor cores cut their sums off: twice what torch's product of the same operands is off by, to base 2.
+        wide = case.hidden.double() @ case.weight.double().t()
+        off = (torch.mm(case.hidden, case.weight.t(), out_dtype=torch.float32).double() - wide).abs().max()
+        limit = 1e-5 + 2 * float(off) * case.slope / LN2
+        torch.testing.assert_close(ours["exponent"], theirs["exponent"], rtol=1e-5, atol=limit)
         # Each element within a rounding of bf16 and that of the exponent.
         torch.testing.assert_close(
             ours["E"][:rows, :vocab].float(), theirs["E"][:rows, :vocab].float(), rtol=2**-7 + 2**-14, atol=1e-30,
@@ -125,17 +126,16 @@ def test_kernels_against_their_twins(rows: int, vocab: int, size: int, bias: boo
     assert ours["E"][:, -(-vocab // 8) * 8 :].isnan().all()
 
 
-def test_no_bit_depends_on_storing_walking_or_company() -> None:
-    """The same sums with and without E, in every order of the tiles, for any neighbours and number of rows."""
+def test_no_bit_depends_on_storing_or_company() -> None:
+    """The same sums with and without E, for any neighbours and number of rows."""
     case = Case(300, 50_257, 256)
     expected = case.run(kernels)
-    for tiling in (TILINGS[0], *(Tiling(0, raster, swizzle) for raster in (0, 1, 2) for swizzle in (1, 2, 8))):
-        for store in (False, True):
-            again = case.run(kernels, tiling, store)
-            for name in ("partials", "exponent", "logps", "entropy", "factor"):
-                assert torch.equal(again[name], expected[name]), (name, tiling, store)
-            if store:
-                assert torch.equal(again["E"][:300, :50_257], expected["E"][:300, :50_257])
+    for store in (False, True):
+        again = case.run(kernels, store)
+        for name in ("partials", "exponent", "logps", "entropy", "factor"):
+            assert torch.equal(again[name], expected[name]), (name, store)
+        if store:
+            assert torch.equal(again["E"][:300, :50_257], expected["E"][:300, :50_257])
     hidden, ids = case.hidden, case.ids
     for start, end in ((0, 1), (7, 8), (130, 131), (100, 300), (1, 299)):
         part = Case(end - start, 50_257, 256)
@@ -199,7 +199,6 @@ def test_masked_and_indexed_rows() -> None:
         )  # fmt: skip
         module.product(
             case.hidden, case.weight, None, out["reference"], out["target"], 1.0, E, out["partials"], out["exponent"],
-            TILINGS[0],
         )  # fmt: skip
         module.fold(
             case.chunk, out["partials"], out["exponent"], out["target"], 1.0, None, *per_token, out["factor"],
@@ -259,11 +258,13 @@ def test_gradients_at_full_size(trained: bool, sure: bool) -> None:
         assert truth[0].exp().min() > 0.99
     ours, rounded = gradients("auto", torch.bfloat16), gradients("logits", torch.bfloat16)
     assert (ours[0] - truth[0]).abs().max() <= 2e-5
-    for mine, theirs, exact in zip(ours[1:], rounded[1:], truth[1:], strict=True):
+    for n, (mine, theirs, exact) in enumerate(zip(ours[1:], rounded[1:], truth[1:], strict=True)):
         norm = exact.norm(dim=1)
         used = norm > norm.max() * 1e-5
         error, others = ((g - exact).norm(dim=1)[used] / norm[used] for g in (mine, theirs))
-        assert error.median() <= 1.02 * others.median()
+        # The head's: rows of hidden states are rounded with their factors here, which the logits route has in its
+        # gradient. For random targets, where rounded logits cost little, that shows in the median.
+        assert error.median() <= (1.1 if n else 1.02) * others.median()
         assert error.max() <= 1.02 * others.max()
 
 

@@ -111,7 +111,7 @@ OPEN = {
         ({"compute_dtype": torch.float32}, "for bf16"),
         ({"hidden_size": 2052}, "multiples of 8"),
         ({"aligned": False}, "multiples of 8"),
-        ({"built": False}, "nvidia-cutlass"),
+        ({"built": False}, "architecture 90"),
         ({"capability": (8, 0)}, "9.0"),
         ({"capability": (10, 0)}, "9.0"),
         ({"capability": None}, "9.0"),
@@ -136,17 +136,6 @@ def test_routes_by_name(chunks: list[int]) -> None:
         assert bool(chunks) == bool(expected)
     with pytest.raises(ValueError, match="route must be one of"):
         select_route("logit")
-
-
-def test_tiling_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("GRPO_EXT_TILING", raising=False)
-    assert probabilities.tiling_from_environment() == (0, 1, 1)
-    monkeypatch.setenv("GRPO_EXT_TILING", "1,2,8")
-    assert probabilities.tiling_from_environment() == (1, 2, 8)
-    for wrong in ("1", "2,0,1", "0,3,1", "0,0,3"):
-        monkeypatch.setenv("GRPO_EXT_TILING", wrong)
-        with pytest.raises(ValueError, match="GRPO_EXT_TILING"):
-            probabilities.tiling_from_environment()
 
 
 @pytest.mark.parametrize("hidden_size", [576, 1024, 2048, 4096, 8192])

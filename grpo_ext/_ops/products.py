@@ -1,0 +1,62 @@
+"""Products with the head on Hopper GPUs (csrc/cuda/products.h), called with tensors on the current stream."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from grpo_ext import _C
+from grpo_ext._ops.packing import DTYPE_CODES, count_call, pointer
+from grpo_ext._ops.probability import place
+
+
+@functools.cache
+def _is_hopper(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def served(*matrices: Tensor) -> bool:
+    """Whether the kernels take these: on a Hopper GPU, rows dense and beginning at multiples of 16 bytes."""
+    if not matrices[0].is_cuda or not _C.CUDA_HOPPER_PRODUCTS or not _is_hopper(matrices[0].get_device()):
+        return False
+    return all(
+        m.dim() == 2 and m.stride(1) == 1 and m.stride(0) * m.itemsize % 16 == 0 and m.data_ptr() % 16 == 0
+        for m in matrices
+    )
+
+
+def logits_product(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """``out = hidden @ weight.T + bias``; a row's bits do not depend on the others, nor on their number.
+
+    Args:
+        hidden: (rows, H), weight: (V, H), both bf16 or fp16. bias: (V,) fp32. out: (rows, V) in their dtype or fp32.
+    """
+    count_call()
+    _C.cuda_logits_product(
+        *place(hidden),
+        (
+            DTYPE_CODES[hidden.dtype], hidden.shape[0], weight.shape[0], hidden.shape[1],
+            hidden.data_ptr(), hidden.stride(0), weight.data_ptr(), weight.stride(0), pointer(bias),
+            DTYPE_CODES[out.dtype], out.data_ptr(), out.stride(0),
+        ),
+    )  # fmt: skip
+
+
+def head_gradient(left: Tensor, right: Tensor, upper: Tensor, lower: Tensor, *, first: bool, last: bool) -> None:
+    """Adds ``left.T @ right`` to an fp32 sum that is kept in two planes of 16 bits; `first`: there is none yet; `last`:
+    it is rounded to bf16 into `upper`, and `lower` is done with. For a sum of one product there is `torch.mm`.
+
+    Args:
+        left: (rows, V), right: (rows, H), bf16. upper, lower: (V, H) of bf16's size, dense: the halves of fp32 words.
+    """
+    count_call()
+    _C.cuda_head_gradient(
+        *place(left),
+        (
+            DTYPE_CODES[left.dtype], left.shape[0], left.shape[1], right.shape[1],
+            left.data_ptr(), left.stride(0), right.data_ptr(), right.stride(0), upper.data_ptr(), lower.data_ptr(),
+            first, last,
+        ),
+    )  # fmt: skip
