@@ -145,6 +145,12 @@ class GRPOConfig(TrainingArguments):
         "Put completions of like lengths into the same micro-batch of an optimizer step; less padding (bnpo divides by "
         "the tokens of each micro-batch, so its gradient changes).",
     )
+    fill_micro_batches: bool = _field(
+        False,
+        "Sort by length, too, and put short completions into fewer micro-batches, none larger in padded tokens than "
+        "one of per_device_train_batch_size of the longest; in one process, otherwise like length_sorted_batches "
+        "(bnpo then divides by the mean number of tokens of the micro-batches).",
+    )
     padding_free: bool = _field(
         False,
         "Lay the sequences of a micro-batch end to end instead of padding them, where the model keeps such sequences "

@@ -96,6 +96,7 @@ class Rollout:
         old_logps, ref_logps: per slice ``(B, T)`` or None; filled in when known.
         sampling_logps: per row one log probability per token, None where the engine reports none.
         order: the row at each position of the slices; None: as they come.
+        sizes: rows of each slice; None: rows_per_slice.
     """
 
     key: tuple[int, int]
@@ -111,10 +112,15 @@ class Rollout:
     ref_logps: list[Tensor | None]
     sampling_logps: list[list[float]] | None = None
     order: list[int] | None = None
+    sizes: list[int] | None = None
 
     def rows_of(self, slice_index: int) -> list[int]:
         """Rows of one slice."""
-        positions = range(slice_index * self.rows_per_slice, (slice_index + 1) * self.rows_per_slice)
+        if self.sizes is None:
+            positions = range(slice_index * self.rows_per_slice, (slice_index + 1) * self.rows_per_slice)
+        else:
+            first = sum(self.sizes[:slice_index])
+            positions = range(first, first + self.sizes[slice_index])
         return list(positions) if self.order is None else [self.order[p] for p in positions]
 
     def padded_tokens(self, rows: int) -> int:

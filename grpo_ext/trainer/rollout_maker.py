@@ -15,11 +15,13 @@ from grpo_ext.advantages import group_advantages
 from grpo_ext.trainer.batching import BatchPlan, PromptSchedule
 from grpo_ext.trainer.config import GRPOConfig
 from grpo_ext.trainer.data import columns_of
+from grpo_ext.trainer.filling import filled_slices
 from grpo_ext.trainer.generation import GenerationEngine, PromptEncoder, SamplingParams
 from grpo_ext.trainer.metrics import MetricWindow
 from grpo_ext.trainer.rewards import RewardFunctions, reward_metrics
 from grpo_ext.trainer.rollout import Rollout, Sample, replies
 from grpo_ext.trainer.scoring import Scoring
+from grpo_ext.trainer.skipping import rows_with_gradient
 
 
 class RolloutMaker:
@@ -98,6 +100,7 @@ class RolloutMaker:
         self.window.update(reward_metrics(by_group, plan.num_generations, self.rewards.names, weights))
         self.window.add_lengths(lengths, completions.finished)
         slices = plan.steps_per_generation
+        order, sizes = self._slices(sample, trained, advantages[positions])
         rollout = Rollout(
             key=key,
             start=start,
@@ -111,9 +114,29 @@ class RolloutMaker:
             old_logps=[None] * slices,
             ref_logps=[None] * slices,
             sampling_logps=completions.sampling_logps,
-            order=sorted_order(lengths, plan) if self.args.length_sorted_batches else None,
+            order=order,
+            sizes=sizes,
         )
         return rollout, sample, rewards
+
+    def _slices(
+        self, sample: Sample, trained: list[bool], advantages: Tensor
+    ) -> tuple[list[int] | None, list[int] | None]:
+        """``order`` and ``sizes`` of the rollout."""
+        args, accelerator = self.args, self.accelerator
+        completions = [len(ids) for ids in sample.completions.ids]
+        # An empty slice has no backward, and other processes or a gradient scaler count on one.
+        alone = accelerator.num_processes == 1 and getattr(accelerator, "scaler", None) is None
+        if args.fill_micro_batches and alone and not args.deepspeed:
+            kept = set(range(len(trained)))
+            if args.skip_zero_gradient_sequences:
+                kept = set(rows_with_gradient(args.loss_config(), advantages.tolist(), trained))
+            through = [row in kept for row in range(len(trained))]
+            lengths = [len(p) + c for p, c in zip(sample.prompt_ids, completions, strict=True)]
+            return filled_slices(lengths, through, self.plan)
+        if args.fill_micro_batches or args.length_sorted_batches:
+            return sorted_order(completions, self.plan), None
+        return None, None
 
     def generate_and_score(self, model: nn.Module, rows: list[int]) -> tuple[Sample, Tensor]:
         """Completions for rows of the training prompts, and their ``(n, functions)`` rewards."""

@@ -24,7 +24,7 @@ def rows_with_gradient(
     return [i for i, (a, use) in enumerate(zip(advantages, trained, strict=True)) if use and not (drop_zero and a == 0)]
 
 
-def remaining_weight(loss_type: str, rows: int, kept_rows: int, tokens: int, kept_tokens: int) -> float:
+def remaining_weight(loss_type: str, rows: float, kept_rows: int, tokens: float, kept_tokens: int) -> float:
     """Factor that turns the loss of the kept rows into that of all rows (SPEC section 3).
 
     Means over sequences and the constant divisor of dr_grpo count rows, bnpo counts the tokens of the loss mask; the

@@ -237,7 +237,7 @@ class GRPOTrainer(Trainer):
             if keep
             else self.updates.without_gradient(model, rollout)
         )
-        self.updates.count(rollout, self.plan.per_device_batch_size, len(keep))
+        self.updates.count(rollout, len(rollout.rows_of(index)), len(keep))
         self.guard.watch(loss, rollout, index)
         return loss
 

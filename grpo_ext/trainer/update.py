@@ -77,7 +77,13 @@ class Updates:
         rows = rollout.rows_of(index)
         tokens = [len(rollout.completion_ids[row]) * rollout.trained[row] for row in rows]
         kept = sum(tokens[position] for position in keep)
-        batch.weight = remaining_weight(self.args.loss_type, len(rows), len(keep), sum(tokens), kept)
+        count: float = len(rows)
+        total: float = sum(tokens)
+        if rollout.sizes is not None:  # micro-batches of any size stand for as many of the usual one
+            lengths = zip(rollout.completion_ids, rollout.trained, strict=True)
+            total = sum(len(ids) for ids, use in lengths if use) / len(rollout.sizes)
+            count = rollout.rows_per_slice
+        batch.weight = remaining_weight(self.args.loss_type, count, len(keep), total, kept)
         return batch
 
     def add_logps(self, model: nn.Module, unwrapped: nn.Module, rollout: Rollout) -> None:
@@ -123,7 +129,7 @@ class Updates:
         tokens = self.policy.forward.tokens - self._tokens
         self._passes, self._tokens = self.policy.passes, self.policy.forward.tokens
         add = self.window.add
-        add("skipped_sequences", 1 - kept / rows, weight=rows)
+        add("skipped_sequences", 1 - kept / max(rows, 1), weight=rows)
         add("forwards_per_micro_batch", float(passes - self._reference_passes))
         if self.reference is not None:
             add("reference_forwards_per_micro_batch", float(self._reference_passes))
