@@ -54,12 +54,18 @@ SHAPES = {
 
 #: Who trains, and with which settings of its own. ``patch`` is the argument of `grpo_ext.integrations.trl.patch`.
 CANDIDATES: dict[str, dict[str, Any]] = {
-    "ours": {"trainer": "ours", "length_sorted_batches": True},
+    "ours": {"trainer": "ours", "fill_micro_batches": True},
+    "ours_sorted": {"trainer": "ours", "length_sorted_batches": True},
     "ours_defaults": {"trainer": "ours"},
     "ours_packed": {"trainer": "ours", "length_sorted_batches": True, "padding_free": True},
     "trl": {"trainer": "trl"},
     "trl_patch": {"trainer": "trl", "patch": False},
     "trl_fused": {"trainer": "trl", "patch": True},
+    # What a user of TRL can set to save the host the same work that this package's trainer saves by itself.
+    "trl_reentrant": {
+        "trainer": "trl",
+        "gradient_checkpointing_kwargs": {"use_reentrant": True, "preserve_rng_state": False},
+    },
 }
 
 #: TRL's ``vllm_importance_sampling_*`` and ours, so that both form the same weights: each token's ratio of trainer to
