@@ -19,7 +19,7 @@ from transformers import (
     TrainerState,
 )
 
-from grpo_ext.trainer.shards import whole
+from grpo_ext.trainer.shards import made_whole, whole
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -135,6 +135,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 class Reference:
     """The reference policy of the KL term: the model with its adapter switched off, or a frozen copy of it.
 
+    The copy is whole on every process, however the model in training is spread.
+
     Args:
         model: the model before training.
     """
@@ -142,7 +144,8 @@ class Reference:
     def __init__(self, model: nn.Module) -> None:
         self._frozen: nn.Module | None = None
         if not is_peft_model(model):
-            self._frozen = copy.deepcopy(model).eval().requires_grad_(False)
+            with made_whole(model):
+                self._frozen = copy.deepcopy(model).eval().requires_grad_(False)
 
     @contextlib.contextmanager
     def using(self, model: nn.Module) -> Iterator[nn.Module]:

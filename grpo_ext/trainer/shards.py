@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -35,3 +38,16 @@ def whole(tensor: Tensor) -> Tensor:
         with deepspeed.zero.GatheredParameters([tensor]):
             return tensor.detach().clone()
     return tensor.detach()
+
+
+@contextlib.contextmanager
+def made_whole(model: nn.Module) -> Iterator[None]:
+    """A model that DeepSpeed ZeRO-3 has spread while loading it, whole on every process for the time being."""
+    pieces = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+    if not pieces:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(pieces):
+        yield

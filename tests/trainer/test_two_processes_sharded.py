@@ -19,6 +19,8 @@ needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason="DeepSpeed is not
 def test_deepspeed_equals_one_process(tmp_path: Path) -> None:
     kinds = ["zero2", "zero3"]
     two = on_two(tmp_path, kinds, timeout=280, CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+    in_pieces, handed_in = two["from a folder"]
+    assert in_pieces == pytest.approx(handed_in, rel=1e-5, abs=1e-6)
     for case in worker.CASES["zero2"]:
         one = worker.run(tmp_path, case, 1)
         for kind in kinds:

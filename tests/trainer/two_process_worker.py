@@ -21,6 +21,7 @@ import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, gather_object
+from peft import LoraConfig
 from torch import nn
 from toys import EOS, WORDS, GradientCatcher, build_model, build_tokenizer, reward_number
 from transformers import TrainerCallback
@@ -35,7 +36,7 @@ from grpo_ext.trainer.vllm.weights import checkpoint_weights
 ENDS = [EOS, 2, 3, 4]
 LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo")
 #: What runs with each kind; FSDP2 has its part in every `make test`, so it takes the two that divide differently.
-CASES = dict.fromkeys(("ddp", "zero2", "zero3"), (*LOSSES, "skipped")) | {"fsdp2": ("dapo", "bnpo", "skipped")}
+CASES = dict.fromkeys(("ddp", "zero2", "zero3"), (*LOSSES, "skipped", "lora")) | {"fsdp2": ("bnpo", "skipped", "lora")}
 ROWS = [{"prompt": f"add {i} " + "= " * (i % 3 + 1)} for i in range(20)]
 
 
@@ -96,9 +97,13 @@ def make_config(kind: str, **fields: Any) -> GRPOConfig:
 
 
 def make_trainer(
-    folder: Path, case: str, world_size: int, kind: str, callbacks: Any = None, **changes: Any
+    folder: Path, case: str, world_size: int, kind: str, callbacks: Any = None, model: Any = None, **changes: Any
 ) -> GRPOTrainer:
-    """Three steps of plain descent, two per generation, with a KL term (not for ``skipped``)."""
+    """Three steps of plain descent, two per generation, with a KL term (not for ``skipped``).
+
+    Args:
+        case: a loss type, ``skipped`` (many rows without a gradient) or ``lora`` (an adapter; both with dapo).
+    """
     skipped = case == "skipped"
     # bnpo averages over a rank's own micro-batch: one process equals two where it takes theirs one after the other.
     in_turn = 2 if case == "bnpo" and world_size == 1 else 1
@@ -110,7 +115,7 @@ def make_trainer(
         "num_generations": 2,
         "max_completion_length": 5,
         "max_steps": 3,
-        "loss_type": "dapo" if skipped else case,
+        "loss_type": case if case in LOSSES else "dapo",
         "beta": 0.0 if skipped else 0.05,
         "learning_rate": 1e-2,
         "optim": "sgd",
@@ -119,14 +124,16 @@ def make_trainer(
         "save_strategy": "no",
         "disable_tqdm": True,
     }
+    args = make_config(kind, **{**fields, **changes})  # before the model: DeepSpeed takes part in loading it
     trainer = GRPOTrainer(
-        build_model(),
+        build_model() if model is None else model,
         second_half if skipped else reward_number,
-        make_config(kind, **{**fields, **changes}),
+        args,
         ROWS,
         eval_dataset=ROWS[:5],
         processing_class=build_tokenizer(),
         callbacks=callbacks,
+        peft_config=LoraConfig(r=2, lora_alpha=16, target_modules="all-linear") if case == "lora" else None,
     )
     real: Any = trainer.rollouts.engine
     real.end_ids = ENDS
@@ -219,6 +226,15 @@ def resumed(folder: Path, kind: str, of_one: Path) -> dict[str, Any]:
     return result
 
 
+def from_folder(folder: Path, kind: str, saved: Path) -> list[list[float]]:
+    """Losses with a reference model that moves: of a model that is loaded in pieces, and of one that is handed in."""
+    moving = {"sync_ref_model": True, "ref_model_sync_steps": 1}
+    trainers = [make_trainer(folder, "dapo", 2, kind, model=model, **moving) for model in (str(saved), None)]
+    for trainer in trainers:
+        trainer.train()
+    return [[line["loss"] for line in t.state.log_history if "loss" in line] for t in trainers]
+
+
 def sampled(folder: Path) -> list[list[int]]:
     """Completions of one prompt whose group lies on both ranks, from the model itself, rank after rank."""
     args = GRPOConfig(
@@ -240,6 +256,8 @@ def main(folder: Path, kinds: Sequence[str]) -> None:
         results[kind] = {case: run(folder, case, 2, kind) for case in CASES[kind]}
         results[kind]["nonfinite"] = nonfinite(folder / f"nonfinite-{kind}", kind)
         results[kind]["resumed"] = resumed(folder / f"resumed-{kind}", kind, folder / "of-one")
+    if "zero3" in kinds:
+        results["from a folder"] = from_folder(folder / "from-folder", "zero3", folder / "model")
     if "ddp" in kinds:
         results["sampled"] = sampled(folder)
     if torch.distributed.get_rank() == 0:

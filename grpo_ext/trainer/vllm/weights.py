@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo_ext.trainer.models import is_peft_model
-from grpo_ext.trainer.shards import is_sharded, whole
+from grpo_ext.trainer.shards import made_whole, whole
 
 
 def base_of(model: nn.Module) -> Any:
@@ -80,7 +80,7 @@ def _named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             continue
         owner, _, leaf = name.rpartition(".base_layer.")
         if owner in tuned and leaf == "weight":
-            yield f"{owner}.weight", _merged(tuned[owner], name)
+            yield f"{owner}.weight", _merged(tuned[owner])
             continue
         parts = name.replace(".base_layer.", ".").split(".")
         if "modules_to_save" in parts:
@@ -115,21 +115,18 @@ def _prompt_learning(model: Any) -> bool:
 
 
 @torch.no_grad()
-def _merged(layer: Any, name: str) -> Tensor:
+def _merged(layer: Any) -> Tensor:
     """The weight of one layer with its active adapters added, rounded once."""
-    weight = layer.get_base_layer().weight
     if layer.disable_adapters or not layer.active_adapters:
-        return whole(weight)
-    if is_sharded(weight):
-        raise ValueError(
-            f"{name} is sharded over processes, and merging an adapter needs it whole: set vllm_lora_mode='adapter'"
-        )
-    before = weight.detach().clone()
-    layer.merge()
-    merged = weight.detach().clone()
-    layer.unmerge()
-    weight.copy_(before)
-    return merged
+        return whole(layer.get_base_layer().weight)
+    with made_whole(layer):
+        weight = layer.get_base_layer().weight
+        before = weight.detach().clone()
+        layer.merge()
+        merged = weight.detach().clone()
+        layer.unmerge()
+        weight.copy_(before)
+        return whole(merged)
 
 
 def write_config(model: nn.Module, folder: Path, tokenizer: Any = None) -> None:
