@@ -1,0 +1,161 @@
+"""bench/bench_training.py: both trainers compute the same from the same completions, and its figures are right."""
+
+from __future__ import annotations
+
+import csv
+import time
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from grpo_ext.cli.bench import script_folder
+
+SMALL = "--device cpu --threads 1 --prompts 2 --group 4 --tokens 16 --dtype fp32"
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(script_folder()))
+    import bench_training
+
+    return bench_training
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_same_step_in_both_trainers(bench: ModuleType, tmp_path: Path) -> None:
+    """fp32, so that a loss or gradient norm that differs is a difference and no rounding."""
+    pytest.importorskip("trl", reason="the benchmark beside TRL needs TRL")
+    command = f"phase {SMALL} --cases tiny:lora:4:spread --steps 1 --warmup 0 --candidates ours,trl,trl_fused"
+    assert bench.main([*command.split(), "--output", str(tmp_path)]) == 0
+    ours, trl, fused = rows_of(tmp_path / "training_phase_cpu.csv")
+    assert [row["agrees"] for row in (ours, trl, fused)] == ["True"] * 3
+    assert float(ours["grad_norm"]) > 0
+    assert ours["all_tokens"] == trl["all_tokens"]
+    assert float(ours["forwards"]) <= 2  # the one of each micro-batch, and in the first the attempt without a mask
+    assert (trl["forwards"], fused["forwards"]) == ("2", "2")  # its correction takes a forward of its own
+    assert float(ours["training_s"]) <= float(ours["step_s"])
+
+
+def test_a_difference_fails(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import training_phase
+    import training_setup
+
+    def run(name: str, *_: Any, **__: Any) -> training_setup.Measured:
+        loss = 0.5 if name == "ours" else 0.6
+        return training_setup.Measured([2.0], [0.5], [loss], [1.0], [2], 2, 1e9, 1e8)
+
+    monkeypatch.setattr(training_phase.setup, "run_candidate", run)
+    command = f"phase {SMALL} --cases tiny:full:4:equal --steps 1 --warmup 0 --candidates ours,trl"
+    assert bench.main([*command.split(), "--output", str(tmp_path)]) == 1
+    ours, trl = rows_of(tmp_path / "training_phase_cpu.csv")
+    assert (ours["agrees"], trl["agrees"]) == ("True", "False")
+    assert float(ours["training_s"]) == 1.5
+    assert float(ours["tokens_per_s"]) == pytest.approx(int(ours["all_tokens"]) / 1.5, rel=1e-3)
+
+
+def test_the_longest_is_found_and_proved(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that takes 2 GiB and 1 GiB for each 256 tokens, on a device that gives out 20 of its 21 GiB."""
+    import training_phase
+    import training_setup
+
+    def run(name: str, case: Any, workload: Any, *_: Any, **__: Any) -> training_setup.Measured:
+        peak = 2 + workload.tokens / 256
+        if peak > 20:
+            raise torch.OutOfMemoryError("full")
+        return training_setup.Measured([1.0], [0.0], [0.0], [1.0], [1], 1, peak * 2**30, 1e8)
+
+    monkeypatch.setattr(training_phase.setup, "run_candidate", run)
+    command = "longest --device cpu --cases tiny:lora:4 --candidates ours --tokens 256 --probes 4 --capacity 21"
+    assert bench.main([*command.split(), "--output", str(tmp_path)]) == 0
+    rows = rows_of(tmp_path / "training_longest_cpu.csv")
+    fits = max(int(row["tokens"]) for row in rows if row["fits"] == "True")
+    fails = min(int(row["tokens"]) for row in rows if row["fits"] == "False")
+    assert fits <= 18 * 256 < fails
+    assert fails - fits <= 256
+    assert len(rows) <= 6
+
+
+def test_parts_add_up(bench: ModuleType) -> None:
+    import training_trace
+
+    parts = training_trace.Parts(torch.device("cpu"))
+    parts.start()
+    begin = time.perf_counter()
+    with parts.part("outer"):
+        time.sleep(0.02)
+        with parts.part("inner"):
+            time.sleep(0.03)
+            parts.become("rest of inner")
+            time.sleep(0.01)
+    parts.stop()
+    whole = time.perf_counter() - begin
+    seconds = dict(parts.seconds)
+    assert sum(seconds.values()) == pytest.approx(whole, abs=2e-3)
+    assert 0.02 <= seconds["outer"] < 0.03 + whole - 0.06
+    assert seconds["inner"] >= 0.03
+    assert seconds["rest of inner"] >= 0.01
+
+
+def test_trace_books_every_part(bench: ModuleType, tmp_path: Path) -> None:
+    command = f"trace {SMALL} --cases tiny:lora:4:spread --candidates ours"
+    assert bench.main([*command.split(), "--output", str(tmp_path)]) == 0
+    (row,) = rows_of(tmp_path / "training_trace_cpu.csv")
+    for part in ("layers, forward", "head and loss, forward", "head and loss, backward", "layers, backward"):
+        assert float(row[part]) > 0, part
+    assert float(row["sum"]) <= 1.5 * float(row["step_s"])
+    kernels = rows_of(tmp_path / "training_kernels_cpu.csv")
+    assert any("linear_loss" in line["name"] for line in kernels)
+
+
+def test_a_workload_serves_every_completion_once(bench: ModuleType) -> None:
+    import training_setup
+
+    work = training_setup.Workload(512, prompts=3, group=4, tokens=32, spread=True)
+    work.logps = [[[-1.0] * len(ids) for ids in row] for row in work.completions]
+    ids, logps = work.serve([prompt for prompt in work.prompt_ids for _ in range(4)])
+    assert ids == [completion for row in work.completions for completion in row]
+    assert [len(row) for row in logps] == [len(row) for row in ids]
+    assert work.reward(completion_ids=ids) == [0.0, 1.0, 0.0, 1.0] * 3
+    assert work.all_tokens == sum(map(len, ids)) + 4 * sum(map(len, work.prompt_ids))
+    assert max(map(len, ids)) <= 32 < sum(map(len, ids))
+
+
+def test_learning_runs_become_one_table_and_a_picture(bench: ModuleType, tmp_path: Path) -> None:
+    import plot_training
+    import training_learn
+
+    for trainer, speed in (("ours", 1.0), ("trl", 2.0)):
+        for seed in range(2):
+            points = [
+                {"candidate": trainer, "seed": seed, "engine": "transformers", "step": s, "samples": 32 * s,
+                 "seconds": speed * s, "reward": 0.1 * s, "device": "cpu"} for s in range(3)
+            ]  # fmt: skip
+            training_learn.common.write_csv(tmp_path / f"training_learn_{trainer}_{seed}.csv", points)
+    training_learn.merge(tmp_path, SimpleNamespace(candidates=["ours", "trl"], seeds=2, device="cpu"))
+    assert len(rows_of(tmp_path / "training_learn_cpu.csv")) == 12
+    (path,) = plot_training.draw(tmp_path, tmp_path / "plots")
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_table_is_drawn(bench: ModuleType, tmp_path: Path) -> None:
+    import plot_training
+    import training_trace
+
+    case = {"candidate": "ours", "model": "m", "trained": "lora", "lengths": "spread"}
+    rest = {"micro_batch": 8, "completions": 64, "max_tokens": 1024, "tokens_per_s": 5.0, "device": "cpu"}
+    write = training_trace.common.write_csv
+    write(tmp_path / "training_phase_cpu.csv", [case | rest, case | rest | {"candidate": "trl", "tokens_per_s": 2.0}])
+    write(tmp_path / "training_trace_cpu.csv", [case | dict.fromkeys(training_trace.PARTS, 0.1) | {"sum": 1.0} | rest])
+    write(tmp_path / "training_two_steps_cpu.csv", [{"kind": "ddp", "processes": 2} | case | rest])
+    drawn = plot_training.draw(tmp_path, tmp_path)
+    assert [path.name for path in drawn] == [
+        "training_phase_cpu.png", "training_trace_cpu.png", "training_two_steps_cpu.png",
+    ]  # fmt: skip
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
