@@ -368,6 +368,19 @@ void cuda_scale_product(int device, uintptr_t stream, const py::tuple& chunk, co
   p.out = pointer<void>(t[k++]);
   cuda::scale_product(device, p, stream_of(stream));
 }
+
+void cuda_scaled_hidden(int device, uintptr_t stream, const py::tuple& t) {
+  size_t k = 0;
+  cuda::ScaledHiddenParams p{};
+  p.dtype = DType(t[k++].cast<int>());
+  p.rows = t[k++].cast<int32_t>();
+  p.hidden_size = t[k++].cast<int32_t>();
+  p.hidden = pointer<const void>(t[k++]);
+  p.hidden_stride = t[k++].cast<int64_t>();
+  p.factor = pointer<const float>(t[k++]);
+  p.out = pointer<void>(t[k++]);
+  cuda::scaled_hidden(device, p, stream_of(stream));
+}
 #endif
 
 }  // namespace
@@ -405,6 +418,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_head_gradient", &cuda_head_gradient);
   m.def("cuda_fold_partials", &cuda_fold_partials);
   m.def("cuda_scale_product", &cuda_scale_product);
+  m.def("cuda_scaled_hidden", &cuda_scaled_hidden);
 #if defined(GRPO_CUDA_HOPPER)
   m.attr("CUDA_HOPPER_PRODUCTS") = true;
 #else

@@ -104,6 +104,16 @@ struct ScaleParams {
   void* out;  // [tokens, hidden_size]
 };
 
+// out = factor hidden, rounded: the right factor of the head's gradient.
+struct ScaledHiddenParams {
+  DType dtype;  // of hidden and out: bf16
+  int32_t rows, hidden_size;
+  const void* hidden;     // [rows, hidden_size]
+  int64_t hidden_stride;  // a multiple of 8
+  const float* factor;    // [rows]
+  void* out;              // [rows, hidden_size], dense
+};
+
 // Columns of a tile: there are ceil(vocab / kTileColumns) partial sums per row.
 constexpr int kTileColumns = 256;
 
@@ -111,6 +121,7 @@ void target_reference(int device, const TargetParams& params, Stream stream);
 void probability_product(int device, const ProductParams& params, Stream stream);
 void fold_partials(int device, const FoldParams& params, Stream stream);
 void scale_product(int device, const ScaleParams& params, Stream stream);
+void scaled_hidden(int device, const ScaledHiddenParams& params, Stream stream);
 
 // Where the build has the kernel and the device can run it.
 void launch_probability_product(int multiprocessors, const ProductParams& params, Stream stream);

@@ -1,6 +1,7 @@
 // The small kernels around the products: each row's reference before the first, the fold of its
-// partial sums after it, the row factors after the one back to the hidden states. All are bound by
-// what they read: two or three vectors of H per row, 8 bytes per tile.
+// partial sums after it, the row factors after the one back to the hidden states and before the one
+// with a trained head. All are bound by what they read: two or three vectors of H per row, 8 bytes
+// per tile.
 #include "elements.cuh"
 #include "launch.h"
 #include "probability.h"
@@ -134,6 +135,23 @@ __global__ void __launch_bounds__(kScaleThreads)
   }
 }
 
+// A block per row, eight elements to a thread.
+template <class T>
+__global__ void __launch_bounds__(kScaleThreads)
+    scaled_hidden_kernel(const __grid_constant__ ScaledHiddenParams p) {
+  const int64_t row = blockIdx.x;
+  const float factor = p.factor[row];
+  const auto* hidden = static_cast<const T*>(p.hidden) + row * p.hidden_stride;
+  auto* out = static_cast<T*>(p.out) + row * p.hidden_size;
+  for (int k = threadIdx.x * 8; k < p.hidden_size; k += kScaleThreads * 8) {
+    float v[8];
+    unpack<T>(*reinterpret_cast<const uint4*>(hidden + k), v);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) v[j] *= factor;
+    *reinterpret_cast<uint4*>(out + k) = pack<T>(v);
+  }
+}
+
 void check_rows(const char* operation, const ChunkRows& rows, DType dtype) {
   if (rows.count < 0 || dtype != DType::kBFloat16)
     throw std::invalid_argument(std::string("grpo_ext: ") + operation +
@@ -171,6 +189,15 @@ void scale_product(int device, const ScaleParams& p, Stream stream) {
   const auto kernel =
       wide ? scale_kernel<__nv_bfloat16, float> : scale_kernel<__nv_bfloat16, __nv_bfloat16>;
   kernel<<<blocks, kScaleThreads, 0, stream>>>(p);
+  GRPO_CUDA_CHECK(cudaGetLastError());
+}
+
+void scaled_hidden(int device, const ScaledHiddenParams& p, Stream stream) {
+  const DeviceGuard guard(device);
+  if (p.rows == 0) return;
+  if (p.dtype != DType::kBFloat16)
+    throw std::invalid_argument("grpo_ext: scaled_hidden takes rows of bf16 hidden states");
+  scaled_hidden_kernel<__nv_bfloat16><<<unsigned(p.rows), kScaleThreads, 0, stream>>>(p);
   GRPO_CUDA_CHECK(cudaGetLastError());
 }
 

@@ -1,7 +1,7 @@
 """The kernels around and of the probability product (csrc/cuda/probability.h), called with tensors.
 
 Work is enqueued on the current stream of the tensors' device. Tensors are as `grpo_ext.linear.probabilities` makes
-them; `grpo_ext.linear.probabilities_reference` says in plain torch what each of the four computes.
+them; `grpo_ext.linear.probabilities_reference` says in plain torch what each computes.
 """
 
 from __future__ import annotations
@@ -129,5 +129,16 @@ def scale(
         (
             DTYPE_CODES[weight.dtype], DTYPE_CODES[out.dtype], product.shape[1], product.data_ptr(), factor.data_ptr(),
             pointer(residual), pointer(target), weight.data_ptr(), weight.stride(0), out.data_ptr(),
+        ),
+    )  # fmt: skip
+
+
+def scaled_hidden(hidden: Tensor, factor: Tensor, out: Tensor) -> None:
+    count_call()
+    _C.cuda_scaled_hidden(
+        *place(hidden),
+        (
+            DTYPE_CODES[hidden.dtype], hidden.shape[0], hidden.shape[1], hidden.data_ptr(), hidden.stride(0),
+            factor.data_ptr(), out.data_ptr(),
         ),
     )  # fmt: skip

@@ -127,7 +127,8 @@ def probability_plan(
     others = chunk_plan(
         vocab, hidden_size, numerics.compute_dtype, numerics.logits_dtype, device_type, numerics.memory_budget
     )
-    rows = max(fitting // ROW_STEP * ROW_STEP, others.rows)
+    step = ROW_STEP if fitting < 2 * ROW_STEP else 2 * ROW_STEP  # CTAs take tiles in pairs
+    rows = max(fitting // step * step, others.rows)
     if not stores and device_type == "cuda" and not numerics.memory_budget:
         rows = max(rows, HIDDEN_BYTES // (hidden_size * itemsize) // ROW_STEP * ROW_STEP)
     return ChunkPlan(min(rows, ROW_STEP), rows, stride)
@@ -274,7 +275,9 @@ class Probabilities(Tokens):
 
     def scaled_hidden(self, chunk: Chunk, factor: Tensor) -> Tensor:
         """``factor * hidden`` in the products' dtype: the right factor of the head's gradient."""
-        return torch.mul(chunk.hidden, factor.unsqueeze(1), out=self._buffer(factor.numel()))
+        out = self._buffer(factor.numel())
+        self._kernels.scaled_hidden(chunk.hidden, factor, out)
+        return out
 
     def _back(self, E: Tensor) -> Tensor:
         wide = self.numerics.statistics_dtype

@@ -1,4 +1,4 @@
-"""The four kernels of the probability route in plain torch: what they compute, step by step.
+"""The kernels of the probability route in plain torch: what they compute, step by step.
 
 Same functions, arguments and results in place as `grpo_ext._ops.probability`, on any device and in any dtype (sums in
 fp64 for fp64, else fp32). Tests run the whole route on them where there is no Hopper GPU; `probabilities.select_route`.
@@ -171,3 +171,8 @@ def scale(
         own = torch.where((target >= 0).unsqueeze(1), weight[target.long().clamp(min=0)], 0.0)
         product = product + residual.unsqueeze(1) * own.to(product.dtype)
     out[_tokens(rows, out.device)] = (product * factor.unsqueeze(1)).to(out.dtype)
+
+
+def scaled_hidden(hidden: Tensor, factor: Tensor, out: Tensor) -> None:
+    """``out = factor * hidden``, rounded once: the right factor of the head's gradient."""
+    torch.mul(hidden, factor.unsqueeze(1), out=out)

@@ -168,6 +168,16 @@ def test_scaling_against_its_twin(size: int, wide: bool) -> None:
             assert (results[0] == 7.0).all(dim=1).sum() == 200 - rows
 
 
+@pytest.mark.parametrize("size", [8, 1032])
+def test_scaled_hidden_against_its_twin(size: int) -> None:
+    hidden = torch.randn(133, size + 8, device="cuda").bfloat16()[:, :size]
+    factor = torch.randn(133, device="cuda")
+    results = [torch.full((134, size), 7.0, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    for module, out in zip((kernels, twins), results, strict=True):
+        module.scaled_hidden(hidden, factor, out[:133])
+    assert torch.equal(*results)
+
+
 def test_a_nan_and_a_wrong_id_stay_in_their_rows() -> None:
     case = Case(200, 1001, 64)
     expected = case.run(kernels)
