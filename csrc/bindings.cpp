@@ -212,6 +212,12 @@ py::dict cuda_plan(int architecture, int64_t shared_bytes, int dtype, int64_t vo
   return out;
 }
 
+// Whether the row kernel forms the sequences' terms itself, so that a call at token level is one
+// launch.
+bool cuda_forms_own_terms(const py::tuple& policy, const Numbers& spec) {
+  return cuda::forms_own_terms(read_policy<float>(policy, spec));
+}
+
 #if defined(GRPO_CUDA)
 cuda::Stream stream_of(uintptr_t handle) { return reinterpret_cast<cuda::Stream>(handle); }
 
@@ -402,6 +408,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_scale_rows", &cpu_scale_rows);
   m.def("cuda_plan", &cuda_plan, py::arg("architecture"), py::arg("shared_bytes"), py::arg("dtype"),
         py::arg("vocab"), py::arg("statistics_only") = false);
+  m.def("cuda_forms_own_terms", &cuda_forms_own_terms);
 #if defined(GRPO_CUDA)
   m.attr("CUDA_ARCHITECTURES") = GRPO_CUDA_ARCHITECTURES;
   m.attr("CUDA_VERSION") = cuda::compiled_version();

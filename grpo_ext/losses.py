@@ -225,16 +225,16 @@ def masked_quantile(values: Tensor, mask: Tensor, q: float) -> Tensor:
 
 
 def _output(
-    loss: Tensor, logps: Tensor | None, entropy: Tensor | None, kl: Tensor, metrics: Tensor, shape: torch.Size
+    loss: Tensor, logps: Tensor | None, entropy: Tensor | None, kl: Tensor | None, metrics: Tensor, shape: torch.Size
 ) -> GRPOLossOutput:
     assert logps is not None
-    return GRPOLossOutput(
-        loss,
-        logps.view(shape),
-        None if entropy is None else entropy.view(shape),
-        kl.view(shape) if kl.numel() == logps.numel() and kl.dim() == 2 else None,
-        named_metrics(metrics),
-    )
+    if kl is not None and kl.shape != logps.shape:
+        kl = None  # empty: beta is 0
+    if logps.shape != shape:  # (N,) logits; a view of the same shape would cost 2 µs
+        logps = logps.view(shape)
+        entropy = None if entropy is None else entropy.view(shape)
+        kl = None if kl is None else kl.view(shape)
+    return GRPOLossOutput(loss, logps, entropy, kl, named_metrics(metrics))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,29 +257,47 @@ class _GRPOLoss(torch.autograd.Function):
         *policy: Any,
     ) -> tuple[Tensor | None, ...]:
         ctx.inputs = 6 + len(policy)
-        tensors = policy[0] if len(policy) == 1 else PolicyTensors(*policy)
+        # Outputs without a gradient go past autograd, unless a compiler has to see them.
+        aside: list[Any] | None = None
+        if len(policy) == 2:
+            tensors, aside = policy
+        else:
+            tensors = PolicyTensors(*policy)
         run = _one_pass if fits_one_pass(config, tensors) else _staged
         loss, logps, entropy, kl, metrics, grad = run(
             _three_dimensional(logits), ids, config, tensors, spec, transform, mode
         )
-        ctx.mark_non_differentiable(logps, entropy, kl, metrics)
         ctx.set_materialize_grads(False)
         ctx.overwrites = mode.startswith("overwrite")
-        ctx.grad = grad.view(logits.shape) if grad is not None else None
+        ctx.grad = grad if grad is None or grad.shape == logits.shape else grad.view(logits.shape)
         if mode == "overwrite":
             # Autograd gives the overwritten logits this node as their history: using them later raises in backward.
             ctx.mark_dirty(logits)
-            # They come first: a retained gradient of theirs is moved along by position.
-            return logits, loss, logps, entropy, kl, metrics
         if mode == "overwrite_view":
             torch.autograd.graph.increment_version(logits)
-        return None, loss, logps, entropy, kl, metrics
+        # They come first: a retained gradient of theirs is moved along by position.
+        overwritten = logits if mode == "overwrite" else None
+        if aside is not None:
+            aside += (logps, entropy, kl, metrics)
+            return overwritten, loss
+        ctx.mark_non_differentiable(logps, entropy, kl, metrics)
+        return overwritten, loss, logps, entropy, kl, metrics
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, grad_logits: Tensor | None, grad_loss: Tensor | None, *_: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True: whoever differentiates the gradient is told that it has none
+            return _GRPOLoss._backward_once(ctx, grad_logits, grad_loss)
+        return _GRPOLoss._backward(ctx, grad_logits, grad_loss)
+
+    @staticmethod
+    @once_differentiable
+    def _backward_once(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _GRPOLoss._backward(ctx, *grads)
+
+    @staticmethod
+    def _backward(ctx: Any, grad_logits: Tensor | None, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_logits is not None:
             raise RuntimeError(
                 "grpo_loss(inplace=True) has overwritten these logits with their gradient, and they were used again "
@@ -329,7 +347,7 @@ def fits_one_pass(config: LossConfig, tensors: PolicyTensors) -> bool:
 def _one_pass(
     logits: Tensor, ids: Tensor, config: LossConfig, tensors: PolicyTensors, spec: list[float],
     transform: list[float], mode: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
     if mode.startswith("overwrite"):
         return *kernels.row_loss_(logits, ids, *tensors, spec, transform), logits
     *out, grad = kernels.row_loss(logits, ids, *tensors, spec, transform, mode == "fresh")
@@ -422,6 +440,8 @@ def grpo_loss(
     mode = "none"
     if logits.requires_grad and torch.is_grad_enabled():
         mode = _overwrite_mode(logits) if inplace else "fresh"
+    compiles = torch.compiler.is_compiling()
+    aside: list[Any] = []
     outputs = _GRPOLoss.apply(
         logits,
         _two_dimensional(completion_ids.contiguous()),
@@ -430,9 +450,9 @@ def grpo_loss(
         logit_transform(config.temperature, config.logit_softcap, config.logit_scale),
         mode,
         # One argument is looked at faster than eight; a compiler wants to see them all.
-        *(tensors if torch.compiler.is_compiling() else (tensors,)),
+        *(tensors if compiles else (tensors, aside)),
     )
-    _, loss, logps, entropy, kl, metrics = outputs
+    _, loss, logps, entropy, kl, metrics = (*outputs, *aside) if aside else outputs
     return _output(loss, logps, entropy, kl, metrics, completion_ids.shape)
 
 

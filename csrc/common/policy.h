@@ -88,6 +88,14 @@ GRPO_HOST_DEVICE bool forms_importance(const PolicyParams<Real>& p) {
          p.importance_shape == ImportanceShape::kNone && p.sampling_logps != nullptr;
 }
 
+// Whether the terms of a sequence follow from more than the number of its tokens.
+template <class Real>
+GRPO_HOST_DEVICE bool needs_sums(const PolicyParams<Real>& p) {
+  return p.spec.level == Level::kSequence || p.spec.loss_type == LossType::kVespo ||
+         p.spec.has_off_policy_threshold ||
+         (forms_importance(p) && per_sequence(p.spec.importance_mode));
+}
+
 // Truncate to [min, cap], or 0 outside of it.
 template <class Real>
 GRPO_HOST_DEVICE Real bound_importance(const LossSpec<Real>& spec, Real weight) {

@@ -20,7 +20,9 @@ int compiled_version();
 // Device memory that row_loss and policy_loss need beside their outputs, in bytes.
 int64_t workspace_bytes(int64_t batch, int64_t length);
 
-// For tests: "auto", or "streaming" to leave the one-launch kernel aside; false: unknown name.
+// For tests: "auto", "streaming" to leave the one-launch kernel aside, or "terms_kernel" to have
+// the terms of the sequences from a kernel before it wherever it could form them itself; false:
+// unknown.
 bool select_route(const char* name);
 
 // logits -> logps, entropy, lse.

@@ -31,6 +31,13 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
+// Whether what is launched on the stream becomes part of a CUDA graph.
+inline bool is_capturing(Stream stream) {
+  cudaStreamCaptureStatus status;
+  GRPO_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
+  return status != cudaStreamCaptureStatusNone;
+}
+
 struct Launch {
   unsigned grid, block;
   int cluster = 0;  // 0: not launched as clusters

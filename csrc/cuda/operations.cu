@@ -16,7 +16,7 @@
 namespace grpo::cuda {
 namespace {
 
-std::atomic<bool> use_ring{true};
+std::atomic<bool> use_ring{true}, use_own_terms{true};
 
 int32_t count_rows(const RowParams<float>& p) {
   const int64_t rows = p.batch * p.length;
@@ -103,9 +103,11 @@ PolicyKernelParams policy_params(const PolicyParams<float>& policy, void* worksp
 int compiled_version() { return CUDART_VERSION; }
 
 bool select_route(const char* name) {
-  const bool streaming = !std::strcmp(name, "streaming");
-  if (!streaming && std::strcmp(name, "auto") != 0) return false;
+  const bool streaming = !std::strcmp(name, "streaming"),
+             terms = !std::strcmp(name, "terms_kernel");
+  if (!streaming && !terms && std::strcmp(name, "auto") != 0) return false;
   use_ring = !streaming;
+  use_own_terms = !terms;
   return true;
 }
 
@@ -150,11 +152,52 @@ void policy_loss(int device, const PolicyParams<float>& policy, void* workspace,
   launch_emit(p, device_of(device).architecture >= 90, stream);
 }
 
+#if defined(GRPO_CUDA_RING)
+namespace {
+
+// Loss and gradient with the row on chip. False: not on this device, or not for this call.
+bool row_loss_on_chip(int device, const RowParams<float>& rows, PolicyKernelParams p,
+                      Stream stream) {
+  const RowPlan plan = plan_row_loss(device_of(device), rows.dtype, rows.vocab);
+  RingParams ring{};
+  ring.rows = rows;
+  ring.policy = p.policy;
+  ring.row_count = count_rows(rows);
+  ring.share = plan.division.share;
+  ring.stages = plan.stages;
+  ring.stage_bytes = plan.stage_bytes;
+  ring.groups = plan.groups;
+  if (!plan.ring || !use_ring || ring.row_count == 0 || ring_clusters(ring, plan) == 0)
+    return false;
+  // A sequence is reported against every token's own log probability: a NaN in one shows in all.
+  const bool reports = p.policy.spec.level == Level::kToken;
+  const bool capturing = is_capturing(stream);
+  int counter = -1;
+  if (reports && use_own_terms && forms_own_terms(p.policy))
+    counter = take_report_counter(device, stream, capturing);
+  if (counter >= 0) {
+    ring.report = {p.workspace.sums, nullptr, counter};
+    // A graph's nodes before are not always kernels.
+    launch_ring(ring, plan, !capturing, stream);
+    return true;
+  }
+  ring.terms = p.workspace.terms;
+  if (reports) ring.report = {p.workspace.sums, p.workspace.finished, -1};
+  launch_terms(p, stream);
+  launch_ring(ring, plan, true, stream);
+  if (reports) return true;
+  p.with_logps = true;
+  launch_terms(p, stream);
+  launch_emit(p, true, stream);
+  return true;
+}
+
+}  // namespace
+#endif
+
 void row_loss(int device, const RowParams<float>& rows, const PolicyParams<float>& policy,
               void* workspace, Stream stream) {
   const DeviceGuard guard(device);
-  const int32_t row_count = count_rows(rows);
-  const RowPlan plan = plan_row_loss(device_of(device), rows.dtype, rows.vocab);
   PolicyKernelParams p = policy_params(policy, workspace, false);
   if (!rows.grad) {
     p.with_logps = true;
@@ -164,27 +207,7 @@ void row_loss(int device, const RowParams<float>& rows, const PolicyParams<float
     return;
   }
 #if defined(GRPO_CUDA_RING)
-  if (plan.ring && use_ring && row_count > 0) {
-    launch_terms(p, stream);
-    RingParams ring{};
-    ring.rows = rows;
-    ring.policy = policy;
-    ring.terms = p.workspace.terms;
-    ring.row_count = row_count;
-    ring.share = plan.division.share;
-    ring.stages = plan.stages;
-    ring.stage_bytes = plan.stage_bytes;
-    ring.groups = plan.groups;
-    // A sequence is reported against every token's own log probability: a NaN in one shows in all.
-    const bool reports = policy.spec.level == Level::kToken;
-    if (reports) ring.report = {p.workspace.sums, p.workspace.finished};
-    launch_ring(ring, plan, stream);
-    if (reports) return;
-    p.with_logps = true;
-    launch_terms(p, stream);
-    launch_emit(p, true, stream);
-    return;
-  }
+  if (row_loss_on_chip(device, rows, p, stream)) return;
 #endif
   RowParams<float> with_lse = rows;
   with_lse.lse = p.workspace.lse;

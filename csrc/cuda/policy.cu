@@ -8,7 +8,7 @@ namespace {
 
 constexpr int kWarps = kPolicyThreads / 32;
 constexpr int64_t kAlignment = 16;
-constexpr int64_t kSumBytes = int64_t(kMaxReporters) * kSumCount * int64_t(sizeof(double));
+constexpr int64_t kSumBytes = int64_t(kSumCount) * kMaxReporters * int64_t(sizeof(double));
 
 __device__ __forceinline__ void merge(double* a, const double& b) { *a += b; }
 __device__ __forceinline__ void merge(ChunkSums* a, const ChunkSums& b) {
@@ -75,13 +75,6 @@ __device__ uint32_t count_tokens(const uint8_t* mask, int64_t n) {
 #pragma unroll 4
   for (; i < n; i += kPolicyThreads) tokens += mask[i];
   return tokens;
-}
-
-// Whether the terms of a sequence follow from more than the number of its tokens.
-__device__ bool needs_sums(const PolicyParams<float>& p) {
-  return p.spec.level == Level::kSequence || p.spec.loss_type == LossType::kVespo ||
-         p.spec.has_off_policy_threshold ||
-         (forms_importance(p) && per_sequence(p.spec.importance_mode));
 }
 
 // The divisor of these is the number of tokens of all sequences.

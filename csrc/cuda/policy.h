@@ -20,7 +20,7 @@ struct ChunkSums {
 // The caller's scratch memory, cut up.
 struct Workspace {
   uint32_t* finished;           // [1] blocks that have reported
-  double* sums;                 // [kMaxReporters, kSumCount]
+  double* sums;                 // [kSumCount, kMaxReporters]
   SequenceTerms<float>* terms;  // [B]
   ChunkSums* chunks;            // [B * chunks per sequence]
   // Where statistics and gradient are separate launches, [B,T] each.

@@ -1,15 +1,14 @@
-// What a call reports, summed by warps: each lane over rows of its own, then by number of
-// BatchSums.
+// What a call reports: each lane of a warp sums over rows of its own; at the end many warps fold, a
+// number of BatchSums each.
 #pragma once
 
 #include <cstddef>
 
 #include "../common/metrics.h"
+#include "ptx.cuh"
 #include "report.h"
 
 namespace grpo::cuda {
-
-static_assert(kSumCount <= 32, "one lane per number");
 
 // A warp's 32 BatchSums in shared memory, the numbers of one lane in a column.
 __device__ __forceinline__ void clear_column(double (*sums)[32], int lane) {
@@ -28,42 +27,21 @@ __device__ __forceinline__ void add_to_column(double (*sums)[32], int lane, cons
   for (int k = 0; k < kSumCount; ++k) sums[k][lane] = numbers[k];
 }
 
-// One number of BatchSums per lane. Without branches, so that the loads of many can be under way.
-class LaneSum {
- public:
-  __device__ explicit LaneSum(int lane) {
-    const auto holds = [&](size_t offset) { return lane == int(offset / sizeof(double)); };
-    is_max_ = holds(offsetof(BatchSums, ratio_max)) || holds(offsetof(BatchSums, importance_max)) ||
-              holds(offsetof(BatchSums, difference_max));
-    is_min_ = holds(offsetof(BatchSums, importance_min));
-    value_ = is_min_ ? INFINITY : 0.0;
-  }
-  __device__ __forceinline__ void add(double v) {
-    const double sum = value_ + v;
-    const bool replaces = is_max_ ? v > value_ : v < value_;
-    value_ = is_max_ || is_min_ ? (replaces ? v : value_) : sum;
-  }
-  // The lane's number of a warp's 32 BatchSums. This runs once, so it is short: instructions that
-  // nobody has fetched before take longer than the additions.
-  __device__ __forceinline__ void add_row(const double (*sums)[32], int lane) {
-    if (lane >= kSumCount) return;
-#pragma unroll 8
-    for (int i = 0; i < 32; ++i) add(sums[lane][(i + lane) % 32]);
-  }
-  __device__ double value() const { return value_; }
-  // All lanes' numbers, in every lane.
-  __device__ BatchSums gather() const {
-    BatchSums sums;
-    double* numbers = reinterpret_cast<double*>(&sums);
+// How two parts of number k become one. Instructions that nobody has fetched before take longer
+// than the additions: this is short, and the same for every k.
+__device__ __forceinline__ double join(int k, double a, double b) {
+  const auto is = [k](size_t offset) { return k == int(offset / sizeof(double)); };
+  if (is(offsetof(BatchSums, importance_min))) return b < a ? b : a;
+  const bool greatest = is(offsetof(BatchSums, ratio_max)) ||
+                        is(offsetof(BatchSums, importance_max)) ||
+                        is(offsetof(BatchSums, difference_max));
+  return greatest ? greater(a, b) : a + b;
+}
+__device__ __forceinline__ double join_lanes(int k, double v) {
 #pragma unroll
-    for (int k = 0; k < kSumCount; ++k) numbers[k] = __shfl_sync(~0u, value_, k);
-    return sums;
-  }
-
- private:
-  bool is_max_, is_min_;
-  double value_;
-};
+  for (int o = 16; o; o >>= 1) v = join(k, v, __shfl_xor_sync(~0u, v, o));
+  return v;
+}
 
 // Sequences with an unmasked token, counted by a warp.
 __device__ __forceinline__ int count_sequences(const PolicyParams<float>& p,
@@ -73,34 +51,61 @@ __device__ __forceinline__ int count_sequences(const PolicyParams<float>& p,
   return __reduce_add_sync(~0u, sequences);
 }
 
-// Called by one warp of each reporter, with its sums; the last one folds all, always in one order.
-// Token level without an off-policy mask: every sequence with a token counts as kept.
-__device__ __forceinline__ void finish_report(const Report& report, const PolicyParams<float>& p,
-                                              int sequences, double (*sums_of_lanes)[32],
-                                              uint32_t reporter, uint32_t reporters) {
+// What the warps of a CTA need to fold the report.
+struct ReportShared {
+  double sums[kSumCount][32];  // of every 32nd row
+  double totals[kSumCount];
+  uint32_t last;
+};
+
+// The warps that fold, `workers` of them, take the numbers of BatchSums in turn: a reporter's
+// first, then, in the last reporter to come here, all reporters'. Always in one order. Token level
+// without an off-policy mask: every sequence with a token counts as kept.
+__device__ __forceinline__ void finish_report(const Report& report, uint32_t* finished,
+                                              const PolicyParams<float>& p,
+                                              const SequenceTerms<float>* terms, ReportShared& sh,
+                                              int worker, int workers, uint32_t reporter,
+                                              uint32_t reporters) {
+  constexpr int kBarrier = 1, kAtOnce = 5;  // loads under way per lane
   const int lane = threadIdx.x & 31;
-  __syncwarp();        // all lanes' sums are there
-  LaneSum mine(lane);  // empty
-  mine.add_row(sums_of_lanes, lane);
-  if (lane < kSumCount) __stcg(report.sums + reporter * kSumCount + lane, mine.value());
-  __threadfence();
-  __syncwarp();
-  uint32_t before = 0;
-  if (lane == 0) before = atomicAdd(report.finished, 1u);
-  if (__shfl_sync(~0u, before, 0) != reporters - 1) return;
-  __threadfence();
-  clear_column(sums_of_lanes, lane);
-  for (uint32_t r = lane; r < reporters; r += 32) {
-    BatchSums other;
-    double* numbers = reinterpret_cast<double*>(&other);
-#pragma unroll
-    for (int k = 0; k < kSumCount; ++k) numbers[k] = __ldcg(report.sums + r * kSumCount + k);
-    add_to_column(sums_of_lanes, lane, other);
+  ptx::named_barrier(kBarrier, workers * 32);  // the reporting warp's sums are there
+  for (int k = worker; k < kSumCount; k += workers) {
+    const double sum = join_lanes(k, sh.sums[k][lane]);
+    if (lane == 0) {
+      __stcg(report.sums + k * kMaxReporters + reporter, sum);
+      __threadfence();
+    }
   }
-  __syncwarp();
-  LaneSum total(lane);
-  total.add_row(sums_of_lanes, lane);
-  BatchSums sums = total.gather();
+  ptx::named_barrier(kBarrier, workers * 32);
+  // Back to 0 with the last, for the next call.
+  if (worker == 0 && lane == 0) sh.last = atomicInc(finished, reporters - 1) == reporters - 1;
+  ptx::named_barrier(kBarrier, workers * 32);
+  if (!sh.last) return;
+  __threadfence();
+  for (int k = worker; k < kSumCount; k += workers) {
+    const double* sums = report.sums + k * kMaxReporters;
+    const double none =
+        k == int(offsetof(BatchSums, importance_min) / sizeof(double)) ? INFINITY : 0;
+    double total = none;
+    for (uint32_t r = lane; r < reporters; r += 32 * kAtOnce) {
+      double parts[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i)
+        parts[i] = r + 32 * i < reporters ? __ldcg(sums + r + 32 * i) : none;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) total = join(k, total, parts[i]);
+    }
+    total = join_lanes(k, total);
+    if (lane == 0) sh.totals[k] = total;
+  }
+  const bool writes = worker == workers - 1;  // the reporting warp
+  const int sequences = writes ? count_sequences(p, terms) : 0;
+  ptx::named_barrier(kBarrier, workers * 32);
+  if (!writes) return;
+  BatchSums sums;
+  double* numbers = reinterpret_cast<double*>(&sums);
+#pragma unroll
+  for (int k = 0; k < kSumCount; ++k) numbers[k] = sh.totals[k];
   sums.sequences = sums.kept = sequences;
   if (lane == 0) *p.loss = float(sums.loss);
   const Metrics metrics(sums);

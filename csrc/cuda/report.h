@@ -11,8 +11,11 @@ constexpr int kSumCount = sizeof(BatchSums) / sizeof(double);
 constexpr int kMaxReporters = 1024;
 
 struct Report {
-  double* sums;        // [kMaxReporters, kSumCount] or null: nothing is reported
-  uint32_t* finished;  // [1] reporters so far
+  double* sums;  // [kSumCount, kMaxReporters] or null: nothing is reported
+  // Reporters so far: 0 before the first, and again behind the last. Null: counter number `counter`
+  // of the kernel's own.
+  uint32_t* finished;
+  int32_t counter;
 };
 
 }  // namespace grpo::cuda

@@ -25,19 +25,23 @@ const void* for_dtype(DType dtype, const F& address) {
 }
 
 // Clusters that fit on the device at a time. The first call for a plan also raises the kernel's
-// shared-memory limit.
+// limits.
 int active_clusters(const void* kernel, int cluster, int threads, int shared_bytes) {
   using Key = std::tuple<int, const void*, int, int, int>;
   static std::mutex mutex;
   static std::map<Key, int> known;
   int device = 0;
   GRPO_CUDA_CHECK(cudaGetDevice(&device));
+  const Key key(device, kernel, cluster, threads, shared_bytes);
   const std::lock_guard<std::mutex> lock(mutex);
-  int& clusters = known[Key(device, kernel, cluster, threads, shared_bytes)];
-  if (clusters > 0) return clusters;
+  const auto found = known.find(key);
+  if (found != known.end()) return found->second;
   // To the maximum, so that it never shrinks under a plan that was prepared before.
   GRPO_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                        int(device_of(device).shared_bytes) - kRingStaticBytes));
+  if (cluster > kPortableCluster)
+    GRPO_CUDA_CHECK(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
   cudaLaunchConfig_t config{};
   cudaLaunchAttribute attribute[1];
   attribute[0].id = cudaLaunchAttributeClusterDimension;
@@ -48,30 +52,55 @@ int active_clusters(const void* kernel, int cluster, int threads, int shared_byt
   config.dynamicSmemBytes = size_t(shared_bytes);
   config.attrs = attribute;
   config.numAttrs = 1;
+  int clusters = 0;
   GRPO_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
-  if (clusters < 1) throw std::runtime_error("grpo_ext: no room for one cluster of the row kernel");
-  return clusters;
+  return known[key] = clusters;
+}
+
+const void* ring_kernel_of(const RingParams& params) {
+  const auto& t = params.rows.transform;
+  const bool general = t.softcap > 0 || t.scale < 0 || params.policy.spec.entropy_coef != 0;
+  return for_dtype(params.rows.dtype,
+                   [&](auto element) { return ring_kernel_address<decltype(element)>(general); });
 }
 
 }  // namespace
 
-void launch_ring(const RingParams& params, const RowPlan& plan, Stream stream) {
-  const auto& t = params.rows.transform;
-  const bool general = t.softcap > 0 || t.scale < 0 || params.policy.spec.entropy_coef != 0;
-  const void* kernel = for_dtype(params.rows.dtype, [&](auto element) {
-    return ring_kernel_address<decltype(element)>(general);
-  });
+int take_report_counter(int device, Stream stream, bool capturing) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, unsigned long long>, int> of_stream;  // by the stream's number
+  static std::map<int, int> taken;                                     // by device
+  // Handles of streams come again, numbers do not.
+  unsigned long long number = 0;
+  if (!capturing) GRPO_CUDA_CHECK(cudaStreamGetId(stream, &number));
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (!capturing) {
+    const auto known = of_stream.find({device, number});
+    if (known != of_stream.end()) return known->second;
+  }
+  int& count = taken[device];
+  if (count == kReportCounters) return -1;
+  if (!capturing) of_stream[{device, number}] = count;
+  return count++;
+}
+
+int ring_clusters(const RingParams& params, const RowPlan& plan) {
+  const int clusters = active_clusters(ring_kernel_of(params), plan.division.shares,
+                                       ring_threads(plan.groups), ring_shared_bytes(plan));
+  return clusters < kMaxReporters ? clusters : kMaxReporters;
+}
+
+void launch_ring(const RingParams& params, const RowPlan& plan, bool beside_previous,
+                 Stream stream) {
+  int clusters = ring_clusters(params, plan);
+  if (clusters < 1) throw std::runtime_error("grpo_ext: no room for one cluster of the row kernel");
+  if (params.row_count < clusters) clusters = params.row_count;
   const int cluster = plan.division.shares;
-  const int shared_bytes = plan.stages * plan.stage_bytes;
-  const int threads = ring_threads(plan.groups);
-  const int fitting = active_clusters(kernel, cluster, threads, shared_bytes);
-  const int clusters = fitting < kMaxReporters ? fitting : kMaxReporters;
-  Launch how{unsigned(cluster * (params.row_count < clusters ? params.row_count : clusters)),
-             unsigned(threads)};
+  Launch how{unsigned(cluster * clusters), unsigned(ring_threads(plan.groups))};
   how.cluster = cluster;
-  how.shared_bytes = shared_bytes;
-  how.beside_previous = true;
-  launch(kernel, how, stream, params);
+  how.shared_bytes = ring_shared_bytes(plan);
+  how.beside_previous = beside_previous;
+  launch(ring_kernel_of(params), how, stream, params);
 }
 
 void launch_stats_ring(const StatsRingParams& params, Stream stream) {

@@ -17,8 +17,10 @@ constexpr int kRingThreadsWithRoom = 800;
 struct RingParams {
   RowParams<float> rows;  // grad is set; may be the logits
   PolicyParams<float> policy;
-  const SequenceTerms<float>* terms;  // [B], from the kernel launched before
-  Report report;                      // loss and metrics, where no kernel after this one forms them
+  // [B], from the kernel launched before; null: every CTA forms them, see forms_own_terms in
+  // plan.h.
+  const SequenceTerms<float>* terms;
+  Report report;  // loss and metrics, where no kernel after this one forms them
   int32_t row_count;
   int32_t share;        // elements of a row per CTA
   int32_t stages;       // shares in shared memory
@@ -26,8 +28,20 @@ struct RingParams {
   int32_t groups;       // of consumers, at most kMaxGroups
 };
 
-// Rows of rows.dtype under the given plan.
-void launch_ring(const RingParams& params, const RowPlan& plan, Stream stream);
+// Counters in device memory that are 0 from the start and that every call leaves at 0 again. Calls
+// that may run at the same time need different ones: a stream has its own, and so has a call that
+// becomes part of a graph, for as long as the process lives.
+constexpr int kReportCounters = 2048;
+// -1: all are taken.
+int take_report_counter(int device, Stream stream, bool capturing);
+
+// Clusters of the plan's size that fit on the current device at a time; 0: it has no place for one,
+// as may be with 16 CTAs, and the rows are to be streamed.
+int ring_clusters(const RingParams& params, const RowPlan& plan);
+
+// Rows of rows.dtype under the given plan. `beside_previous`: see Launch.
+void launch_ring(const RingParams& params, const RowPlan& plan, bool beside_previous,
+                 Stream stream);
 
 // Groups of consumers, a loading and a deciding warp.
 constexpr int stats_ring_threads(int groups) { return groups * kGroupThreads + 64; }

@@ -71,17 +71,18 @@ __device__ __forceinline__ unsigned char* place_in_stage(unsigned char* stages, 
   return stages + stage * stage_bytes + kStageLine + in_line;
 }
 
-// Whole 16-byte blocks: up to 15 bytes of the neighbours on either side come along.
-template <class T>
+// Whole 16-byte blocks: up to 15 bytes of the neighbours on either side come along. `policy`: none,
+// or one for the L2 cache.
+template <class T, class... Policy>
 __device__ __forceinline__ void load_share(const T* logits, int length, unsigned char* in_stage,
-                                           uint32_t full) {
+                                           uint32_t full, Policy... policy) {
   const char* from = reinterpret_cast<const char*>(logits);
   const uint32_t skip = uint32_t(reinterpret_cast<uintptr_t>(from) & 15);
   const uint32_t total = length > 0 ? (skip + length * uint32_t(sizeof(T)) + 15) / 16 * 16 : 0;
   const uint32_t to = ptx::shared_address(in_stage);
   ptx::mbarrier_arrive_expect(full, total);
   for (uint32_t o = 0; o < total; o += kBulkBytes)
-    ptx::bulk_load(to + o, from - skip + o, min(kBulkBytes, total - o), full);
+    ptx::bulk_load(to + o, from - skip + o, min(kBulkBytes, total - o), full, policy...);
 }
 
 }  // namespace grpo::cuda

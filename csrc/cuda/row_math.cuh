@@ -207,20 +207,26 @@ struct RowStats {
   float logp, entropy, lse;
 };
 
-// One warp folds the records of all warps of all shares, at most 64. `target`: u of the row's
+// One warp folds the records of all warps of all shares. `target`: u of the row's
 // token.
 __device__ __forceinline__ RowStats fold(const Record* records, int count, float target,
                                          float slope, float log2_slope) {
   const int lane = threadIdx.x & 31;
-  Record a = {-INFINITY, 0.f, 0.f, 0.f}, b = a;
-  if (lane < count) a = records[lane];
-  if (lane + 32 < count) b = records[lane + 32];
-  Part part = {a.x, a.y, a.z}, other = {b.x, b.y, b.z};
-  const float max = fmaxf(a.x, b.x);
-  lift(&part, max, log2_slope);
-  lift(&other, max, log2_slope);
-  part.sum = __fadd_rn(part.sum, other.sum);
-  part.weighted = __fadd_rn(part.weighted, other.weighted);
+  const auto part_of = [&](int i) -> Part {
+    if (i >= count) return {-INFINITY, 0.f, 0.f};
+    const Record r = records[i];
+    return {r.x, r.y, r.z};
+  };
+  Part part = part_of(lane);
+#pragma unroll 1
+  for (int i = 32; i < count; i += 32) {
+    Part other = part_of(lane + i);
+    const float max = fmaxf(part.max, other.max);
+    lift(&part, max, log2_slope);
+    lift(&other, max, log2_slope);
+    part.sum = __fadd_rn(part.sum, other.sum);
+    part.weighted = __fadd_rn(part.weighted, other.weighted);
+  }
   part = merge_warp(part, log2_slope);
   // Against the greatest u itself, whose t is not quite 0: a row of one token gets exactly 0.
   const float r = reference(part.max, log2_slope);

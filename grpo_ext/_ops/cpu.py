@@ -9,7 +9,17 @@ from torch import Tensor
 
 from grpo_ext import _C
 from grpo_ext._ops.direct import implements
-from grpo_ext._ops.packing import ENTROPY_COEF, count_call, given, policy_of, policy_outputs, rows_of, stats_outputs
+from grpo_ext._ops.packing import (
+    ENTROPY_COEF,
+    count_call,
+    fresh_outputs,
+    given,
+    policy_of,
+    policy_outputs,
+    rows_of,
+    stats_outputs,
+    with_all_tensors,
+)
 
 
 def _raise_bad_id(row: int, ids: Tensor, vocab: int, masked: bool) -> None:
@@ -87,33 +97,30 @@ def _policy_loss_cpu(
 def _row_loss_into_cpu(
     logits: Tensor, grad: Tensor | None, ids: Tensor, mask: Tensor, tensors: tuple[Any, ...], spec: list[float],
     transform: list[float],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
     count_call()
-    logps, entropy = stats_outputs(logits, True)
-    loss, kl, metrics = policy_outputs(logps, spec)
+    loss, logps, entropy, kl, metrics = fresh_outputs(logits, spec)
     rows = rows_of(logits, grad=grad, ids=ids, mask=mask, logps=logps, entropy=entropy)
-    policy = policy_of(
-        logps.shape, mask, *tensors, logps=logps, entropy=entropy, loss=loss, kl=given(kl), metrics=metrics
-    )
+    policy = policy_of(logps.shape, mask, *tensors, logps=logps, entropy=entropy, loss=loss, kl=kl, metrics=metrics)
     bad = _C.cpu_row_loss(rows, transform, policy, spec, torch.get_num_threads())
     _raise_bad_id(bad, ids, logits.shape[-1], True)
     return loss, logps, entropy, kl, metrics
 
 
-@implements("row_loss", "CPU")
+@implements("row_loss", "CPU", with_all_tensors)
 def _row_loss_cpu(
     logits: Tensor, ids: Tensor, mask: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
     *tensors, spec, transform, with_grad = rest
     shape = logits.shape if with_grad else (0,)
     grad = torch.empty(shape, dtype=logits.dtype, device=logits.device)
     return *_row_loss_into_cpu(logits, grad if with_grad else None, ids, mask, tuple(tensors), spec, transform), grad
 
 
-@implements("row_loss_", "CPU")
+@implements("row_loss_", "CPU", with_all_tensors)
 def _row_loss_inplace_cpu(
     logits: Tensor, ids: Tensor, mask: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     *tensors, spec, transform = rest
     return _row_loss_into_cpu(logits, logits, ids, mask, tuple(tensors), spec, transform)
 

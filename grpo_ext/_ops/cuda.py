@@ -13,7 +13,17 @@ from torch import Tensor
 
 from grpo_ext import _C
 from grpo_ext._ops.direct import implements
-from grpo_ext._ops.packing import ENTROPY_COEF, count_call, given, policy_of, policy_outputs, rows_of, stats_outputs
+from grpo_ext._ops.packing import (
+    ENTROPY_COEF,
+    count_call,
+    fresh_outputs,
+    given,
+    policy_of,
+    policy_outputs,
+    rows_of,
+    stats_outputs,
+    with_all_tensors,
+)
 
 if _C.CUDA_VERSION and torch.version.cuda is not None:
     #: Handle of the current stream; torch.cuda.current_stream() builds an object around it, which takes 1 µs.
@@ -88,34 +98,32 @@ if _C.CUDA_VERSION and torch.version.cuda is not None:
     def _row_loss_into_cuda(
         logits: Tensor, grad: Tensor | None, ids: Tensor, mask: Tensor, tensors: tuple[Any, ...], spec: list[float],
         transform: list[float],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
         count_call()
-        logps, entropy = stats_outputs(logits, True)
-        loss, kl, metrics = policy_outputs(logps, spec)
+        loss, logps, entropy, kl, metrics = fresh_outputs(logits, spec)
         rows = rows_of(logits, grad=grad, ids=ids, mask=mask, logps=logps, entropy=entropy)
-        policy = policy_of(
-            logps.shape, mask, *tensors, logps=logps, entropy=entropy, loss=loss, kl=given(kl), metrics=metrics
-        )
+        policy = policy_of(logps.shape, mask, *tensors, logps=logps, entropy=entropy, loss=loss, kl=kl, metrics=metrics)
         _C.cuda_row_loss(*_place(logits), rows, transform, policy, spec, _workspace(logps).data_ptr())
         return loss, logps, entropy, kl, metrics
 
-    @implements("row_loss", "CUDA")
+    @implements("row_loss", "CUDA", with_all_tensors)
     def _row_loss_cuda(
         logits: Tensor, ids: Tensor, mask: Tensor, *rest: Any
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
         *tensors, spec, transform, with_grad = rest
         grad = logits.new_empty(logits.shape if with_grad else (0,))
         into = grad if with_grad else None
         return *_row_loss_into_cuda(logits, into, ids, mask, tuple(tensors), spec, transform), grad
 
-    @implements("row_loss_", "CUDA")
+    @implements("row_loss_", "CUDA", with_all_tensors)
     def _row_loss_inplace_cuda(
         logits: Tensor, ids: Tensor, mask: Tensor, *rest: Any
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
         *tensors, spec, transform = rest
         return _row_loss_into_cuda(logits, logits, ids, mask, tuple(tensors), spec, transform)
 
     @implements("scale_rows_", "CUDA")
     def _scale_rows_cuda(grad: Tensor, factor: Tensor) -> None:
-        factor = factor.float()
+        if factor.dtype != torch.float32:
+            factor = factor.float()
         _C.cuda_scale_rows(*_place(grad), rows_of(None, grad=grad), factor.data_ptr())

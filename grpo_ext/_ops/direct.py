@@ -18,11 +18,20 @@ from grpo_ext._ops.schemas import library
 _functions: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
-def implements(name: str, key: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers a function as operator ``grpo_ext::name`` on the devices of dispatch key ``key``."""
+def implements(
+    name: str, key: str, complete: Callable[[Any], Any] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a function as operator ``grpo_ext::name`` on the devices of dispatch key ``key``.
+
+    ``complete`` makes of its result what the schema promises; who calls past the dispatcher gets the result itself.
+    """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        library.impl(name, function, key)
+        def completed(*arguments: Any) -> Any:
+            assert complete is not None
+            return complete(function(*arguments))
+
+        library.impl(name, function if complete is None else completed, key)
         _functions[name, key.lower()] = function
         return function
 

@@ -5,6 +5,7 @@ What they compute in general is tested with the CPU's in tests/losses, whose tes
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -59,7 +60,7 @@ def forward_backward(
 
 
 # 1: no gradient; 7: less than a vector; 1000 and 32000: one CTA and two; 50257, 151669: odd, every row starts elsewhere
-# between two 16-byte blocks; 128256, 151936: Llama 3 and Qwen; 262144: Gemma, three stages only
+# between two 16-byte blocks; 128256, 151936: Llama 3 and Qwen; 262144: Gemma, clusters of 16
 @pytest.mark.parametrize("vocab", [1, 7, 1000, 32000, 50257, 128256, 151669, 151936, 262144])
 @pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("path", ["auto", "streaming"])
@@ -204,6 +205,80 @@ def test_two_streams_at_once() -> None:
         for (out, grad), (same, same_grad) in zip(results, expected, strict=True):
             assert torch.equal(out.loss, same.loss)
             assert torch.equal(grad, same_grad)
+
+
+# (sequences, tokens of each): one row; few; all that a CTA keeps the terms of; one more; sequences that begin anywhere
+# in the mask's 16-byte blocks; more pieces of the mask than warps
+@pytest.mark.parametrize("shape", [(1, 1), (2, 7), (64, 3), (65, 3), (5, 1027), (1, 20_000)])
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo"])
+def test_one_launch_equals_the_kernel_for_terms(
+    shape: tuple[int, int], loss_type: str, route: Callable[[str], None]
+) -> None:
+    config = LossConfig(loss_type=loss_type, max_completion_length=shape[1], epsilon_high=0.28)
+    logits, arguments = inputs(*shape, 1001, torch.bfloat16)
+    weights = torch.rand(shape[0], device="cuda")
+    masks = [arguments["completion_mask"], torch.zeros_like(arguments["completion_mask"])]
+    masks[0][0, 0] = True
+    for mask in masks:
+        arguments["completion_mask"] = mask
+        for num_items in (None, 50):
+            more = {"num_items_in_batch": num_items, "importance_weights": weights}
+            results = []
+            for path in ("auto", "terms_kernel", "auto"):
+                route(path)
+                results.append(forward_backward(logits, arguments, config, **more))
+            for out, grad in results[1:]:
+                assert torch.equal(out.loss, results[0][0].loss)
+                assert torch.equal(out.metrics.packed, results[0][0].metrics.packed)
+                assert torch.equal(grad, results[0][1])
+            assert results[0][0].metrics["tokens"] == mask.sum()
+            assert results[0][0].loss.isfinite()
+
+
+def test_one_launch_is_one_kernel() -> None:
+    logits, arguments = inputs(2, 20, 1001, torch.bfloat16)
+    rest = (arguments["completion_mask"], arguments["advantages"], arguments["old_logps"], *[None] * 5)
+    spec, transform = _ops.loss_spec(CONFIG, 1.0), _ops.logit_transform(1.0, None, 1.0)
+    torch.ops.grpo_ext.row_loss_(logits, arguments["completion_ids"], *rest, spec, transform)
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    with torch.cuda.graph(graph):
+        torch.ops.grpo_ext.row_loss_(logits, arguments["completion_ids"], *rest, spec, transform)
+    count = ctypes.c_size_t()
+    driver = ctypes.CDLL("libcuda.so.1")
+    assert driver.cuGraphGetNodes(ctypes.c_void_p(graph.raw_cuda_graph()), None, ctypes.byref(count)) == 0
+    assert count.value == 1
+
+
+def test_the_same_call_on_many_streams_and_in_graphs_at_once() -> None:
+    """Each has a counter of its own for who reports last, and every call leaves it as it was."""
+    logits, arguments = inputs(4, 300, 1001, torch.bfloat16)
+    expected, expected_grad = forward_backward(logits, arguments)
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    graphs, captured = [], []
+    for _ in range(2):
+        buffer = logits.clone()
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            leaf = buffer.detach().requires_grad_()
+            out = grpo_ext.grpo_loss(leaf, config=CONFIG, **arguments)
+            captured.append((out, torch.autograd.grad(out.loss, leaf)[0]))
+    torch.cuda.synchronize()
+    for _ in range(5):
+        results = list(captured)
+        for stream, graph in zip(streams, [*graphs, None, None], strict=True):
+            with torch.cuda.stream(stream):
+                if graph is not None:
+                    graph.replay()
+                    graph.replay()
+                else:
+                    results += [forward_backward(logits, arguments) for _ in range(2)]
+        torch.cuda.synchronize()
+        assert len(results) == 6
+        for out, grad in results:
+            assert torch.equal(out.loss, expected.loss)
+            assert torch.equal(out.metrics.packed, expected.metrics.packed)
+            assert torch.equal(grad, expected_grad)
+            out.loss.detach().fill_(torch.nan)
 
 
 def test_backward_with_gradient_one_leaves_the_gradient_alone() -> None:

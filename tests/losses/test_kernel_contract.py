@@ -228,6 +228,39 @@ def test_in_place_refuses_what_it_must_not_overwrite(device: torch.device) -> No
     assert torch.equal(plain.detach(), before)
 
 
+def test_the_gradient_has_no_gradient_of_its_own(device: torch.device) -> None:
+    """create_graph=True gives the same gradient, and whoever differentiates it is told so."""
+    leaf, arguments = torch.randn(2, 3, 9, device=device, requires_grad=True), simple(device)
+    loss = grpo_ext.grpo_loss(leaf, **arguments).loss
+    (expected,) = torch.autograd.grad(loss * 2, leaf)
+    loss = grpo_ext.grpo_loss(leaf, **arguments).loss
+    (grad,) = torch.autograd.grad(loss * loss, leaf, create_graph=True)
+    torch.testing.assert_close(grad.detach(), expected * loss.detach())
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_results_can_be_changed_in_place(device: torch.device) -> None:
+    """None of them shares memory with another, or with an argument."""
+    leaf = torch.randn(2, 3, 9, device=device, requires_grad=True)
+    arguments = simple(device)
+    before = {k: v.clone() for k, v in arguments.items() if isinstance(v, Tensor)}
+    out = grpo_ext.grpo_loss(leaf, **arguments)
+    assert out.entropy is not None
+    kept = [x.detach().clone() for x in (out.loss, out.logps, out.entropy, out.metrics["tokens"])]
+    out.loss.div_(2)
+    out.logps.fill_(7)
+    out.loss.backward()
+    assert torch.equal(out.entropy, kept[2])
+    assert torch.equal(out.metrics["tokens"], kept[3])
+    out.entropy.fill_(8)
+    assert (out.logps == 7).all()
+    assert all(torch.equal(arguments[k], v) for k, v in before.items())
+    fresh = leaf.detach().clone().requires_grad_()
+    grpo_ext.grpo_loss(fresh, **arguments).loss.backward()
+    torch.testing.assert_close(leaf.grad, fresh.grad / 2)
+
+
 def test_a_second_backward_raises(device: torch.device) -> None:
     leaf = torch.randn(2, 3, 9, device=device, requires_grad=True)
     loss = grpo_ext.grpo_loss(leaf, **simple(device)).loss
