@@ -21,18 +21,18 @@ LAYER_BY_LAYER = frozenset(
 )  # fmt: skip
 
 
-def checkpointing_arguments(model: nn.Module, sharded: bool) -> dict[str, Any] | None:
+def checkpointing_arguments(model: nn.Module) -> dict[str, Any] | None:
     """``gradient_checkpointing_kwargs`` for a model; None leaves transformers' own.
 
     Where it returns some, the model's embeddings are made to require a gradient: a layer none of whose inputs does gets
     none for its weights this way.
 
     Args:
-        model: unwrapped; a PEFT model or not.
-        sharded: FSDP or DeepSpeed gather weights in hooks around the layers.
+        model: unwrapped; a PEFT model or not. Not one that FSDP or DeepSpeed shard: they gather weights in hooks around
+            the layers.
     """
     base: Any = model.get_base_model() if is_peft_model(model) else model  # type: ignore[operator]
-    if sharded or getattr(getattr(base, "config", None), "model_type", None) not in LAYER_BY_LAYER:
+    if getattr(getattr(base, "config", None), "model_type", None) not in LAYER_BY_LAYER:
         return None
     embeddings = base.get_input_embeddings()
     if not all(p.requires_grad for p in embeddings.parameters()) and not getattr(base, "_require_grads_hooks", None):

@@ -124,9 +124,7 @@ class GRPOTrainer(Trainer):
         if self.accelerator.num_processes > 1:
             # Ranks may hold completions of the same prompt: on one stream they would draw the same tokens.
             set_seed(args.seed, device_specific=True)
-        if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:
-            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-            args.gradient_checkpointing_kwargs = checkpointing_arguments(module, sharded)
+        self._choose_checkpointing(module)
         self.reference = Reference(module) if args.beta != 0 else None
         if args.sync_ref_model and self.reference is not None:
             self.reference.check_can_move()
@@ -187,6 +185,17 @@ class GRPOTrainer(Trainer):
         if not self.args.use_vllm:
             return TransformersEngine(ends, self.pad_id, self.args.share_prompts)
         return build_engine(self.args, module, tokenizer, self.accelerator, ends, lambda: self.state.global_step)
+
+    def _choose_checkpointing(self, module: nn.Module) -> None:
+        args = self.args
+        if not args.gradient_checkpointing or args.gradient_checkpointing_kwargs is not None:
+            return
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        # DDP that looks for unused parameters walks a graph that this way of checkpointing does not have.
+        if not sharded and not (self.accelerator.num_processes > 1 and args.ddp_find_unused_parameters):
+            args.gradient_checkpointing_kwargs = checkpointing_arguments(module)
+        if args.gradient_checkpointing_kwargs is not None and self.accelerator.ddp_handler is not None:
+            self.accelerator.ddp_handler.find_unused_parameters = False
 
     def _add_callbacks(self) -> None:
         self.add_callback(StepTimer(self.window))

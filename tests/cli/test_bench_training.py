@@ -43,6 +43,22 @@ def test_the_same_step_in_both_trainers(bench: ModuleType, tmp_path: Path) -> No
     assert float(ours["training_s"]) <= float(ours["step_s"])
 
 
+@pytest.mark.timeout(180)
+def test_two_processes_take_the_same_step(bench: ModuleType, tmp_path: Path) -> None:
+    """DDP with an adapter and gradient checkpointing: the gradient of one process."""
+    import training_two
+
+    command = f"two {SMALL} --cases tiny:lora:4:spread --kinds ddp --steps 1 --warmup 0 --output {tmp_path}"
+    assert training_two.launch(bench.parse(command.split()), "ddp", 2, tmp_path)
+    (two,) = rows_of(tmp_path / "training_two_steps_cpu.csv")
+    command = f"phase {SMALL} --cases tiny:lora:4:spread --steps 1 --warmup 0 --candidates ours --output {tmp_path}"
+    assert bench.main(command.split()) == 0
+    (one,) = rows_of(tmp_path / "training_phase_cpu.csv")
+    assert two["processes"] == "2"
+    assert float(two["grad_norm"]) == pytest.approx(float(one["grad_norm"]), rel=1e-3)
+    assert float(two["loss"]) == pytest.approx(float(one["loss"]), abs=1e-5)
+
+
 def test_a_difference_fails(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import training_phase
     import training_setup

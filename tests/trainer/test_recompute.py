@@ -45,7 +45,7 @@ def test_same_gradients(model_type: str, adapter: bool) -> None:
     if adapter:
         model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
     want = gradients(copy.deepcopy(model), None)
-    arguments = checkpointing_arguments(model, sharded=False)
+    arguments = checkpointing_arguments(model)
     assert arguments == {"use_reentrant": True, "preserve_rng_state": False}
     layers: list[bool] = []
     for name, module in model.named_modules():
@@ -85,9 +85,8 @@ def test_trainer(make_trainer: Make, frozen: str) -> None:
 
 
 def test_left_alone(make_trainer: Make) -> None:
-    assert checkpointing_arguments(build_model(), sharded=True) is None
     gpt2 = transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=32)
-    assert checkpointing_arguments(transformers.GPT2LMHeadModel(gpt2), sharded=False) is None
+    assert checkpointing_arguments(transformers.GPT2LMHeadModel(gpt2)) is None
     own = {"use_reentrant": False}
     assert (
         make_trainer(gradient_checkpointing=True, gradient_checkpointing_kwargs=own).args.gradient_checkpointing_kwargs
@@ -96,7 +95,7 @@ def test_left_alone(make_trainer: Make) -> None:
 
 
 def test_dropout_is_drawn_again() -> None:
-    assert checkpointing_arguments(build_model(attention_dropout=0.5), sharded=False) == {
+    assert checkpointing_arguments(build_model(attention_dropout=0.5)) == {
         "use_reentrant": True,
         "preserve_rng_state": True,
     }
