@@ -36,27 +36,27 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
 
 
-def build_model(seed: int = 0, tied: bool = True) -> Any:
+def build_model(seed: int = 0, tied: bool = True, **changes: Any) -> Any:
     """About 60,000 parameters, in fp32; sharp enough that two sets of weights differ in every log probability.
 
     Tied, because handing over only one of the two names leaves vLLM's output head as it was.
     """
     torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=CONTEXT,
-        initializer_range=0.15,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-        bos_token_id=None,
-        tie_word_embeddings=tied,
-    )
-    return Qwen2ForCausalLM(config)
+    fields: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": CONTEXT,
+        "initializer_range": 0.15,
+        "eos_token_id": EOS,
+        "pad_token_id": PAD,
+        "bos_token_id": None,
+        "tie_word_embeddings": tied,
+    }
+    return Qwen2ForCausalLM(Qwen2Config(**(fields | changes)))
 
 
 def with_adapter(model: Any, **changes: Any) -> Any:
