@@ -61,7 +61,7 @@ def hidden_states_logps(
     scale = (logit_scale_multiply or 1.0) / (logit_scale_divide or 1.0)
     logps = linear_selective_log_softmax(
         hidden_states.to(lm_head.dtype), lm_head, index, bias=lm_head_bias, temperature=temperature or 1.0,
-        logit_scale=scale, logit_softcap=logit_softcapping or None,
+        logit_scale=scale, logit_softcap=logit_softcapping or None, logits_dtype="float32",
     )  # fmt: skip
     assert isinstance(logps, Tensor)
     return logps

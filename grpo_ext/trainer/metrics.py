@@ -112,12 +112,15 @@ def _summary(reduce: Reduce, values: list[Tensor | float], weights: list[Tensor 
 
 
 def _numbers(values: list[Tensor | float]) -> Tensor:
-    """All values as one fp64 CPU tensor; the device's part travels in one copy."""
-    tensors = [(i, v) for i, v in enumerate(values) if isinstance(v, Tensor)]
+    """All values as one fp64 CPU tensor; each device's part travels in one copy."""
     result = torch.tensor([0.0 if isinstance(v, Tensor) else v for v in values], dtype=torch.float64)
-    if tensors:
-        stacked = torch.stack([v.double().reshape(()) for _, v in tensors]).cpu()
-        result[torch.tensor([i for i, _ in tensors])] = stacked
+    places: dict[torch.device, list[int]] = {}
+    for i, v in enumerate(values):
+        if isinstance(v, Tensor):
+            places.setdefault(v.device, []).append(i)
+    for where in places.values():
+        tensors = [v for v in (values[i] for i in where) if isinstance(v, Tensor)]
+        result[torch.tensor(where)] = torch.stack([v.double().reshape(()) for v in tensors]).cpu()
     return result
 
 
