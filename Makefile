@@ -9,7 +9,8 @@
 # torch of its own, so that choice is the user's (pip install vllm).
 #
 # `make test-all` adds the whole grid of TRL runs (20 minutes) and the tests beside the real Liger-Kernel, verl and
-# unsloth_zoo, for which it installs them into .venv/peers (1.2 GB). Each run's differences: build/grid.xml.
+# unsloth_zoo, and ZeRO, for which it installs them into .venv/peers (1.2 GB) and .venv/deepspeed (20 MB). Each run's
+# differences: build/grid.xml.
 
 PYTHON ?= python3
 VENV := .venv
@@ -94,10 +95,16 @@ $(VENV)/peers: requirements-peers.txt
 	$(PIP) install -q --no-deps --upgrade --target $@ -r requirements-peers.txt
 	touch $@
 
-peers: setup $(VENV)/peers
+peers: setup $(VENV)/peers $(VENV)/deepspeed
+
+# Nothing of it is compiled: ZeRO itself is Python.
+$(VENV)/deepspeed: requirements-deepspeed.txt $(VENV)/tools
+	DS_BUILD_OPS=0 $(PIP) install -q --no-deps --no-build-isolation --upgrade --target $@ -r requirements-deepspeed.txt
+	touch $@
 
 test-all: test peers
 	$(BIN)/python -m pytest -m grid --junitxml=build/grid.xml $(ARGS)
+	PYTHONPATH=$(CURDIR)/$(VENV)/deepspeed $(BIN)/python -m pytest tests/trainer/test_two_processes_sharded.py
 	PYTHONPATH=$(VENV)/peers $(BIN)/python -m pytest tests/integrations/test_liger_dropins.py \
 	  tests/integrations/test_verl_functions.py tests/integrations/test_unsloth_seam.py
 

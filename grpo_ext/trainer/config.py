@@ -227,6 +227,9 @@ class GRPOConfig(TrainingArguments):
         if (self.load_best_model_at_end or self.save_strategy == "best") and self.metric_for_best_model is None:  # type: ignore[has-type]
             self.metric_for_best_model = "reward"
             self.greater_is_better = True
+        fsdp: Any = self.fsdp
+        if str(fsdp).lower() in ("true", "false"):  # a command line has words only
+            self.fsdp: Any = str(fsdp).lower() == "true"
         super().__post_init__()
         self.loss_config()
         if self.use_vllm and self.world_size % self.vllm_tensor_parallel_size:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -165,3 +166,10 @@ def test_survives_a_round_trip(make_config: Make) -> None:
     config = make_config(generation_batch_size=12)
     fields = {k: v for k, v in config.to_dict().items() if k in {f.name for f in own_fields()}}
     assert make_config(**fields).batch_plan == config.batch_plan
+
+
+def test_fsdp_from_a_command_line(tmp_path: Path) -> None:
+    args = GRPOConfig(str(tmp_path), fsdp="true", fsdp_config={"transformer_layer_cls_to_wrap": ["A"]}, use_cpu=True)
+    assert args.fsdp is True
+    assert args.fsdp_plugin_args["fsdp_version"] == 2
+    assert GRPOConfig(str(tmp_path), fsdp="false", use_cpu=True).fsdp_plugin_args is None
