@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -175,3 +176,31 @@ def test_every_table_is_drawn(bench: ModuleType, tmp_path: Path) -> None:
         "training_phase_cpu.png", "training_trace_cpu.png", "training_two_steps_cpu.png",
     ]  # fmt: skip
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+
+
+def test_learning_in_both_trainers(bench: ModuleType, tmp_path: Path) -> None:
+    """A random model, two steps: points before the first step and after each, on a clock that goes forward."""
+    pytest.importorskip("trl", reason="the benchmark beside TRL needs TRL")
+    import training_learn
+    import training_setup
+
+    case = training_setup.Case(model="tiny", dtype="fp32")
+    case.build().save_pretrained(tmp_path / "model")
+    tokenizer = training_setup.build_tokenizer(512)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "model")
+    pairs = [[f"t{i} t{i + 1} ?", str(i)] for i in range(2, 60)]
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs))
+    for trainer in ("ours", "trl"):
+        command = (
+            f"learn --steps 2 --every 1 --samples 1 --batch 16 --tokens 4 --engine transformers --trainer {trainer} "
+            f"--model {tmp_path / 'model'} --questions {tmp_path / 'pairs.json'} --threads 1 --output {tmp_path}"
+        )
+        assert bench.main(command.split()) == 0
+    training_learn.merge(tmp_path, SimpleNamespace(candidates=["ours", "trl"], seeds=1, device="cpu"))
+    rows = rows_of(tmp_path / "training_learn_cpu.csv")
+    for trainer in ("ours", "trl"):
+        mine = [row for row in rows if row["candidate"] == trainer]
+        assert [(row["step"], row["samples"]) for row in mine] == [("0", "0"), ("1", "16"), ("2", "32")]
+        seconds = [float(row["seconds"]) for row in mine]
+        assert 0 == seconds[0] < seconds[1] < seconds[2]
