@@ -190,9 +190,9 @@ class GRPOTrainer(Trainer):
         args = self.args
         if not args.gradient_checkpointing or args.gradient_checkpointing_kwargs is not None:
             return
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        elsewhere = self.is_fsdp_enabled or self.is_deepspeed_enabled or args.torch_compile
         # DDP that looks for unused parameters walks a graph that this way of checkpointing does not have.
-        if not sharded and not (self.accelerator.num_processes > 1 and args.ddp_find_unused_parameters):
+        if not elsewhere and not (self.accelerator.num_processes > 1 and args.ddp_find_unused_parameters):
             args.gradient_checkpointing_kwargs = checkpointing_arguments(module)
         if args.gradient_checkpointing_kwargs is not None and self.accelerator.ddp_handler is not None:
             self.accelerator.ddp_handler.find_unused_parameters = False
