@@ -90,9 +90,11 @@ def build(interpreter: str, unpacked: Path, cuda: str, bin_folder: Path, target:
     shutil.rmtree(raw, ignore_errors=True)
     environment = {"GRPO_EXT_CUDA": cuda}
     if shutil.which("ccache"):
-        # The build folder differs from one interpreter to the next, what is compiled in it does not.
-        launchers = {f"CMAKE_{language}_COMPILER_LAUNCHER": "ccache" for language in ("CXX", "CUDA")}
-        environment |= launchers | {"CCACHE_DIR": str(WORK / "ccache"), "CCACHE_NOHASHDIR": "1"}
+        # By argument: the variable of the environment is read too late for the target that is made before CUDA is on. The
+        # build folder differs from one interpreter to the next, what is compiled in it does not.
+        launchers = [f"-DCMAKE_{language}_COMPILER_LAUNCHER=ccache" for language in ("CXX", "CUDA")]
+        environment["CMAKE_ARGS"] = " ".join([os.environ.get("CMAKE_ARGS", ""), *launchers])
+        environment |= {"CCACHE_DIR": str(WORK / "ccache"), "CCACHE_NOHASHDIR": "1"}
     pip = (bin_folder / "python", "-m", "pip", "--disable-pip-version-check", "--python", interpreter)
     run(*pip, "wheel", "-q", "--no-deps", "--wheel-dir", raw, unpacked, **environment)
     path = f"{bin_folder}{os.pathsep}{os.environ['PATH']}"
