@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
 
+from grpo_ext.trainer.errors import PromptLengthError
 from grpo_ext.trainer.shards import acts_jointly
 
 Prompt = str | list[dict[str, Any]]
@@ -101,7 +102,8 @@ class PromptEncoder:
 
         Raises:
             TypeError: for a prompt that is neither text nor chat messages.
-            ValueError: for an empty prompt, or one too long for the model's context.
+            ValueError: for an empty prompt.
+            PromptLengthError: for one too long for the model's context.
         """
         known: dict[str, list[int]] = {}
         encoded = []
@@ -135,7 +137,7 @@ class PromptEncoder:
         if self.max_prompt_length is not None:
             ids = ids[-self.max_prompt_length :]
         if self.context_length is not None and len(ids) + self.max_completion_length > self.context_length:
-            raise ValueError(
+            raise PromptLengthError(
                 f"prompt {index} has {len(ids)} tokens; with max_completion_length="
                 f"{self.max_completion_length} that exceeds the model's context of {self.context_length}: "
                 "shorten the prompt, set max_prompt_length="

@@ -9,12 +9,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from grpo_ext.advantages import group_advantages
 from grpo_ext.trainer.batching import BatchPlan, PromptSchedule
 from grpo_ext.trainer.config import GRPOConfig
 from grpo_ext.trainer.data import columns_of
+from grpo_ext.trainer.errors import PromptLengthError
 from grpo_ext.trainer.filling import filled_slices
 from grpo_ext.trainer.generation import GenerationEngine, PromptEncoder, SamplingParams
 from grpo_ext.trainer.metrics import MetricWindow
@@ -167,7 +169,7 @@ class RolloutMaker:
         """Completions for rows of a dataset; ``scoring`` gets those of a row as soon as all of them are there."""
         examples = [dataset[row] for row in rows]
         prompts = [example["prompt"] for example in examples]
-        prompt_ids = self.encoder.encode(prompts)
+        prompt_ids = self._encode(prompts)
         columns = columns_of(examples)
         if scoring is None:
             completions = self.engine.generate(model, prompt_ids, sampling)
@@ -176,6 +178,22 @@ class RolloutMaker:
             completions = self.engine.generate(model, prompt_ids, sampling, groups.done)
         texts = self.encoder.decode(completions.ids)
         return Sample(prompts, columns, prompt_ids, completions, texts)
+
+    def _encode(self, prompts: list[Any]) -> list[list[int]]:
+        """Token ids of each prompt; one that is too long is an error on every rank, so that all save a checkpoint."""
+        error: PromptLengthError | None = None
+        encoded: list[list[int]] = []
+        try:
+            encoded = self.encoder.encode(prompts)
+        except PromptLengthError as raised:
+            error = raised
+        if self.accelerator.num_processes > 1:
+            said = [message for message in gather_object([None if error is None else str(error)]) if message]
+            if said and error is None:
+                raise PromptLengthError(f"on another process: {said[0]}")
+        if error is not None:
+            raise error
+        return encoded
 
     def score(self, sample: Sample) -> Tensor:
         """``(n, functions)`` rewards of a sample."""

@@ -319,6 +319,16 @@ def test_evaluation_needs_a_dataset(make_trainer: Make) -> None:
 # ---- resume
 
 
+def test_a_prompt_too_long_leaves_a_checkpoint(make_trainer: Make) -> None:
+    rows = [{"prompt": "add 1"}] * 3 + [{"prompt": "add " * 70}] * 3
+    trainer = make_trainer(engine=FixedEngine(), train_dataset=rows, shuffle_dataset=False, max_steps=2)
+    with pytest.raises(
+        ValueError, match=r"prompt 0 has 70 tokens; with(.|\n)*set max_prompt_length=59(.|\n)*after step 1 is saved"
+    ):
+        trainer.train()
+    assert Path(f"{trainer.args.output_dir}/checkpoint-1/grpo_state_0.pt").exists()
+
+
 def test_training_twice_starts_anew(make_trainer: Make) -> None:
     engine = FixedEngine()
     trainer = make_trainer(engine=engine, max_steps=1)

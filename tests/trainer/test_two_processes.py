@@ -18,6 +18,9 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     completions = two.pop("sampled")
     assert len(completions) == 8
     assert completions[:4] != completions[4:]  # each rank draws from a stream of its own
+    first, second = two["too long"]
+    assert first.startswith("on another process: prompt 0 has 70 tokens")
+    assert second.startswith("prompt 0 has 70 tokens")
     for case in worker.CASES["ddp"]:
         one = worker.run(tmp_path, case, 1)
         for kind in (kind for kind in ("ddp", "fsdp2") if case in worker.CASES[kind]):

@@ -27,6 +27,7 @@ from toys import EOS, WORDS, GradientCatcher, build_model, build_tokenizer, rewa
 from transformers import TrainerCallback
 
 from grpo_ext.trainer import GRPOConfig, GRPOTrainer
+from grpo_ext.trainer.errors import PromptLengthError
 from grpo_ext.trainer.generation import Completions, SamplingParams
 from grpo_ext.trainer.guard import NonfiniteError
 from grpo_ext.trainer.shards import is_sharded, whole
@@ -226,6 +227,17 @@ def resumed(folder: Path, kind: str, of_one: Path) -> dict[str, Any]:
     return result
 
 
+def too_long(folder: Path) -> list[str]:
+    """What each rank says of a prompt that is too long, which the second has."""
+    trainer = make_trainer(folder, "dapo", 2, "ddp", shuffle_dataset=False)
+    trainer.rollouts.dataset = [*ROWS[:2], {"prompt": "add " * 70}, *ROWS[3:]]
+    try:
+        trainer.train()
+    except PromptLengthError as error:
+        return gather_object([str(error)])
+    return []
+
+
 def from_folder(folder: Path, kind: str, saved: Path) -> list[list[float]]:
     """Losses with a reference model that moves: of a model that is loaded in pieces, and of one that is handed in."""
     moving = {"sync_ref_model": True, "ref_model_sync_steps": 1}
@@ -260,6 +272,7 @@ def main(folder: Path, kinds: Sequence[str]) -> None:
         results["from a folder"] = from_folder(folder / "from-folder", "zero3", folder / "model")
     if "ddp" in kinds:
         results["sampled"] = sampled(folder)
+        results["too long"] = too_long(folder / "too-long")
     if torch.distributed.get_rank() == 0:
         torch.save(results, folder / "two.pt")
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from grpo_ext.trainer.errors import EngineError
 from grpo_ext.trainer.vllm.client import Answer, Answered, Weights
-from grpo_ext.trainer.vllm.errors import EngineError
 from grpo_ext.trainer.vllm.weights import all_read
 
 #: Ranks of LoRA adapters that vLLM has room for; one in between takes the next.

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from grpo_ext.trainer.errors import PromptLengthError
 from grpo_ext.trainer.generation import Completions, Done, SamplingParams
 from grpo_ext.trainer.vllm.check import TOP, WeightCheck
 from grpo_ext.trainer.vllm.client import Answer, Answered, Client
@@ -76,12 +77,13 @@ class VllmEngine:
         """See `GenerationEngine.generate`.
 
         Raises:
-            ValueError: for a prompt that leaves no room for a completion, or a sampling field vLLM does not have.
+            ValueError: for a sampling field vLLM does not have.
+            PromptLengthError: for a prompt that leaves no room for a completion, on every rank.
             EngineError: when vLLM fails, on every rank.
             WeightMismatchError: when it does not hold the trainer's weights.
         """
         fields = sampling_fields(sampling, self.end_ids)
-        self._check_lengths(prompt_ids, fields["max_tokens"])
+        self.ranks.jointly(lambda: self._check_lengths(prompt_ids, fields["max_tokens"]))
         version = (self.step(), trainable_version(model))
         changed = version != self._held
         if self._asleep:
@@ -136,7 +138,7 @@ class VllmEngine:
         limit = self.client.max_model_len
         for index, ids in enumerate(prompt_ids):
             if len(ids) + max_tokens > limit:
-                raise ValueError(
+                raise PromptLengthError(
                     f"prompt {index} has {len(ids)} tokens; with max_completion_length={max_tokens} that exceeds the "
                     f"{limit} tokens vLLM was started with: raise vllm_max_model_length (--max-model-len of a server), "
                     f"set max_prompt_length={max(limit - max_tokens, 0)} (keeps the last tokens) or lower "

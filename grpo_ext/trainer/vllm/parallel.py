@@ -8,9 +8,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from grpo_ext.trainer.vllm.errors import EngineError, WeightMismatchError
+from grpo_ext.trainer.errors import EngineError, PromptLengthError, WeightMismatchError
 
 T = TypeVar("T")
+
+#: Errors that other ranks raise as what they are.
+KINDS: dict[str, type[EngineError]] = {kind.__name__: kind for kind in (WeightMismatchError, PromptLengthError)}
 
 
 class Ranks:
@@ -43,13 +46,12 @@ class Ranks:
         except Exception as raised:  # raised again below
             error = raised
         if self.count > 1:
-            mine = None if error is None else (self.rank, isinstance(error, WeightMismatchError), str(error))
+            mine = None if error is None else (self.rank, type(error).__name__, str(error))
             seen: list[Any] = [None] * self.count
             torch.distributed.all_gather_object(seen, mine)
             first = next((s for s in seen if s is not None), None)
             if error is None and first is not None:
-                kind = WeightMismatchError if first[1] else EngineError
-                raise kind(f"rank {first[0]}: {first[2]}")
+                raise KINDS.get(first[1], EngineError)(f"rank {first[0]}: {first[2]}")
         if error is not None:
             raise error
         return result

@@ -22,8 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from grpo_ext.trainer.errors import EngineError
 from grpo_ext.trainer.vllm.client import Answer, Answered, Weights
-from grpo_ext.trainer.vllm.errors import EngineError
 from grpo_ext.trainer.vllm.weights import write_weights
 
 COMMAND = (

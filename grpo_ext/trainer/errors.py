@@ -1,4 +1,4 @@
-"""What goes wrong with a generation engine. The trainer saves a checkpoint before it passes one of these on."""
+"""What goes wrong with generation. The trainer saves a checkpoint before it passes one of these on."""
 
 from __future__ import annotations
 
@@ -9,3 +9,7 @@ class EngineError(RuntimeError):
 
 class WeightMismatchError(EngineError):
     """The engine's probabilities are not those of the trainer's weights."""
+
+
+class PromptLengthError(EngineError, ValueError):
+    """A prompt that leaves no room for a completion; the message says what to change."""
