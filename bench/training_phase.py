@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,12 @@ def measure(case: Case, candidates: list[str], lengths: str, args: Any) -> list[
     for name in candidates:
         try:
             found = setup.run_candidate(name, case, workload, tokenizer)
-        except torch.OutOfMemoryError:
-            print(f"{name}: out of memory", flush=True)
+        except Exception:  # the others are measured all the same
+            traceback.print_exc()
+            found = None
+        if found is None:
             setup.settle(device)
+            args.failed.append(name)
             continue
         first = first or found
         rows.append(row_of(name, case, lengths, workload, found, first, args.warmup) | setup.versions(device))
@@ -88,8 +92,9 @@ def agree(found: Measured, first: Measured, dtype: str) -> bool:
 
 
 def phase(args: Any) -> bool:
-    """All cases; False when somebody disagreed."""
+    """All cases; False when somebody disagreed or did not get through."""
     rows: list[dict[str, Any]] = []
+    args.failed = []
     path = Path(args.output) / f"training_phase_{args.device}.csv"
     for model, trained, micro_batch, only in args.cases:
         case = case_of(args, model, trained, micro_batch)
@@ -99,7 +104,7 @@ def phase(args: Any) -> bool:
                 common.write_csv(path, rows)  # again after each case: what is measured is kept
     print(f"\nwritten to {path}")
     common.print_table(with_ratio(rows), (*TABLE, "x_trl"))
-    return all(row["agrees"] for row in rows)
+    return not args.failed and all(row["agrees"] for row in rows)
 
 
 def case_of(args: Any, model: str, trained: str, micro_batch: int) -> Case:
