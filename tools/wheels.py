@@ -90,7 +90,7 @@ def build(interpreter: str, unpacked: Path, cuda: str, bin_folder: Path, target:
     shutil.rmtree(raw, ignore_errors=True)
     environment = {"GRPO_EXT_CUDA": cuda}
     if shutil.which("ccache"):
-        # By argument: the variable of the environment is read too late for the target that is made before CUDA is on. The
+        # By argument: the environment's variable is read too late for the target that is made before CUDA is on. The
         # build folder differs from one interpreter to the next, what is compiled in it does not.
         launchers = [f"-DCMAKE_{language}_COMPILER_LAUNCHER=ccache" for language in ("CXX", "CUDA")]
         environment["CMAKE_ARGS"] = " ".join([os.environ.get("CMAKE_ARGS", ""), *launchers])
