@@ -34,7 +34,7 @@ PARTS = (
 #: What a kernel is, by its name; the first that fits.
 KERNELS = (
     ("attention", r"flash|fmha|attention|sdpa"),
-    ("matrix products", r"gemm|nvjet|xmma|cutlass|wgmma|splitK|probability_product|tensor_product"),
+    ("matrix products", r"gemm|nvjet|xmma|wgmma|splitK|probability_product|tensor_product"),
     ("head and loss", r"grpo|row_|logprob|logp|ring|probab"),
     ("optimizer", r"adam|multi_tensor|foreach|lpnorm"),
     ("copies and casts", r"copy|cat|Memcpy|Memset|fill|cast"),
