@@ -78,6 +78,7 @@ struct Variant {
   bool own_terms, beside_previous;
   bool fresh = false;  // not in place
   int stages = 0;      // 0: as planned
+  int hints = -1;      // for L2, without or with; -1: as planned
 };
 
 double median(std::vector<float> v) {
@@ -145,6 +146,7 @@ void measure(DType dtype, const char* dtype_name, int rows, int vocab, float mas
     ring.stages = plan.stages;
     ring.stage_bytes = plan.stage_bytes;
     ring.groups = plan.groups;
+    ring.exceeds_cache = v.hints < 0 ? count * int64_t(sizeof(T)) >= kCachedBytes : v.hints > 0;
     ring.terms = v.own_terms ? nullptr : workspace.terms;
     ring.report = {workspace.sums, v.own_terms ? nullptr : workspace.finished,
                    v.own_terms ? take_report_counter(0, stream, false) : -1};
@@ -235,18 +237,21 @@ int main(int argc, char** argv) {
   };
   const std::vector<Case> cases = {
       {32000, DType::kBFloat16, {}},      {49152, DType::kBFloat16, {}},
-      {50257, DType::kBFloat16, {}},      {65536, DType::kBFloat16, {4, 5, 6}},
-      {100352, DType::kBFloat16, {3, 4}}, {128256, DType::kBFloat16, {4, 5, 6}},
+      {50257, DType::kBFloat16, {}},      {65536, DType::kBFloat16, {4, 5}},
+      {128256, DType::kBFloat16, {4, 5}}, {128257, DType::kBFloat16, {4, 5, 6}},
       {151669, DType::kBFloat16, {4, 5}}, {151936, DType::kBFloat16, {4, 5}},
-      {201088, DType::kBFloat16, {3, 4}}, {262144, DType::kBFloat16, {5, 6}},
-      {49152, DType::kFloat32, {3, 4}},   {151936, DType::kFloat32, {4, 5}},
+      {262144, DType::kBFloat16, {}},     {262145, DType::kBFloat16, {5, 6}},
+      {151936, DType::kFloat32, {4, 5}},
   };
   for (const Case& c : cases) {
     if (argc > 3 && std::atoi(argv[3]) != c.vocab) continue;
-    std::vector<Variant> variants = {
-        {"terms_kernel", 0, false, true}, {"one_launch", 0, true, false},
-        {"beside", 0, true, true},        {"beside", 0, true, true},
-        {"fresh", 0, true, true, true},   {"fresh", 0, true, true, true}};
+    std::vector<Variant> variants = {{"terms_kernel", 0, false, true}, {"alone", 0, true, false}};
+    for (int twice = 0; twice < 2; ++twice) {
+      variants.push_back({"beside", 0, true, true});
+      variants.push_back({"no_hints", 0, true, true, false, 0, 0});
+      variants.push_back({"hints", 0, true, true, false, 0, 1});
+      variants.push_back({"fresh", 0, true, true, true});
+    }
     for (int stages : c.stages) {
       variants.push_back({"stages", 0, true, true, false, stages});
       variants.push_back({"fresh_stages", 0, true, true, true, stages});

@@ -167,6 +167,8 @@ bool row_loss_on_chip(int device, const RowParams<float>& rows, PolicyKernelPara
   ring.stages = plan.stages;
   ring.stage_bytes = plan.stage_bytes;
   ring.groups = plan.groups;
+  ring.exceeds_cache =
+      int64_t(ring.row_count) * rows.vocab * element_bytes(rows.dtype) >= kCachedBytes;
   if (!plan.ring || !use_ring || ring.row_count == 0 || ring_clusters(ring, plan) == 0)
     return false;
   // A sequence is reported against every token's own log probability: a NaN in one shows in all.

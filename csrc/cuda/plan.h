@@ -16,11 +16,15 @@ constexpr int kGroupWarps = kGroupThreads / 32;
 constexpr int kMaxCluster = 16;
 constexpr int kPortableCluster = 8;
 constexpr int kMaxStages = 8;
-// Logits on their way through L2 displace each other when there are too many. Measured with 8 and
-// 16 CTAs per row: 5 stages of 32 KiB and 4 of 37 KiB are 1 to 4 % faster than one stage more; with
-// 2 CTAs per row every stage helps. Fewer than 4 are too few to hide the exchange.
+// Rows on their way through L2 displace each other when there are too many of them. Measured: with
+// 2 CTAs per row every stage helps, with 8 and 16 five of 32 KiB or four of 37 KiB are 1 to 4 %
+// faster than one more, with 4 it is four; and rows that start between two 16-byte blocks take
+// longer and want five.
 constexpr int64_t kMostRingBytes = 168 * 1024;
-constexpr int kFewStages = 4;
+constexpr int kFewStages = 4, kEnoughStages = 5;
+// Calls on fewer logits than this find some of them in L2, as somebody has just written them there,
+// and leave gradients for the next to find.
+constexpr int64_t kCachedBytes = int64_t(256) << 20;
 // Measured on an H100: shares of 24 KiB lose 8 % to the exchange between CTAs, shares of 32 to 64
 // KiB are alike as long as three or more fit into shared memory.
 constexpr int64_t kTargetShareBytes = 50 * 1024;
@@ -101,9 +105,14 @@ inline RowPlan plan_ring(const Device& device, DType dtype, const RowDivision& d
 // The plan for loss and gradient in one call.
 inline RowPlan plan_row_loss(const Device& device, DType dtype, int64_t vocab) {
   RowPlan plan = plan_ring(device, dtype, divide_row(dtype, vocab));
-  if (plan.division.shares > 2)
-    while (plan.stages > kFewStages && plan.stages * plan.stage_bytes > kMostRingBytes)
-      --plan.stages;
+  if (plan.division.shares <= 2) return plan;
+  const bool aligned = vocab * element_bytes(dtype) % 16 == 0;
+  const auto too_many = [&](int stages) {
+    if (stages > kEnoughStages) return true;
+    return aligned && stages > kFewStages &&
+           (plan.division.shares <= 4 || stages * plan.stage_bytes > kMostRingBytes);
+  };
+  while (too_many(plan.stages)) --plan.stages;
   return plan;
 }
 

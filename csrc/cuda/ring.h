@@ -26,6 +26,7 @@ struct RingParams {
   int32_t stages;       // shares in shared memory
   int32_t stage_bytes;  // each, multiple of 128
   int32_t groups;       // of consumers, at most kMaxGroups
+  bool exceeds_cache;   // the logits, by far: see kCachedBytes
 };
 
 // Counters in device memory that are 0 from the start and that every call leaves at 0 again. Calls

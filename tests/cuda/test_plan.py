@@ -37,6 +37,8 @@ def test_clusters_are_for_hopper(architecture: int) -> None:
         (49_152, "bfloat16", 2, 4),
         (50_257, "float16", 2, 4),
         (201_088, "bfloat16", 8, 4),
+        (65_536, "bfloat16", 4, 4),
+        (151_669, "bfloat16", 8, 5),  # rows start between 16-byte blocks
         (128_256, "bfloat16", 8, 5),
         (151_936, "bfloat16", 8, 4),
         (262_144, "bfloat16", 16, 5),
