@@ -158,17 +158,17 @@ namespace {
 // Loss and gradient with the row on chip. False: not on this device, or not for this call.
 bool row_loss_on_chip(int device, const RowParams<float>& rows, PolicyKernelParams p,
                       Stream stream) {
-  const RowPlan plan = plan_row_loss(device_of(device), rows.dtype, rows.vocab);
   RingParams ring{};
   ring.rows = rows;
   ring.policy = p.policy;
   ring.row_count = count_rows(rows);
+  ring.exceeds_cache =
+      int64_t(ring.row_count) * rows.vocab * element_bytes(rows.dtype) >= kCachedBytes;
+  const RowPlan plan = plan_row_loss(device_of(device), rows.dtype, rows.vocab, ring.exceeds_cache);
   ring.share = plan.division.share;
   ring.stages = plan.stages;
   ring.stage_bytes = plan.stage_bytes;
   ring.groups = plan.groups;
-  ring.exceeds_cache =
-      int64_t(ring.row_count) * rows.vocab * element_bytes(rows.dtype) >= kCachedBytes;
   if (!plan.ring || !use_ring || ring.row_count == 0 || ring_clusters(ring, plan) == 0)
     return false;
   // A sequence is reported against every token's own log probability: a NaN in one shows in all.

@@ -16,10 +16,10 @@ constexpr int kGroupWarps = kGroupThreads / 32;
 constexpr int kMaxCluster = 16;
 constexpr int kPortableCluster = 8;
 constexpr int kMaxStages = 8;
-// Rows on their way through L2 displace each other when there are too many of them. Measured: with
-// 2 CTAs per row every stage helps, with 8 and 16 five of 32 KiB or four of 37 KiB are 1 to 4 %
-// faster than one more, with 4 it is four; and rows that start between two 16-byte blocks take
-// longer and want five.
+// Rows on their way through L2 displace each other when there are too many of them, in calls on
+// more than L2 holds. Measured: with 2 CTAs per row every stage helps, with 8 and 16 five of 32 KiB
+// or four of 37 KiB are 1 to 4 % faster than one more, with 4 it is four; and rows that start
+// between two 16-byte blocks take longer and want five.
 constexpr int64_t kMostRingBytes = 168 * 1024;
 constexpr int kFewStages = 4, kEnoughStages = 5;
 // Calls on fewer logits than this find some of them in L2, as somebody has just written them there,
@@ -102,10 +102,11 @@ inline RowPlan plan_ring(const Device& device, DType dtype, const RowDivision& d
   return plan;
 }
 
-// The plan for loss and gradient in one call.
-inline RowPlan plan_row_loss(const Device& device, DType dtype, int64_t vocab) {
+// The plan for loss and gradient in one call. exceeds_cache: its logits are kCachedBytes or more.
+inline RowPlan plan_row_loss(const Device& device, DType dtype, int64_t vocab,
+                             bool exceeds_cache = true) {
   RowPlan plan = plan_ring(device, dtype, divide_row(dtype, vocab));
-  if (plan.division.shares <= 2) return plan;
+  if (plan.division.shares <= 2 || !exceeds_cache) return plan;
   const bool aligned = vocab * element_bytes(dtype) % 16 == 0;
   const auto too_many = [&](int stages) {
     if (stages > kEnoughStages) return true;
