@@ -6,8 +6,9 @@
 
 A case is model:lora|full:completions of a micro-batch, and maybe :spread or :equal, the lengths. Models are shapes of
 Qwen3 with random weights. `phase`, `longest` and `trace` hand the same prepared completions to both trainers
-(`training_setup.py`), with the log probabilities that an engine would report: both correct for them (``token_truncate``
-at 2), as with vLLM. Neither trainer may skip a completion in these runs. Everything writes CSV into ``--output``.
+(`training_workload.py`), with the log probabilities that an engine would report: both correct for them
+(``token_truncate`` at 2), as with vLLM. Neither trainer may skip a completion in these runs. Everything writes CSV into
+``--output``.
 """
 
 from __future__ import annotations

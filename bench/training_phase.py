@@ -11,7 +11,8 @@ from typing import Any
 import common
 import torch
 import training_setup as setup
-from training_setup import Case, Measured, Workload
+from training_setup import Case, Measured
+from training_workload import Workload, build_tokenizer
 
 GIB = 2**30
 
@@ -20,7 +21,7 @@ def measure(case: Case, candidates: list[str], lengths: str, args: Any) -> list[
     """One row for each candidate; the first one's loss and gradient norm are what the others must reach."""
     device = torch.device(case.device)
     workload = Workload(case.shape.vocabulary, args.prompts, args.group, args.tokens, lengths == "spread")
-    tokenizer = setup.build_tokenizer(case.shape.vocabulary)
+    tokenizer = build_tokenizer(case.shape.vocabulary)
     model = case.build()
     workload.attach_logps(model, device)
     del model
@@ -149,7 +150,7 @@ def longest(args: Any) -> bool:
 
 
 def find_longest(name: str, case: Case, capacity: float, args: Any) -> list[dict[str, Any]]:
-    tokenizer = setup.build_tokenizer(case.shape.vocabulary)
+    tokenizer = build_tokenizer(case.shape.vocabulary)
     rows: list[dict[str, Any]] = []
 
     def probe(tokens: int) -> float | None:

@@ -20,7 +20,7 @@ import torch
 import training_setup as setup
 from torch import Tensor
 from training_phase import case_of
-from training_setup import Workload
+from training_workload import Workload, build_tokenizer
 from transformers import TrainerCallback
 
 import grpo_ext
@@ -202,7 +202,7 @@ def trace(args: Any) -> bool:
         workload = Workload(
             case.shape.vocabulary, args.prompts, args.group, args.tokens, spread=lengths != "equal", seed=0
         )
-        tokenizer = setup.build_tokenizer(case.shape.vocabulary)
+        tokenizer = build_tokenizer(case.shape.vocabulary)
         plain = case.build()
         workload.attach_logps(plain, device)
         del plain

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import training_setup as setup
 from training_phase import GIB, case_of, row_of
-from training_setup import Workload
+from training_workload import Workload, build_tokenizer
 
 import grpo_ext
 
@@ -83,7 +83,7 @@ def step(args: Any, world: int) -> list[dict[str, Any]]:
     for model, trained, micro_batch, lengths in args.cases:
         case = case_of(args, model, trained, micro_batch)
         workload = Workload(case.shape.vocabulary, args.prompts, args.group, args.tokens, lengths != "equal")
-        tokenizer = setup.build_tokenizer(case.shape.vocabulary)
+        tokenizer = build_tokenizer(case.shape.vocabulary)
         plain = case.build()
         workload.attach_logps(plain, device)
         del plain

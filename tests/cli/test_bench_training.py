@@ -132,9 +132,9 @@ def test_trace_books_every_part(bench: ModuleType, tmp_path: Path) -> None:
 
 
 def test_a_workload_serves_every_completion_once(bench: ModuleType) -> None:
-    import training_setup
+    import training_workload
 
-    work = training_setup.Workload(512, prompts=3, group=4, tokens=32, spread=True)
+    work = training_workload.Workload(512, prompts=3, group=4, tokens=32, spread=True)
     work.logps = [[[-1.0] * len(ids) for ids in row] for row in work.completions]
     ids, logps = work.serve([prompt for prompt in work.prompt_ids for _ in range(4)])
     assert ids == [completion for row in work.completions for completion in row]
@@ -183,10 +183,11 @@ def test_learning_in_both_trainers(bench: ModuleType, tmp_path: Path) -> None:
     pytest.importorskip("trl", reason="the benchmark beside TRL needs TRL")
     import training_learn
     import training_setup
+    import training_workload
 
     case = training_setup.Case(model="tiny", dtype="fp32")
     case.build().save_pretrained(tmp_path / "model")
-    tokenizer = training_setup.build_tokenizer(512)
+    tokenizer = training_workload.build_tokenizer(512)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     tokenizer.save_pretrained(tmp_path / "model")
     pairs = [[f"t{i} t{i + 1} ?", str(i)] for i in range(2, 60)]
