@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import math
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -84,7 +85,8 @@ def milliseconds(measured: Callable[[], Any], device: torch.device) -> float:
 def interleaved(
     prepared: dict[str, Callable[[], Callable[[], Any]]], device: torch.device, *, warmup: int, runs: int
 ) -> dict[str, Timing]:
-    """Times several candidates in turn, so that a busy moment of the machine meets all of them.
+    """Times several candidates in turn, so that a busy moment of the machine meets all of them; in another order in each
+    round, since a GPU at its power limit is slower right behind a long product.
 
     Args:
         prepared: for each name a function that does the unmeasured preparation and returns the measured call.
@@ -92,8 +94,10 @@ def interleaved(
     """
     samples: dict[str, list[float]] = {name: [] for name in prepared}
     for round_number in range(warmup + runs):
-        for name, prepare in prepared.items():
-            elapsed = milliseconds(prepare(), device)
+        order = list(prepared)
+        random.Random(round_number).shuffle(order)
+        for name in order:
+            elapsed = milliseconds(prepared[name](), device)
             if round_number >= warmup:
                 samples[name].append(elapsed)
     return {name: Timing(values) for name, values in samples.items()}
