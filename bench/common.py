@@ -85,8 +85,8 @@ def milliseconds(measured: Callable[[], Any], device: torch.device) -> float:
 def interleaved(
     prepared: dict[str, Callable[[], Callable[[], Any]]], device: torch.device, *, warmup: int, runs: int
 ) -> dict[str, Timing]:
-    """Times several candidates in turn, so that a busy moment of the machine meets all of them; in another order in each
-    round, since a GPU at its power limit is slower right behind a long product.
+    """Times several candidates in turn, so that a busy moment of the machine meets all of them; in another order each
+    time, since a GPU at its power limit is slower right behind a long product.
 
     Args:
         prepared: for each name a function that does the unmeasured preparation and returns the measured call.
