@@ -12,7 +12,7 @@ namespace grpo::cpu {
 template <class Real>
 struct RowStatistics {
   SoftmaxRecord<Real> record;  // `weighted` stays 0 unless the entropy was asked for
-  Real target;                 // x[target] - record.max, rounded once
+  double target;               // x[target] - record.max, not rounded: log probabilities are, once
 };
 
 // What the gradient of one row needs: dz = coef dlogp/dz + entropy_coef dH/dz.

@@ -105,20 +105,27 @@ static RowStatistics<typename V::Real> stats_of(const T* z, int64_t vocab, int64
     }
     // No finite logit so far: any reference serves, the terms are exp(-inf) or NaN.
     const Reg top = V::set1(highest > Real(-INFINITY) ? highest : Real(0));
+    // A sum for each block and one of the blocks: eight lanes of fp32 that add up a whole
+    // vocabulary one after the other are off by more than the exponentials.
+    Reg block_sum[2] = {zero, zero}, block_weighted[2] = {zero, zero};
     int64_t i = 0;
     for (; i + 2 * W <= n; i += 2 * W) {
       for (int j = 0; j < 2; ++j) {
         const Reg x = shifted<V>(p, p.u(V::load(block + i + j * W)), top);
         const Reg e = V::exp(x);
-        sum[j] = V::add(sum[j], e);
-        if (kEntropy) weighted[j] = V::fma(x, e, weighted[j]);
+        block_sum[j] = V::add(block_sum[j], e);
+        if (kEntropy) block_weighted[j] = V::fma(x, e, block_weighted[j]);
       }
     }
     for (; i < n; i += W) {
       const Reg x = shifted<V>(p, p.u_partial(block + i, int(n - i)), top);
       const Reg e = V::exp(x);
-      sum[0] = V::add(sum[0], e);
-      if (kEntropy) weighted[0] = V::fma(x, e, weighted[0]);
+      block_sum[0] = V::add(block_sum[0], e);
+      if (kEntropy) block_weighted[0] = V::fma(x, e, block_weighted[0]);
+    }
+    for (int j = 0; j < 2; ++j) {
+      sum[j] = V::add(sum[j], block_sum[j]);
+      if (kEntropy) weighted[j] = V::add(weighted[j], block_weighted[j]);
     }
   }
   RowStatistics<Real> out;
@@ -126,9 +133,8 @@ static RowStatistics<typename V::Real> stats_of(const T* z, int64_t vocab, int64
   out.record.sum = V::reduce_add(V::add(sum[0], sum[1]));
   out.record.weighted = kEntropy ? V::reduce_add(V::add(weighted[0], weighted[1])) : Real(0);
   Real lanes[W];
-  const Reg own = p.u(V::set1(Real(to_real(z[target]))));
-  V::store(lanes, V::mul(V::sub(own, V::set1(highest)), V::set1(p.slope)));
-  out.target = lanes[0];
+  V::store(lanes, p.u(V::set1(Real(to_real(z[target])))));
+  out.target = (double(lanes[0]) - double(highest)) * double(p.slope);
   return out;
 }
 

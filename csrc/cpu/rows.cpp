@@ -101,7 +101,7 @@ bool stats_of_row(const RowParams<Real>& p, const RowKernels<Real>& kernels, int
   row->target = target;
   row->max = stats.record.max;
   row->log_sum = std::log(stats.record.sum);
-  row->logp = stats.target - row->log_sum;
+  row->logp = Real(stats.target - std::log(double(stats.record.sum)));
   row->entropy = p.entropy ? entropy(stats.record) : Real(0);
   p.logps[i] = row->logp;
   if (p.entropy) p.entropy[i] = row->entropy;

@@ -336,7 +336,7 @@ def compare(
     dtype: torch.dtype,
     reach: float,
 ) -> None:
-    """Loss, per-token outputs, metrics and gradients. `reach` is the greatest processed logit."""
+    """Loss, per-token outputs, metrics and gradients. `reach`: of a log probability, `loss_call` has it."""
     eps = torch.finfo(real).eps
     # The weight of vespo is an exponential of an exponential: where it is small, it is steep.
     steep = 32 if config.loss_type == "vespo" else 4

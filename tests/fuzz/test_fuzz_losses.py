@@ -46,7 +46,8 @@ def reach_of(x: Tensor) -> float:
 
 
 def loss_call(case: Case) -> tuple[dict[str, Tensor], Callable[..., Any], dict[str, Any], LossConfig, float]:
-    """Leaves, the way from them to the arguments, the other inputs, the config and the greatest logit."""
+    """Leaves, the way from them to the arguments, the other inputs, the config, and how far a log probability reaches:
+    the greatest logit and, for the sum of the exponentials, log V (equal logits of 0 have one of -log V)."""
     draw = Random(case["seed"])
     logits, ids = logits_of(case, draw)
     x = reference.processed_logits(
@@ -69,7 +70,7 @@ def loss_call(case: Case) -> tuple[dict[str, Tensor], Callable[..., Any], dict[s
         # An in-place loss wants logits that came out of an operation.
         return [view(leaves["logits"].clone()), ids], {"inplace": case["inplace"]}
 
-    return {"logits": full}, arguments, values, loss_config(case), reach_of(x)
+    return {"logits": full}, arguments, values, loss_config(case), reach_of(x) + math.log(x.shape[-1])
 
 
 def check_grpo_loss(case: Case) -> None:
