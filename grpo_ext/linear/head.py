@@ -15,7 +15,8 @@ Rows = Tensor | slice  # rows of the flattened tokens: indices, or a range
 
 
 class Head:
-    """``logits = hidden @ weight.T + bias`` in blocks of a fixed shape, and the product back to the hidden states.
+    """``logits = hidden @ weight.T + bias``, and the product back to the hidden states. In blocks of a fixed shape, but
+    in one piece where the product is our own (`grpo_ext._ops.products`).
 
     Args:
         weight: (V,H), bias: (V,) or None, in any dtype. rows: how many rows the whole call has; the buffers are no

@@ -2,7 +2,8 @@
 
 A logits product always has the same shape, ``block`` rows times the head, whatever the number of rows of the call: the
 product then never changes its kernel, and the log probability of a row has the same bits in any company. The buffer
-holds a whole number of blocks, as many as the memory budget allows.
+holds a whole number of blocks, as many as the memory budget allows. On a Hopper GPU the product is our own
+(`grpo_ext._ops.products`), whose bits do not depend on the number of rows: it takes all rows of the buffer at once.
 """
 
 from __future__ import annotations
