@@ -17,7 +17,7 @@ from grpo_ext.tasks.models import load_model
 patching = contextlib.contextmanager(patched)
 
 # Relative to the larger of the value and 1e-2. A loss is a sum of larger terms that cancel, and AdamW hands rounding
-# from step to step: over the whole grid the largest difference is 1.5e-5, and 8e-5 for luspo and vespo, whose terms
+# from step to step: over the whole grid the largest difference is 1.6e-5, and 6e-5 for luspo and vespo, whose terms
 # are whole sequences.
 TOLERANCE = {"luspo": 2e-4, "vespo": 2e-4}
 
@@ -86,12 +86,16 @@ def smollm() -> Any:
     ids=str,
 )
 def test_small_real_model(case: Case, length: int, smollm: Any, tmp_path: Path) -> None:
-    """SmolLM2-135M: 49,152 tokens of vocabulary, a head tied to the embedding."""
+    """SmolLM2-135M: 49,152 tokens of vocabulary, a head tied to the embedding. The first case, which is run each time,
+    takes one step: what a step does to the next one is the same for every model."""
     model, tokenizer = smollm
 
     def run(name: str) -> list[dict[str, float]]:
         mine = copy.deepcopy(model)
-        return run_grpo(case, str(tmp_path / name), model=mine, tokenizer=tokenizer, max_completion_length=length)
+        options = {"max_steps": 1} if length == 4 else {}
+        return run_grpo(
+            case, str(tmp_path / name), model=mine, tokenizer=tokenizer, max_completion_length=length, **options
+        )
 
     stock = run("stock")
     for fuse_loss in (False, True):

@@ -141,7 +141,6 @@ def run_grpo(
     case: Case, output_dir: str, *, model: Any = None, tokenizer: Any = None, **changes: Any
 ) -> list[dict[str, float]]:
     """The logs of a GRPO run; the same for the same arguments."""
-    steps = 2 * case.num_iterations
     args = trl.GRPOConfig(
         **settings(
             output_dir,
@@ -157,7 +156,7 @@ def run_grpo(
                 "epsilon_high": 1.002 if case.loss_type == "cispo" else 0.01,
                 "beta": case.beta,
                 "num_iterations": case.num_iterations,
-                "max_steps": steps,
+                "max_steps": 2 * case.num_iterations,
                 **changes,
             },
         )
@@ -184,7 +183,7 @@ def run_grpo(
         if case.lora:  # adapters that start at zero leave the KL term and half of the gradients at zero
             fill_adapters(trainer.model)
         trainer.train()
-    assert len(recorder.steps) == steps
+    assert len(recorder.steps) == args.max_steps
     return recorder.steps
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from grpo_ext.tasks import PACKAGED_MODELS, load_model
-from grpo_ext.tasks.models import PackagedModel
+from grpo_ext.tasks.models import PackagedModel, _gguf_read_once
 
 NAME = "smollm2-135m-instruct"
 HAS_PACKAGE = all(importlib.util.find_spec(module) for module in (PACKAGED_MODELS[NAME].module, "gguf"))
@@ -30,6 +30,20 @@ def test_packaged_model_loads_answers_and_saves(tmp_path: Path) -> None:
     assert "Paris" in tokenizer.decode(output[0, batch["input_ids"].shape[1] :])
     model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").stat().st_size > 250e6
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="gguf is not installed")
+def test_gguf_readers_are_shared_while_loading_and_not_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    import gguf
+
+    reads: list[str] = []
+    monkeypatch.setattr(gguf, "GGUFReader", reads.append)
+    with _gguf_read_once():
+        for name in ("a", "a", "b"):
+            gguf.GGUFReader(name)
+    assert reads == ["a", "b"]
+    gguf.GGUFReader("a")
+    assert reads == ["a", "b", "a"]
 
 
 def test_missing_package_names_the_command() -> None:
