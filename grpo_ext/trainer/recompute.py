@@ -4,7 +4,7 @@ transformers' default records every tensor that autograd saves through hooks wri
 adapter that is 40 % of the host's work of a forward and backward, and where the host is slower than the device, of the
 step. The older way of torch (``use_reentrant=True``) runs a layer without a graph and builds it in the backward: no
 hooks, the same arithmetic. It has one condition, that nothing with a gradient enters a layer except its first argument,
-which is known of the architectures below; other models keep transformers' default.
+which is known of the architectures below in transformers' own code; other models keep transformers' default.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo_ext.trainer.models import has_dropout, is_peft_model
 
@@ -32,9 +33,22 @@ def checkpointing_arguments(model: nn.Module) -> dict[str, Any] | None:
             the layers.
     """
     base: Any = model.get_base_model() if is_peft_model(model) else model  # type: ignore[operator]
-    if getattr(getattr(base, "config", None), "model_type", None) not in LAYER_BY_LAYER:
+    if not _layer_by_layer(base) or _has_routed_adapter(model):
         return None
     embeddings = base.get_input_embeddings()
     if not all(p.requires_grad for p in embeddings.parameters()) and not getattr(base, "_require_grads_hooks", None):
         base.enable_input_require_grads()
     return {"use_reentrant": True, "preserve_rng_state": has_dropout(model)}
+
+
+def _layer_by_layer(base: Any) -> bool:
+    if getattr(getattr(base, "config", None), "model_type", None) not in LAYER_BY_LAYER:
+        return False
+    # A name in a config says nothing of code that came with a checkpoint, or of layers that somebody exchanged.
+    layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return all(type(module).__module__.startswith("transformers.models.") for module in (base, *layers))
+
+
+def _has_routed_adapter(model: Any) -> bool:
+    """X-LoRA's layers are scaled by numbers that another pass computed, with a gradient."""
+    return is_peft_model(model) and any(config.peft_type == "XLORA" for config in model.peft_config.values())

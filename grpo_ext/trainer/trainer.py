@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +86,10 @@ class GRPOTrainer(Trainer):
 
     Raises:
         ValueError, TypeError: for datasets, rewards or arguments that do not fit, naming them.
+
+    Attributes:
+        checkpointing: the ``gradient_checkpointing_kwargs`` of its runs where the arguments have none; None leaves
+            transformers' own.
     """
 
     args: GRPOConfig
@@ -178,6 +183,7 @@ class GRPOTrainer(Trainer):
         self._path_said = False
         self.kernel_calls = 0
         self._rollout: Rollout | None = None
+        self._leaf = list(module.modules())[-1]
         self._add_callbacks()
 
     def _make_engine(self, module: nn.Module, tokenizer: PreTrainedTokenizerBase) -> GenerationEngine:
@@ -188,14 +194,26 @@ class GRPOTrainer(Trainer):
 
     def _choose_checkpointing(self, module: nn.Module) -> None:
         args = self.args
+        self.checkpointing: dict[str, Any] | None = None
         if not args.gradient_checkpointing or args.gradient_checkpointing_kwargs is not None:
             return
         elsewhere = self.is_fsdp_enabled or self.is_deepspeed_enabled or args.torch_compile
         # DDP that looks for unused parameters walks a graph that this way of checkpointing does not have.
         if not elsewhere and not (self.accelerator.num_processes > 1 and args.ddp_find_unused_parameters):
-            args.gradient_checkpointing_kwargs = checkpointing_arguments(module)
-        if args.gradient_checkpointing_kwargs is not None and self.accelerator.ddp_handler is not None:
+            self.checkpointing = checkpointing_arguments(module)
+        if self.checkpointing is not None and self.accelerator.ddp_handler is not None:
             self.accelerator.ddp_handler.find_unused_parameters = False
+
+    @contextlib.contextmanager
+    def _checkpointing_in_args(self) -> Iterator[None]:
+        """Where transformers looks for it, and no longer than that: another trainer may be given the same args."""
+        given = self.args.gradient_checkpointing_kwargs
+        if given is None:
+            self.args.gradient_checkpointing_kwargs = self.checkpointing
+        try:
+            yield
+        finally:
+            self.args.gradient_checkpointing_kwargs = given
 
     def _add_callbacks(self) -> None:
         self.add_callback(StepTimer(self.window))
@@ -231,7 +249,9 @@ class GRPOTrainer(Trainer):
 
         The division by the accumulation steps happens in `compute_loss`, so nothing is divided here.
         """
-        if not model.training:  # thousands of modules, a tenth of a second on a slow host
+        # Not at every step: thousands of modules, a tenth of a second on a slow host. A wrapper for several processes
+        # is in train mode from its birth, around a model that may not be.
+        if not (model.training and self._leaf.training):
             model.train()
         optimizer_train = getattr(self.optimizer, "train", None)
         if callable(optimizer_train):
@@ -411,7 +431,8 @@ class GRPOTrainer(Trainer):
             EngineError: naming the checkpoint to go on from.
         """
         try:
-            return super().train(*args, **kwargs)
+            with self._checkpointing_in_args():
+                return super().train(*args, **kwargs)
         except EngineError as error:
             raise type(error)(f"{error}\n{self._keep_checkpoint()}") from error
 

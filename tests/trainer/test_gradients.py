@@ -194,3 +194,28 @@ def test_completions_end_where_the_engine_says(make_trainer: Make) -> None:
     assert 0 < sum(ended) < 8
     assert batch.loss_mask.any(1).tolist() == ended
     assert rollout.normaliser == sum(len(ids) for ids, done in zip(rollout.completion_ids, ended, strict=True) if done)
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_trains_in_train_mode(make_trainer: Make, fused: bool | None) -> None:
+    """Also within a wrapper for several processes, whose own mode says nothing of a model from a checkpoint."""
+
+    class Wrapper(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.module(*args, **kwargs)
+
+    trainer = make_trainer(model=build_model().eval(), engine=FixedEngine(), use_fused_head=fused)
+    modes: list[bool] = []
+    for module in trainer.model.modules():
+        module.register_forward_hook(lambda m, *_: modes.append(m.training) if torch.is_grad_enabled() else None)
+    wrapped = Wrapper(trainer.model)
+    wrapped.config = trainer.model.config
+    for _ in range(2):
+        trainer.training_step(wrapped, {"micro_step": 0})
+        trainer.model.eval()  # as a callback may leave it
+    assert modes
+    assert all(modes)

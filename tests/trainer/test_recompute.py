@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftType, get_peft_model
 from torch import nn
-from toys import EOS, PAD, FixedEngine, GradientCatcher, build_model
+from toys import EOS, PAD, FixedEngine, GradientCatcher, build_model, build_tokenizer, reward_number
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from grpo_ext.trainer import GRPOTrainer
+from grpo_ext.trainer import GRPOConfig, GRPOTrainer
 from grpo_ext.trainer.recompute import LAYER_BY_LAYER, checkpointing_arguments
 
 Make = Callable[..., GRPOTrainer]
@@ -36,6 +37,12 @@ def gradients(model: Any, arguments: dict[str, Any] | None) -> dict[str, torch.T
     logits = model(input_ids=ids, use_cache=False).logits
     logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).sum().backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def ways_of(model: Any) -> list[dict[str, Any]]:
+    """How each layer is checkpointed, of those that are."""
+    layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    return [m._gradient_checkpointing_func.keywords for m in layers if isinstance(m, GradientCheckpointingLayer)]
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
@@ -76,7 +83,9 @@ def test_trainer(make_trainer: Make, frozen: str) -> None:
             share_prompts=False,
         )  # fmt: skip
         trainer.train()
-        assert bool((trainer.args.gradient_checkpointing_kwargs or {}).get("use_reentrant")) is checkpointing
+        used = [way["use_reentrant"] for way in ways_of(trainer.model)]
+        assert used == ([True] * 2 if checkpointing else [])
+        assert trainer.args.gradient_checkpointing_kwargs is None
         steps.append(catcher.steps)
     for plain, checkpointed in zip(*steps, strict=True):
         assert plain.keys() == checkpointed.keys()
@@ -87,11 +96,47 @@ def test_trainer(make_trainer: Make, frozen: str) -> None:
 def test_left_alone(make_trainer: Make) -> None:
     gpt2 = transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=32)
     assert checkpointing_arguments(transformers.GPT2LMHeadModel(gpt2)) is None
-    own = {"use_reentrant": False}
-    assert (
-        make_trainer(gradient_checkpointing=True, gradient_checkpointing_kwargs=own).args.gradient_checkpointing_kwargs
-        == own
+    trainer = make_trainer(
+        gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}, engine=FixedEngine()
     )
+    trainer.train()
+    assert ways_of(trainer.model) == [{"use_reentrant": False}] * 2
+
+
+def test_other_code_under_a_known_name() -> None:
+    class Own(type(build_model())):  # type: ignore[misc]
+        """As a checkpoint brings it along: its layers may share what it likes."""
+
+    class Layer(type(build_model().model.layers[0])):  # type: ignore[misc]
+        """Likewise."""
+
+    for place, kind in (("", Own), ("model.layers.1", Layer)):
+        model = build_model()
+        assert checkpointing_arguments(model) is not None
+        model.get_submodule(place).__class__ = kind
+        assert checkpointing_arguments(model) is None
+
+
+def test_adapter_with_a_router_of_its_own() -> None:
+    model = get_peft_model(build_model(), LoraConfig(r=2, target_modules="all-linear"))
+    assert checkpointing_arguments(model) is not None
+    model.peft_config["default"].peft_type = PeftType.XLORA
+    assert checkpointing_arguments(model) is None
+
+
+def test_arguments_of_two_trainers(make_config: Callable[..., GRPOConfig]) -> None:
+    """What is chosen for one model does not reach another through the arguments that both were given."""
+    args = make_config(gradient_checkpointing=True)
+    rows = [{"prompt": f"add {i}"} for i in range(20)]
+    gpt2 = transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=32, eos_token_id=EOS)
+    trainers = [
+        GRPOTrainer(model, reward_number, args, rows, processing_class=build_tokenizer())
+        for model in (build_model(), transformers.GPT2LMHeadModel(gpt2))
+    ]
+    for trainer in trainers:
+        trainer.rollouts.engine = FixedEngine()  # type: ignore[assignment]
+        trainer.train()
+    assert [ways_of(trainer.model)[0]["use_reentrant"] for trainer in trainers] == [True, False]
 
 
 def test_dropout_is_drawn_again() -> None:
