@@ -143,13 +143,13 @@ class GRPOConfig(TrainingArguments):
     length_sorted_batches: bool = _field(
         False,
         "Put completions of like lengths into the same micro-batch of an optimizer step; less padding (bnpo divides by "
-        "the tokens of each micro-batch, so its gradient changes).",
+        "the tokens of each micro-batch, and top_entropy_quantile compares those of one, so their gradients change).",
     )
     fill_micro_batches: bool = _field(
         False,
         "Sort by length, too, and put short completions into fewer micro-batches, none larger in padded tokens than "
         "one of per_device_train_batch_size of the longest; in one process, otherwise like length_sorted_batches "
-        "(bnpo then divides by the mean number of tokens of the micro-batches).",
+        "(bnpo then divides by the mean number of tokens of the generation batch's micro-batches).",
     )
     padding_free: bool = _field(
         False,
