@@ -47,6 +47,8 @@ void logits_product(int device, const LogitsProductParams& p, Stream stream) {
 void head_gradient(int device, const HeadGradientParams& p, Stream stream) {
   const DeviceGuard guard(device);
   const int multiprocessors = hopper_multiprocessors("head_gradient", device);
+  if (p.first && p.last)
+    throw std::invalid_argument("grpo_ext: head_gradient adds up several products, not one");
   if (p.rows > 0) launch_head_gradient(multiprocessors, p, stream);
 }
 

@@ -53,9 +53,10 @@ __device__ __forceinline__ void bulk_wait_read_but() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kOpen) : "memory");
 }
 
-// Arrives on the barrier of a CTA of the cluster (an address from map_to_rank). Orders nothing but
-// what the copy engine and the tensor cores do: a release at the cluster's scope would be a memory
-// barrier of the whole GPU, 500 cycles for each stage.
+// Arrives on the barrier of a CTA of the cluster (an address from map_to_rank). Orders only that
+// reads are over, by the tensor cores or by threads that have met at a named barrier before: a
+// release at the cluster's scope would be a memory barrier of the whole GPU, 500 cycles for each
+// stage.
 __device__ __forceinline__ void mbarrier_arrive_remote(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }

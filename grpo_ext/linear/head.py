@@ -33,12 +33,13 @@ class Head:
         rows: int,
     ) -> None:
         self.weight = weight.to(compute_dtype)
-        self._own_product = compute_dtype in (torch.bfloat16, torch.float16) and products.served(self.weight)
-        self.bias = None if bias is None else bias.to(torch.float32 if self._own_product else logits_dtype)
+        self.vocab, hidden_size = weight.shape
+        sixteen_bits = compute_dtype in (torch.bfloat16, torch.float16)
+        self._own_product = sixteen_bits and hidden_size % 8 == 0 and products.served(self.weight)
+        self.bias = None if bias is None else bias.to(torch.float32 if self._own_product else logits_dtype).contiguous()
         self.plan = plan
         self.capacity = min(plan.rows, -(-rows // plan.block) * plan.block)
         self.mixed = logits_dtype != compute_dtype
-        self.vocab, hidden_size = weight.shape
         self._logits_dtype = logits_dtype
         self._buffer: Tensor | None = None
         self._hidden = weight.new_empty((self.capacity, hidden_size), dtype=compute_dtype)
@@ -134,18 +135,14 @@ class HeadGradient:
     Args:
         weight, bias: what the gradients are of; None: not wanted.
         accumulate_into: (V,H) fp32 to which the gradient of the weight is added, and which is not returned then.
-        one_chunk: a single product needs no wider sum: it accumulates in fp32 inside.
     """
 
-    def __init__(
-        self, weight: Tensor | None, bias: Tensor | None, accumulate_into: Tensor | None, one_chunk: bool
-    ) -> None:
+    def __init__(self, weight: Tensor | None, bias: Tensor | None, accumulate_into: Tensor | None) -> None:
         self.weight, self.bias = weight, bias
         self._given = accumulate_into
         self._sum = accumulate_into
         self._lower: Tensor | None = None  # of fp32 sums in two planes; `_sum` is the upper one then
         self._bias_sum: Tensor | None = None
-        self._one_chunk = one_chunk
 
     def add(self, gradient: Tensor, rows: Tensor, factor: Tensor | None = None, *, last: bool = False) -> None:
         """factor: (rows,) of the gradient's rows, where it is not in them yet; `rows` has it already. last: nothing is
@@ -163,7 +160,10 @@ class HeadGradient:
         assert self.weight is not None
         wide = _sum_dtype(right.dtype)
         left = gradient.t()
-        if self._in_planes(gradient, right):
+        if self._sum is None and last and self.weight.dtype == right.dtype:
+            # A single product needs no wider sum: it accumulates in fp32 inside.
+            self._sum = torch.mm(left, right)
+        elif self._in_planes(gradient, right):
             first = self._sum is None
             if self._sum is None:
                 self._sum, self._lower = right.new_empty(self.weight.shape), right.new_empty(self.weight.shape)
@@ -171,8 +171,6 @@ class HeadGradient:
             products.head_gradient(gradient, right, self._sum, self._lower, first=first, last=last)
             if last:
                 self._lower = None
-        elif self._sum is None and self._one_chunk and self.weight.dtype == right.dtype:
-            self._sum = torch.mm(left, right)
         elif self._sum is None:
             self._sum = right.new_empty(self.weight.shape, dtype=wide)
             if right.dtype == wide:
@@ -195,7 +193,7 @@ class HeadGradient:
         if self._lower is not None:
             return True
         rounded = self.weight.dtype == right.dtype == torch.bfloat16
-        return self._sum is None and not self._one_chunk and rounded and products.served(gradient, right)
+        return self._sum is None and rounded and products.served(gradient, right)
 
     def results(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients in the dtypes of what they are of; empty tensors for those that were not wanted."""

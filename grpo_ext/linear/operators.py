@@ -161,21 +161,19 @@ def _linear_gradient(
         work: Probabilities | Rowwise
         if by_probabilities:
             work = Probabilities(hidden, weight, bias, ids, mask, selection, numerics, logps)
-            head_gradient = _head_gradient(weight, bias, wanted, weight_grad, selection.count <= work.capacity)
+            head_gradient = _head_gradient(weight, bias, wanted, weight_grad)
             dhidden = probabilities_loops.gradients(work, coef, head_gradient, wanted[0], logits, lse, residuals)
         else:
             work = Rowwise(hidden, weight, bias, ids, mask, selection, numerics)
-            head_gradient = _head_gradient(weight, bias, wanted, weight_grad, selection.count <= work.head.capacity)
+            head_gradient = _head_gradient(weight, bias, wanted, weight_grad)
             dhidden = gradients(work, (logps, entropy, lse), coef, entropy_coef, head_gradient, wanted[0], logits)
         del work  # its buffers, before the sums are copied to the dtype of the head
         dweight, dbias = head_gradient.results(hidden)
     return dhidden.view(hidden.shape if wanted[0] else (0,)), dweight, dbias
 
 
-def _head_gradient(
-    weight: Tensor, bias: Tensor | None, wanted: list[bool], weight_grad: Tensor | None, one_chunk: bool
-) -> HeadGradient:
-    return HeadGradient(weight if wanted[1] else None, bias if wanted[2] else None, weight_grad, one_chunk)
+def _head_gradient(weight: Tensor, bias: Tensor | None, wanted: list[bool], weight_grad: Tensor | None) -> HeadGradient:
+    return HeadGradient(weight if wanted[1] else None, bias if wanted[2] else None, weight_grad)
 
 
 def _gradient_shapes(
@@ -218,12 +216,12 @@ def _linear_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tenso
         if serves(weight, numerics, entropy_gradient=spec[ENTROPY_COEF] != 0):
             guess = tensors.old_logps if tensors.old_logps is not None else tensors.sampling_logps
             work = Probabilities(hidden, weight, bias, ids, mask, selection, numerics, guess)
-            head_gradient = _head_gradient(weight, bias, wanted, weight_grad, selection.count <= work.capacity)
+            head_gradient = _head_gradient(weight, bias, wanted, weight_grad)
             dhidden = probabilities_loops.loss_gradients(work, tensors, spec, lengths, head_gradient, wanted[0])
             logps, entropy = work.logps, work.entropy
         else:
             work = Rowwise(hidden, weight, bias, ids, mask, selection, numerics)
-            head_gradient = _head_gradient(weight, bias, wanted, weight_grad, selection.count <= work.head.capacity)
+            head_gradient = _head_gradient(weight, bias, wanted, weight_grad)
             row_policy = RowPolicy(tensors, spec) if route == "one_pass" else None
             logps, entropy, dhidden = loss_gradients(work, tensors, spec, row_policy, lengths, head_gradient, wanted[0])
         del work

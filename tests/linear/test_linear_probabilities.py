@@ -37,6 +37,7 @@ from torch import Tensor
 
 import grpo_ext
 from grpo_ext import reference
+from grpo_ext._ops import products
 from grpo_ext.config import LossConfig
 from grpo_ext.linear import probabilities, probabilities_reference
 from grpo_ext.linear.chunks import Numerics
@@ -136,6 +137,44 @@ def test_routes_by_name(chunks: list[int]) -> None:
         assert bool(chunks) == bool(expected)
     with pytest.raises(ValueError, match="route must be one of"):
         select_route("logit")
+
+
+@pytest.mark.parametrize("route", ["probabilities", "logits"])
+@pytest.mark.parametrize("with_advantage", [1, 4])
+def test_a_sum_in_planes_has_several_products(with_advantage: int, route: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks without a gradient are no products: what is left may be one, which nothing would round at last."""
+    select_route(route)
+    calls: list[tuple[bool, bool]] = []
+
+    def head_gradient(left: Tensor, right: Tensor, upper: Tensor, lower: Tensor, *, first: bool, last: bool) -> None:
+        """As the kernel: the words of an fp32 sum in halves, at last the rounded sum."""
+        calls.append((first, last))
+        total = left.t().float() @ right.float()
+        if not first:
+            words = (upper.view(torch.int16).int() << 16) | (lower.view(torch.int16).int() & 0xFFFF)
+            total = total + words.view(torch.float32)
+        words = total.view(torch.int32)
+        upper.view(torch.int16).copy_(words >> 16)
+        lower.view(torch.int16).copy_(words & 0xFFFF)
+        if last:
+            upper.copy_(total.bfloat16())
+
+    monkeypatch.setattr(products, "served", lambda *matrices: len(matrices) == 2)  # the head's gradient alone
+    monkeypatch.setattr(products, "head_gradient", head_gradient)
+    data = batch(torch.device("cpu"), dtype=torch.bfloat16)
+    data["advantages"][with_advantage:] = 0
+    weight = head(torch.device("cpu"), torch.bfloat16)[0].requires_grad_()
+    # At most 50 tokens of each of 4 completions, 64 rows of 2.2 kB to a chunk: one with a gradient, or all.
+    loss_of(data, weight, memory_budget=64 * 2200).loss.backward()
+    assert bool(calls) == (with_advantage > 1)
+    assert (True, True) not in calls
+    exact = weight.detach().double().requires_grad_()
+    reference.linear_grpo_loss(
+        data["hidden"].double(), exact, data["ids"], data["advantages"].double(), data["mask"], LossConfig()
+    ).loss.backward()
+    assert weight.grad is not None
+    assert exact.grad is not None
+    assert (weight.grad.double() - exact.grad).norm() <= 0.02 * exact.grad.norm()
 
 
 @pytest.mark.parametrize("hidden_size", [576, 1024, 2048, 4096, 8192])
