@@ -55,10 +55,6 @@ class WeightCheck:
         self._rows: Tensor | None = None
         self._answers: list[Answer] = []
 
-    def forget(self) -> None:
-        """Drop the last step's values: the engine or the model is another one."""
-        self._rows, self._answers = None, []
-
     def __call__(self, model: nn.Module, ask: Ask) -> float:
         """Mean absolute difference of the log probabilities, in nats.
 
