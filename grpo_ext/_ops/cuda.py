@@ -18,6 +18,7 @@ from grpo_ext._ops.packing import (
     count_call,
     fresh_outputs,
     given,
+    place,
     policy_of,
     policy_outputs,
     rows_of,
@@ -26,13 +27,6 @@ from grpo_ext._ops.packing import (
 )
 
 if _C.CUDA_VERSION and torch.version.cuda is not None:
-    #: Handle of the current stream; torch.cuda.current_stream() builds an object around it, which takes 1 µs.
-    _current_stream = torch._C._cuda_getCurrentRawStream
-
-    def _place(tensor: Tensor) -> tuple[int, int]:
-        """Device number and stream."""
-        device = tensor.get_device()
-        return device, _current_stream(device)
 
     def _workspace(logps: Tensor) -> Tensor:
         """Scratch memory of one call. The caching allocator keeps it until the stream is done with it."""
@@ -47,7 +41,7 @@ if _C.CUDA_VERSION and torch.version.cuda is not None:
         logps, entropy = stats_outputs(logits, with_entropy)
         lse = torch.empty_like(logps)
         rows = rows_of(logits, ids=ids, mask=mask, logps=logps, entropy=given(entropy), lse=lse)
-        _C.cuda_row_stats(*_place(logits), rows, transform)
+        _C.cuda_row_stats(*place(logits), rows, transform)
         return logps, entropy, lse
 
     def _row_gradient_into_cuda(
@@ -67,7 +61,7 @@ if _C.CUDA_VERSION and torch.version.cuda is not None:
             logits, grad=grad, ids=ids, mask=mask, logps=logps, entropy=entropy, lse=lse,
             coef=coef, entropy_coef=entropy_coef,
         )  # fmt: skip
-        _C.cuda_row_gradient(*_place(logits), rows, transform)
+        _C.cuda_row_gradient(*place(logits), rows, transform)
 
     @implements("row_gradient", "CUDA")
     def _row_gradient_cuda(logits: Tensor, *arguments: Any) -> Tensor:
@@ -92,7 +86,7 @@ if _C.CUDA_VERSION and torch.version.cuda is not None:
             logps.shape, mask, *tensors, logps=logps, entropy=entropy, loss=loss, kl=given(kl), metrics=metrics,
             coef=coef, entropy_coef=given(entropy_coef),
         )  # fmt: skip
-        _C.cuda_policy_loss(*_place(logps), policy, spec, _workspace(logps).data_ptr())
+        _C.cuda_policy_loss(*place(logps), policy, spec, _workspace(logps).data_ptr())
         return loss, coef, entropy_coef, kl, metrics
 
     def _row_loss_into_cuda(
@@ -103,7 +97,7 @@ if _C.CUDA_VERSION and torch.version.cuda is not None:
         loss, logps, entropy, kl, metrics = fresh_outputs(logits, spec)
         rows = rows_of(logits, grad=grad, ids=ids, mask=mask, logps=logps, entropy=entropy)
         policy = policy_of(logps.shape, mask, *tensors, logps=logps, entropy=entropy, loss=loss, kl=kl, metrics=metrics)
-        _C.cuda_row_loss(*_place(logits), rows, transform, policy, spec, _workspace(logps).data_ptr())
+        _C.cuda_row_loss(*place(logits), rows, transform, policy, spec, _workspace(logps).data_ptr())
         return loss, logps, entropy, kl, metrics
 
     @implements("row_loss", "CUDA", with_all_tensors)
@@ -126,4 +120,4 @@ if _C.CUDA_VERSION and torch.version.cuda is not None:
     def _scale_rows_cuda(grad: Tensor, factor: Tensor) -> None:
         if factor.dtype != torch.float32:
             factor = factor.float()
-        _C.cuda_scale_rows(*_place(grad), rows_of(None, grad=grad), factor.data_ptr())
+        _C.cuda_scale_rows(*place(grad), rows_of(None, grad=grad), factor.data_ptr())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from grpo_ext import _C
-from grpo_ext._ops.packing import DTYPE_CODES, count_call, pointer
+from grpo_ext._ops.packing import DTYPE_CODES, count_call, place, pointer
 
 #: Vocabulary columns to a partial sum, as in the kernel.
 TILE_COLUMNS = 256
@@ -30,12 +30,6 @@ class ChunkRows:
 
     def packed(self) -> tuple[int, int, int, int]:
         return self.count, self.first, pointer(self.index), pointer(self.mask)
-
-
-def place(tensor: Tensor) -> tuple[int, int]:
-    """Device number and the handle of its current stream."""
-    device = tensor.get_device()
-    return device, torch._C._cuda_getCurrentRawStream(device)
 
 
 def target_reference(

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from grpo_ext import _C
-from grpo_ext._ops.packing import DTYPE_CODES, count_call, pointer
-from grpo_ext._ops.probability import place
+from grpo_ext._ops.packing import DTYPE_CODES, count_call, place, pointer
 
 
 @functools.cache
