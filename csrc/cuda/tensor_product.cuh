@@ -5,10 +5,9 @@
 // both. A loading warp keeps a ring of four stages full, 64 deep each.
 //
 // The two warpgroups of a tile meet nowhere: each goes through the stages and its epilogue at its
-// own pace, up to a ring's length ahead of the other. Whoever comes to its epilogue first leaves
-// the tensor cores to the other, and gets them in turn, so that most of an epilogue costs nothing,
-// at full tile size and with one set of accumulators. Keeping them apart by 1 to 4 stages on
-// purpose changed nothing (bench/NOTES.md).
+// own pace, up to a ring's length ahead of the other, so that one may have the tensor cores while
+// the other is in its epilogue. How much of an epilogue that hides, and what keeping the two apart
+// on purpose did, is in bench/NOTES.md.
 #pragma once
 
 #include "launch.h"

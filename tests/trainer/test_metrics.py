@@ -34,6 +34,16 @@ def test_reductions() -> None:
     assert window.flush() == {}
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, torch sees none")
+def test_values_of_two_devices() -> None:
+    """A micro-batch that had nothing to compute leaves numbers on the CPU beside the others' on the GPU."""
+    window = MetricWindow()
+    for value in (torch.tensor(1.0, device="cuda"), torch.tensor(4.0), 7.0):
+        window.add("loss", value)
+    assert window.flush() == {"loss": 4.0}
+
+
 def test_ranks_are_joined() -> None:
     window = MetricWindow()
     window.add("mean", 1.0, weight=2.0)
