@@ -38,12 +38,14 @@ def tools() -> Path:
     return folder
 
 
-def works(interpreter: str) -> bool:
-    """Whether this is a program that runs; pyenv's shims stand for interpreters that may not be there."""
+def path_of(interpreter: str) -> str | None:
+    """Where this interpreter lies, as pip asks for it; None where it does not run, like the shims that pyenv leaves for
+    versions that are not there."""
     try:
-        return subprocess.run([interpreter, "-c", ""], capture_output=True, check=False).returncode == 0
-    except OSError:
-        return False
+        command = [interpreter, "-c", "import sys; print(sys.executable)"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def interpreters() -> list[str]:
@@ -52,12 +54,21 @@ def interpreters() -> list[str]:
     for version in VERSIONS:
         versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
         candidates = [f"python{version}", *map(str, sorted(versions.glob(f"{version}.*/bin/python"), reverse=True))]
-        working = next((candidate for candidate in candidates if works(candidate)), None)
-        if working:
-            found.append(working)
+        path = next(filter(None, map(path_of, candidates)), None)
+        if path:
+            found.append(path)
         else:
             print(f"no CPython {version} here: its wheels are left out (python{version} on the path would do)")
     return found
+
+
+def chosen(names: list[str]) -> list[str]:
+    """The paths of the interpreters that were asked for."""
+    paths = [path_of(name) for name in names]
+    wrong = [name for name, path in zip(names, paths, strict=True) if path is None]
+    if wrong:
+        sys.exit(f"{', '.join(wrong)}: no interpreter that runs")
+    return [path for path in paths if path]
 
 
 def kinds() -> dict[str, str]:
@@ -122,11 +133,12 @@ def main() -> None:
     unknown = set(options.kind or ()) - set(possible)
     if unknown:
         sys.exit(f"{', '.join(sorted(unknown))}: this machine can build {', '.join(possible)}")
+    pythons = chosen(options.python) if options.python else interpreters()
     shutil.rmtree(target, ignore_errors=True)
     bin_folder = tools()
     unpacked = source(bin_folder, target)
     for kind in options.kind or possible:
-        for interpreter in options.python or interpreters():
+        for interpreter in pythons:
             print(f"{kind}, {interpreter}", flush=True)
             build(interpreter, unpacked, possible[kind], bin_folder, target / kind)
     sizes(target)
