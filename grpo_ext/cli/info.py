@@ -26,6 +26,7 @@ def info_rows() -> list[tuple[str, str]]:
     import torch
 
     import grpo_ext
+    from grpo_ext.tasks import fast_dtype
 
     rows = [(name, _text(value)) for name, value in dict(grpo_ext.build_info()).items()]
     rows += [
@@ -34,6 +35,7 @@ def info_rows() -> list[tuple[str, str]]:
     ]
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     rows.append(("gpu", ", ".join(devices) or "none"))
+    rows.append(("dtype auto", "{} ({})".format(*fast_dtype())))
     return rows + [(f"version of {name}", version) for name, version in versions().items()]
 
 

@@ -53,7 +53,8 @@ class RunSettings:
 
     Attributes:
         model: a packaged name, a folder, or a hub name.
-        dtype: float32, bfloat16 or float16: the type of the weights.
+        dtype: float32, bfloat16 or float16: the type of the weights; or auto: bfloat16 where the GPU or processor
+            multiplies it in hardware, else float32. The run's own config.yaml then names the type.
         dataset: a mapping, or one word: a task's name, a file or a hub name.
         reward_funcs: ``number`` (the last number equals the row's ``answer``), ``package.module:function`` or
             ``file.py:function``.

@@ -29,8 +29,8 @@ from grpo_ext.cli.run_files import (
     write_json,
     write_samples,
 )
-from grpo_ext.cli.settings import LoraSettings, RunSettings, read_settings
-from grpo_ext.tasks import load_model
+from grpo_ext.cli.settings import LoraSettings, RunSettings, read_run, read_settings
+from grpo_ext.tasks import fast_dtype, load_model
 from grpo_ext.tasks.heldout import HeldoutResult, best_constant_reward, heldout_reward
 from grpo_ext.trainer.generation import SamplingParams
 
@@ -52,6 +52,7 @@ def train_command(config: str, arguments: Sequence[str]) -> dict[str, Any]:
         raise SettingsError(
             f"{folder} holds no checkpoint to continue from: a run writes them with save_strategy: steps and save_steps"
         )
+    dtype_line = choose_dtype(settings, folder if resume is not None else None)
     args = make_config(settings, folder)
     rewards = [load_reward(name) for name in settings.reward_funcs]
     train_set, heldout = load_datasets(settings.dataset, settings.seed)
@@ -66,6 +67,8 @@ def train_command(config: str, arguments: Sequence[str]) -> dict[str, Any]:
         yaml.safe_dump(settings.to_dict(), file, sort_keys=False)
     questions = 0 if heldout is None else len(heldout)
     _say(f"{settings.model}: {len(train_set)} rows to train on, {questions} held out; run folder {folder}")
+    if dtype_line is not None:
+        _say(dtype_line)
 
     def measure(policy: Any, name: str) -> HeldoutResult | None:
         if heldout is None:
@@ -84,6 +87,7 @@ def train_command(config: str, arguments: Sequence[str]) -> dict[str, Any]:
             constant = best_constant_reward(heldout, rewards, reward_weights=args.reward_weights)
         summary = {
             "model": settings.model,
+            "dtype": settings.dtype,
             "seed": args.seed,
             "heldout_questions": questions,
             "heldout_samples": settings.heldout_samples,
@@ -171,6 +175,23 @@ def run_folder(settings: RunSettings, config: str, resuming: bool) -> str:
         number += 1
         folder = f"{base}-{number}"
     return folder
+
+
+def choose_dtype(settings: RunSettings, resumed: str | None) -> str | None:
+    """Put a type in the place of ``dtype: auto``, and return the line to print about it (None: there was no choice).
+
+    Args:
+        settings: of the run; changed in place.
+        resumed: folder of the run to continue, whose type stays, or None.
+    """
+    if settings.dtype != "auto":
+        return None
+    if resumed is not None and os.path.isfile(os.path.join(resumed, CONFIG_FILE)):
+        dtype, reason = read_run(resumed).dtype, "the run began with it"
+    else:
+        dtype, reason = fast_dtype("cpu" if settings.trainer.get("use_cpu") else None)
+    settings.dtype = settings.trainer["dtype"] = dtype
+    return f"dtype auto: {dtype} ({reason})"
 
 
 def make_config(settings: RunSettings, folder: str) -> Any:

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from grpo_ext.tasks.dtype import fast_dtype
+
 
 @dataclasses.dataclass(frozen=True)
 class PackagedModel:
@@ -64,7 +66,8 @@ def load_model(name: str, dtype: str | torch.dtype = "float32") -> tuple[Any, An
 
     Args:
         name: a packaged name (`PACKAGED_MODELS`), a local folder, a local ``.gguf`` file, or a hub name.
-        dtype: ``float32``, ``bfloat16``, ``float16`` or a torch dtype; quantised weights are expanded to it.
+        dtype: ``float32``, ``bfloat16``, ``float16``, a torch dtype, or ``auto`` (`fast_dtype`'s choice for the GPU
+            where there is one, else for this processor); quantised weights are expanded to it.
 
     Returns:
         (model, tokenizer). The tokenizer pads on the left; without a pad token it pads with its end token.
@@ -124,8 +127,10 @@ def _gguf_read_once() -> Iterator[None]:
 def _torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
+    if dtype == "auto":
+        dtype, _ = fast_dtype()
     if dtype not in _DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}; got {dtype!r}")
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, auto; got {dtype!r}")
     return _DTYPES[dtype]
 
 

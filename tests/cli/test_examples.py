@@ -51,7 +51,7 @@ def test_minimal_trainer(toy_model: Path, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("grpo_ext.tasks.load_model", load_toy)
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(EXAMPLES / "minimal_trainer.py"))
-    assert loaded == [("smollm2-135m-instruct", "bfloat16")]
+    assert loaded == [("smollm2-135m-instruct", "auto")]
     lines = (tmp_path / "runs/minimal/metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rewards = [record["reward"] for record in map(json.loads, lines) if "reward" in record]
     assert len(rewards) == 5

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from grpo_ext.cli.convert import SettingsError
@@ -55,6 +57,7 @@ def test_summary(run: Path) -> None:
     assert summary["seed"] == 3
     assert summary["kernel_calls"] >= 2
     assert summary["loss_path"] == "fused head"
+    assert summary["dtype"] == "float32"
     assert summary["backend"] in ("cpu-avx512", "cpu-avx2", "cpu-portable")
     assert 0 <= summary["heldout_reward_before"] <= 1
     assert 0 <= summary["heldout_reward_after"] <= 1
@@ -116,6 +119,34 @@ def test_a_finished_run_is_not_overwritten_but_continues(
     assert summary["steps"] == 3
     assert summary["heldout_reward_before"] == before["heldout_reward_before"]
     assert [record["step"] for record in _lines(run / "metrics.jsonl") if "reward" in record] == [1, 2, 3]
+
+
+def test_dtype_auto_is_said_recorded_and_kept_when_continuing(
+    tmp_path: Path,
+    write_yaml: Any,
+    toy_settings: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "out"
+    config = write_yaml(toy_settings | {"dtype": "auto", "output_dir": str(folder), "max_steps": 1})
+    arguments = ["--save_strategy", "steps", "--save_steps", "1", "--heldout_samples", "1"]
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert main(["train", config, *arguments]) == 0
+    line = r"^dtype auto: bfloat16 \(this processor \(.*\) multiplies bfloat16 in hardware\)$"
+    assert re.search(line, capsys.readouterr().out, re.MULTILINE)
+    assert _json(folder / "summary.json")["dtype"] == "bfloat16"
+    assert yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
+    # On another machine the same run would have begun with float32.
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    assert main(["train", config, *arguments, "--max_steps", "2", "--resume_from_checkpoint", "true"]) == 0
+    assert "dtype auto: bfloat16 (the run began with it)" in capsys.readouterr().out
+    assert yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
+    assert main(["eval", str(folder)]) == 0
+    elsewhere = tmp_path / "elsewhere"
+    summary = train_command(config, ["--output_dir", str(elsewhere), "--heldout_samples", "1"])
+    assert "multiplies bfloat16 in software" in capsys.readouterr().out
+    assert summary["dtype"] == "float32"
 
 
 def test_continuing_needs_a_checkpoint(
@@ -191,7 +222,7 @@ def test_wrong_values_leave_no_folder(
 def test_info_prints_the_build_and_the_versions(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     printed = capsys.readouterr().out
-    for word in ("cpu_isa", "cuda_architectures", "version of torch", "version of transformers", "gpu"):
+    for word in ("cpu_isa", "cuda_architectures", "version of torch", "version of transformers", "gpu", "dtype auto"):
         assert word in printed
 
 

@@ -18,7 +18,7 @@ EXAMPLE = str(Path(__file__).parents[2] / "examples" / "smollm2_arithmetic.yaml"
 def test_the_example_says_what_the_readme_says() -> None:
     settings = read_settings(EXAMPLE)
     assert settings.model == "smollm2-135m-instruct"
-    assert settings.dtype == "bfloat16"
+    assert settings.dtype == "auto"
     assert (settings.dataset.task, settings.dataset.heldout) == ("products", 24)
     assert settings.lora == LoraSettings(r=16, alpha=32, dropout=0.0, target_modules="all-linear")
     trainer = settings.trainer

@@ -63,7 +63,7 @@ def test_missing_gguf_names_the_command(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 def test_unknown_dtype() -> None:
-    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, float16; got 'int4'"):
+    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, float16, auto; got 'int4'"):
         load_model(NAME, dtype="int4")
 
 

@@ -1,0 +1,37 @@
+"""What ``dtype: auto`` stands for: bfloat16 on devices with instructions for it, else float32.
+
+Without them torch converts every number in software, and a product takes several times as long as in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+
+#: Names in torch's list of what a processor can do, on x86 and on ARM; one of them is enough.
+_BF16_PRODUCTS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+
+
+def fast_dtype(device: str | None = None) -> tuple[str, str]:
+    """The type of weights for a device, and why.
+
+    Args:
+        device: ``cpu`` or ``cuda``; None = the GPU where torch sees one.
+
+    Returns:
+        (``bfloat16`` or ``float32``, a sentence for the reader of a log).
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        name, able = torch.cuda.get_device_name(), torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        name, able = f"this processor ({torch.backends.cpu.get_cpu_capability()})", _processor_multiplies_bf16()
+    return ("bfloat16" if able else "float32"), f"{name} multiplies bfloat16 in {'hardware' if able else 'software'}"
+
+
+def _processor_multiplies_bf16() -> bool:
+    capabilities = getattr(torch.cpu, "get_capabilities", None)
+    if capabilities is None:  # torch 2.10
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    found = capabilities()
+    return any(found.get(name) for name in _BF16_PRODUCTS)
