@@ -8,16 +8,16 @@ vLLM's time includes what an update costs: handing over the weights, emptying th
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import statistics
 import time
 from pathlib import Path
 
+import common
 import torch
 from peft import LoraConfig
 
-from grpo_ext.tasks import arithmetic_datasets, load_model
+from grpo_ext.tasks import arithmetic_datasets, fast_dtype, load_model
 from grpo_ext.tasks.arithmetic import number_reward
 from grpo_ext.trainer import GRPOConfig, GRPOTrainer
 from grpo_ext.trainer.generation import TransformersEngine, end_token_ids
@@ -26,9 +26,11 @@ from grpo_ext.trainer.generation import TransformersEngine, end_token_ids
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--blocks", type=int, default=5)
-    parser.add_argument("--output", default="bench/results/generation_cpu.csv")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the weights")
+    parser.add_argument("--output", type=Path, default=common.RESULTS / "generation_cpu.csv")
     options = parser.parse_args()
-    model, tokenizer = load_model("smollm2-135m-instruct", dtype="bfloat16")
+    dtype = fast_dtype("cpu")[0] if options.dtype == "auto" else options.dtype
+    model, tokenizer = load_model("smollm2-135m-instruct", dtype)
     dataset, _ = arithmetic_datasets("products")
     args = GRPOConfig(
         "runs/bench_generation",
@@ -57,9 +59,10 @@ def main() -> None:
             if block >= 0:
                 results.append(
                     {
+                        **common.machine(torch.device("cpu")),
                         "engine": name,
+                        "dtype": dtype,
                         "block": block,
-                        "threads": torch.get_num_threads(),
                         "seconds": round(seconds, 3),
                         "samples_per_second": round(len(prompts) / seconds, 2),
                         "tokens_per_second": round(tokens / seconds, 1),
@@ -72,12 +75,7 @@ def main() -> None:
     for name in ("vllm", "transformers"):
         rates = [row["samples_per_second"] for row in results if row["engine"] == name]
         print(f"{name}: median {statistics.median(rates):.2f} samples per second")
-    path = Path(options.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(results[0]))
-        writer.writeheader()
-        writer.writerows(results)
+    common.write_csv(options.output, results)
 
 
 if __name__ == "__main__":

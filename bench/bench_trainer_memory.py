@@ -3,10 +3,11 @@
     python bench/bench_trainer_memory.py --layers 4                          # CPU, SmolLM2-135M cut short
     python bench/bench_trainer_memory.py --device cuda --model qwen3-0.6b --rows 32 --tokens 1024
 
-Each path trains in a process of its own: LoRA (or --full) in bf16, gradient checkpointing, completions of equal length
+Each path trains in a process of its own: LoRA (or --full), gradient checkpointing, completions of equal length
 that are made up instead of generated, one warm-up step and --steps measured ones. Memory is what the process took at
 most beyond what it held before the first step: on the CPU its resident set (VmHWM), on a GPU
-``torch.cuda.max_memory_allocated``. ``qwen3-0.6b`` and ``qwen3-1.7b`` are random weights of those models' shapes.
+``torch.cuda.max_memory_allocated``. Weights are in the type that `dtype: auto` stands for on the device, or --dtype.
+``qwen3-0.6b`` and ``qwen3-1.7b`` are random weights of those models' shapes.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from peft import LoraConfig
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 
+from grpo_ext.tasks.dtype import fast_dtype
 from grpo_ext.tasks.models import load_model
 from grpo_ext.trainer import GRPOConfig, GRPOTrainer
 from grpo_ext.trainer.generation import Completions, SamplingParams
@@ -68,8 +70,8 @@ class Clock(TrainerCallback):
         self.seconds.append(time.perf_counter() - self._start)
 
 
-def build(name: str, layers: int | None) -> tuple[Any, Any]:
-    model, tokenizer = load_model("smollm2-135m-instruct", dtype="bfloat16")
+def build(name: str, layers: int | None, dtype: str) -> tuple[Any, Any]:
+    model, tokenizer = load_model("smollm2-135m-instruct", dtype)
     if name in SHAPES:
         hidden, depth, inner = SHAPES[name]
         config = Qwen3Config(
@@ -77,7 +79,7 @@ def build(name: str, layers: int | None) -> tuple[Any, Any]:
             num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
             eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
         )  # fmt: skip
-        model = Qwen3ForCausalLM(config).to(torch.bfloat16)
+        model = Qwen3ForCausalLM(config).to(getattr(torch, dtype))
     if layers is not None:
         model.model.layers = model.model.layers[:layers]
         model.config.num_hidden_layers = layers
@@ -95,7 +97,8 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(arguments.device)
     if device.type == "cpu":
         torch.set_num_threads(arguments.threads)
-    model, tokenizer = build(arguments.model, arguments.layers)
+    dtype = fast_dtype(device.type)[0] if arguments.dtype == "auto" else arguments.dtype
+    model, tokenizer = build(arguments.model, arguments.layers, dtype)
     vocabulary = model.config.vocab_size
     lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
     clock = Clock(device)
@@ -137,6 +140,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         **common.machine(device),
         "path": arguments.path,
         "model": arguments.model,
+        "dtype": dtype,
         "layers": model.config.num_hidden_layers,
         "trained": "full" if arguments.full else "lora",
         "rows": arguments.rows,
@@ -155,6 +159,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="tokens of each")
     parser.add_argument("--layers", type=int, help="keep only the first layers of the model; the head stays whole")
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the weights")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--full", action="store_true", help="train all weights, the head too")
     parser.add_argument("--path", choices=tuple(PATHS), help="run one path in this process and print it")

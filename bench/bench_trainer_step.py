@@ -3,30 +3,32 @@
     python bench/bench_trainer_step.py --trainer ours --steps 10
     python bench/bench_trainer_step.py --trainer trl --steps 10      # needs trl==1.16.0
 
-SmolLM2-135M in bf16, LoRA r=16 on all linear layers, learning rate 2e-4 constant, 32 completions a step in groups of 8,
-24 new tokens, one-digit products. The two trainers run in processes of their own and in turn, so that neither warms or
-disturbs the other. The first step is left out: it pays for lazy initialisation. Longer completions cost more, so the
-mean completion length of the measured steps stands beside the time.
+SmolLM2-135M, LoRA r=16 on all linear layers, learning rate 2e-4 constant, 32 completions a step in groups of 8, 24 new
+tokens, one-digit products; weights in the type that `dtype: auto` stands for on this processor, or --dtype. The two
+trainers run in processes of their own and in turn, so that neither warms or disturbs the other. The first step is left
+out: it pays for lazy initialisation. Longer completions cost more, so the mean completion length of the measured steps
+stands beside the time.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 from peft import LoraConfig
 from transformers import TrainerCallback
 
 from grpo_ext.tasks.arithmetic import arithmetic_datasets, number_reward
+from grpo_ext.tasks.dtype import fast_dtype
 from grpo_ext.tasks.models import load_model
 
-RESULTS = Path(__file__).parent / "results" / "trainer_step_cpu.csv"
+RESULTS = common.RESULTS / "trainer_step_cpu.csv"
 
 
 class StepClock(TrainerCallback):
@@ -50,8 +52,8 @@ class StepClock(TrainerCallback):
             self.rewards.append(float(logs["reward"]))
 
 
-def run(which: str, steps: int, seed: int) -> StepClock:
-    model, tokenizer = load_model("smollm2-135m-instruct", dtype="bfloat16")
+def run(which: str, steps: int, seed: int, dtype: str) -> StepClock:
+    model, tokenizer = load_model("smollm2-135m-instruct", dtype)
     train, _ = arithmetic_datasets("products", seed=seed)
     shared: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(),
@@ -96,16 +98,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--csv", type=Path, default=RESULTS)
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the weights")
+    parser.add_argument("--csv", type=Path, default=RESULTS, help="lines are added to it")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    clock = run(arguments.trainer, arguments.steps, arguments.seed)
+    dtype = fast_dtype("cpu")[0] if arguments.dtype == "auto" else arguments.dtype
+    clock = run(arguments.trainer, arguments.steps, arguments.seed, dtype)
     measured = clock.seconds[1:]
     row = {
-        "date": time.strftime("%Y-%m-%d"),
+        **common.machine(torch.device("cpu")),
         "trainer": arguments.trainer,
-        "torch": torch.__version__,
-        "threads": arguments.threads,
+        "dtype": dtype,
         "steps": len(measured),
         "seconds_median": round(statistics.median(measured), 2),
         "seconds_mean": round(statistics.fmean(measured), 2),
@@ -113,12 +116,7 @@ def main() -> None:
         "reward_first": clock.rewards[0],
         "reward_last": clock.rewards[-1],
     }
-    new = not arguments.csv.exists()
-    with arguments.csv.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    common.write_csv(arguments.csv, [row], append=True)
     print(row)
 
 

@@ -150,9 +150,17 @@ def read_rate(nbytes: int, device: torch.device, *, runs: int = 11) -> float:
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]], *, append: bool = False) -> None:
-    """One line per row, the keys of the first row as header. Appending keeps what is there."""
+    """One line per row, the keys of the first row as header. Appending keeps what is there.
+
+    Raises:
+        ValueError: lines of other columns are there already.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = not (append and path.exists())
+    if not fresh:
+        header = path.read_text(encoding="utf-8").partition("\n")[0].strip().split(",")
+        if header != list(rows[0]):
+            raise ValueError(f"{path} has other columns than these lines: {header}, {list(rows[0])}; name another file")
     with path.open("w" if fresh else "a", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         if fresh:

@@ -86,3 +86,16 @@ def test_wrong_requests(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     if not torch.cuda.is_available():
         assert main(["bench", "row", "--device", "cuda", "--output", str(tmp_path)]) == 2
         assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_lines_are_not_added_to_a_file_of_other_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(script_folder()))
+    import common
+
+    path = tmp_path / "new" / "lines.csv"
+    for number in (1, 2):
+        common.write_csv(path, [{"a": number, "b": 0.5}], append=True)
+    assert path.read_text().split() == ["a,b", "1,0.5", "2,0.5"]
+    with pytest.raises(ValueError, match="has other columns than these lines"):
+        common.write_csv(path, [{"a": 3, "c": 0.5}], append=True)
+    assert path.read_text().split() == ["a,b", "1,0.5", "2,0.5"]
