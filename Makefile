@@ -1,4 +1,4 @@
-# make setup | vllm | train | test | test-all | fuzz | sanitize | coverage | lint | bench | docs | wheel | clean
+# make setup | vllm | train | test | test-all | fuzz | sanitize | coverage | lint | bench | docs | wheel | check-wheel | clean
 #
 # Everything runs in .venv, made once and reused. Variables: PYTHON, GRPO_EXT_CUDA=AUTO|ON|OFF, and
 # for `make train` CONFIG and ARGS, e.g. make train ARGS="--seed 2 --max_steps 10". Nothing is asked of
@@ -29,7 +29,7 @@ export GRPO_EXT_CUDA
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup vllm peers train test test-all pytest fuzz sanitize lint format bench wheel docs coverage clean
+.PHONY: setup vllm peers train test test-all pytest fuzz sanitize lint format bench wheel check-wheel docs coverage clean
 
 setup: $(VENV)/built
 
@@ -126,6 +126,10 @@ bench: setup
 # sizes. ARGS="--kind cpu --python python3.12" builds less.
 wheel:
 	$(PYTHON) tools/wheels.py $(ARGS)
+
+# Wheels in environments of their own: make check-wheel ARGS="dist/cpu/*cp311*.whl --torch 2.13.0"
+check-wheel:
+	$(PYTHON) tools/check_wheel.py $(ARGS)
 
 docs: setup
 	$(PIP) install -q -c constraints.txt mkdocs-material "mkdocstrings[python]"

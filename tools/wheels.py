@@ -48,18 +48,19 @@ def path_of(interpreter: str) -> str | None:
         return None
 
 
+def interpreter_of(version: str) -> str | None:
+    """The path of a CPython such as 3.12, from the path or from pyenv; None where there is none."""
+    versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    candidates = [f"python{version}", *map(str, sorted(versions.glob(f"{version}.*/bin/python"), reverse=True))]
+    return next(filter(None, map(path_of, candidates)), None)
+
+
 def interpreters() -> list[str]:
-    """One for each of `VERSIONS`, from the path or from pyenv."""
-    found = []
-    for version in VERSIONS:
-        versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
-        candidates = [f"python{version}", *map(str, sorted(versions.glob(f"{version}.*/bin/python"), reverse=True))]
-        path = next(filter(None, map(path_of, candidates)), None)
-        if path:
-            found.append(path)
-        else:
-            print(f"no CPython {version} here: its wheels are left out (python{version} on the path would do)")
-    return found
+    """One for each of `VERSIONS` that is here."""
+    found = {version: interpreter_of(version) for version in VERSIONS}
+    for version in [version for version, path in found.items() if path is None]:
+        print(f"no CPython {version} here: its wheels are left out (python{version} on the path would do)")
+    return [path for path in found.values() if path]
 
 
 def chosen(names: list[str]) -> list[str]:
