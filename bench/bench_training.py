@@ -23,6 +23,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
+import training_case
 import training_phase
 import training_setup
 import training_trace
@@ -32,8 +33,8 @@ import training_two
 def case(text: str) -> tuple[str, str, int, str]:
     """``0.6b:lora:8`` or ``0.6b:lora:8:equal``."""
     model, trained, micro_batch, lengths = (*text.split(":"), "")[:4]
-    if model not in training_setup.SHAPES or trained not in ("lora", "full") or lengths not in ("", "spread", "equal"):
-        raise argparse.ArgumentTypeError(f"{text}: models are {', '.join(training_setup.SHAPES)}, then lora or full")
+    if model not in training_case.SHAPES or trained not in ("lora", "full") or lengths not in ("", "spread", "equal"):
+        raise argparse.ArgumentTypeError(f"{text}: models are {', '.join(training_case.SHAPES)}, then lora or full")
     return model, trained, int(micro_batch), lengths
 
 

@@ -21,6 +21,7 @@ import common
 import torch
 import training_setup as setup
 from datasets import Dataset
+from training_case import CORRECTION
 from transformers import PrinterCallback, TrainerCallback
 
 from grpo_ext.tasks.arithmetic import INSTRUCTION, arithmetic_questions, number_reward
@@ -128,7 +129,7 @@ def run(args: Any) -> list[dict[str, Any]]:
         "use_vllm": args.engine == "vllm",
         "vllm_gpu_memory_utilization": args.vllm_memory,
         "vllm_max_model_length": 512,
-        **setup.CORRECTION,
+        **CORRECTION,
     }
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     kwargs: dict[str, Any] = {"train_dataset": train, "processing_class": tokenizer, "peft_config": lora}

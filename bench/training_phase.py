@@ -11,7 +11,8 @@ from typing import Any
 import common
 import torch
 import training_setup as setup
-from training_setup import Case, Measured
+from training_case import Case
+from training_setup import Measured
 from training_workload import Workload, build_tokenizer
 
 GIB = 2**30

@@ -1,5 +1,4 @@
-"""What the measurements of whole training steps share: models of known shapes, completions prepared in advance, and
-this package's and TRL's trainer fed with them.
+"""Runs a case with this package's trainer or TRL's, on completions prepared in advance, and times its steps.
 
 Generation would blur the training phase, so both trainers are handed the same token ids, log probabilities and rewards
 where they would otherwise generate; everything after that is their own.
@@ -12,7 +11,6 @@ import dataclasses
 import gc
 import math
 import statistics
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -22,33 +20,12 @@ from typing import Any
 import common
 import torch
 from torch import nn
+from training_case import Case, lora_config
 from training_workload import Workload
-from transformers import PrinterCallback, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from grpo_ext.trainer import GRPOConfig, GRPOTrainer
 from grpo_ext.trainer.generation import Completions
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """Sizes of a Qwen3 model; the weights are random."""
-
-    hidden: int
-    layers: int
-    inner: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    tied: bool
-    vocabulary: int = 151936
-
-
-SHAPES = {
-    "tiny": Shape(32, 2, 64, 4, 2, 8, True, 512),
-    "0.6b": Shape(1024, 28, 3072, 16, 8, 128, True),
-    "1.7b": Shape(2048, 28, 6144, 16, 8, 128, True),
-    "8b": Shape(4096, 36, 12288, 32, 8, 128, False),
-}
 
 #: Who trains, and with which settings of its own. ``patch`` is the argument of `grpo_ext.integrations.trl.patch`.
 CANDIDATES: dict[str, dict[str, Any]] = {
@@ -65,38 +42,6 @@ CANDIDATES: dict[str, dict[str, Any]] = {
         "gradient_checkpointing_kwargs": {"use_reentrant": True, "preserve_rng_state": False},
     },
 }
-
-#: TRL's ``vllm_importance_sampling_*`` and ours, so that both form the same weights: each token's ratio of trainer to
-#: engine, cut at 2. TRL needs a forward of its own for it, whatever the mode.
-CORRECTION = {
-    "vllm_importance_sampling_correction": True,
-    "vllm_importance_sampling_mode": "token_truncate",
-    "vllm_importance_sampling_clip_max": 2.0,
-    "use_bias_correction_kl": False,  # with beta; TRL's default is True
-}
-
-
-def build_model(
-    shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0, layers: int | None = None
-) -> Any:
-    """A model with the same random weights at every call on the same device."""
-    config = Qwen3Config(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        num_hidden_layers=layers or shape.layers,
-        intermediate_size=shape.inner,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        tie_word_embeddings=shape.tied,
-        max_position_embeddings=262144,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        return Qwen3ForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa")
 
 
 @dataclasses.dataclass
@@ -165,55 +110,6 @@ class StepWatch(TrainerCallback):
         return run
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """What is trained, and how: the same for every candidate."""
-
-    model: str = "0.6b"
-    trained: str = "lora"
-    micro_batch: int = 8
-    steps: int = 4
-    beta: float = 0.0
-    dtype: str = "bf16"
-    device: str = "cpu"
-    learning_rate: float = 1e-6
-    layers: int | None = None
-    vocabulary: int | None = None
-    checkpointing: bool = True
-
-    @property
-    def shape(self) -> Shape:
-        shape = SHAPES[self.model]
-        return shape if self.vocabulary is None else dataclasses.replace(shape, vocabulary=self.vocabulary)
-
-    def build(self) -> Any:
-        return build_model(self.shape, torch.device(self.device), common.DTYPES[self.dtype], layers=self.layers)
-
-    def arguments(self, workload: Workload, world: int = 1) -> dict[str, Any]:
-        """Arguments that both trainers know by the same name; the workload is one optimizer step of all processes."""
-        return {
-            "output_dir": tempfile.mkdtemp(prefix="bench_training_"),
-            "per_device_train_batch_size": self.micro_batch,
-            "gradient_accumulation_steps": max(1, workload.rows // (self.micro_batch * world)),
-            "num_generations": workload.group,
-            "max_completion_length": workload.tokens,
-            "max_steps": self.steps,
-            "learning_rate": self.learning_rate,
-            "lr_scheduler_type": "constant",
-            "beta": self.beta,
-            "loss_type": "dapo",
-            "gradient_checkpointing": self.checkpointing,
-            "bf16": self.dtype == "bf16",
-            "use_cpu": self.device == "cpu",
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "seed": 0,
-            **CORRECTION,
-        }
-
-
 class Prepared:
     """Generation engine of this package's trainer that hands out a workload."""
 
@@ -223,14 +119,6 @@ class Prepared:
     def generate(self, model: nn.Module, prompt_ids: Sequence[Sequence[int]], sampling: Any) -> Completions:
         ids, logps = self.workload.serve(prompt_ids)
         return Completions(ids, [True] * len(ids), logps)
-
-
-def lora_config(case: Case) -> Any:
-    if case.trained == "full":
-        return None
-    from peft import LoraConfig
-
-    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def build_ours(

@@ -181,11 +181,11 @@ def test_every_table_is_drawn(bench: ModuleType, tmp_path: Path) -> None:
 def test_learning_in_both_trainers(bench: ModuleType, tmp_path: Path) -> None:
     """A random model, two steps: points before the first step and after each, on a clock that goes forward."""
     pytest.importorskip("trl", reason="the benchmark beside TRL needs TRL")
+    import training_case
     import training_learn
-    import training_setup
     import training_workload
 
-    case = training_setup.Case(model="tiny", dtype="fp32")
+    case = training_case.Case(model="tiny", dtype="fp32")
     case.build().save_pretrained(tmp_path / "model")
     tokenizer = training_workload.build_tokenizer(512)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
