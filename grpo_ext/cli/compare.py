@@ -43,7 +43,7 @@ PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
 PHASES = ("time/generation", "time/rewards", "time/logps", "time/forward", "time/backward")
 #: Rows of the table of summaries.
 SUMMARY = (
-    "model", "steps", "seconds", "step_seconds", "heldout_reward_before", "heldout_reward_after",
+    "model", "dtype", "steps", "seconds", "step_seconds", "heldout_reward_before", "heldout_reward_after",
     "best_constant_reward", "loss_path", "backend", "seed",
 )  # fmt: skip
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from grpo_ext.cli.convert import SettingsError
 from grpo_ext.cli.data import load_datasets, load_reward
+from grpo_ext.cli.prepare import make_config
 from grpo_ext.cli.run_files import ADAPTER_FOLDER, MODEL_FOLDER, write_json, write_samples
 from grpo_ext.cli.settings import read_run
-from grpo_ext.cli.train import make_config, measure_heldout
+from grpo_ext.cli.train import measure_heldout
 from grpo_ext.tasks import load_model
 from grpo_ext.tasks.heldout import best_constant_reward
 

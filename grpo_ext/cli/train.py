@@ -17,10 +17,10 @@ from grpo_ext.cli.convert import SettingsError
 from grpo_ext.cli.data import load_datasets, load_reward
 from grpo_ext.cli.info import versions
 from grpo_ext.cli.plot import plot_run
+from grpo_ext.cli.prepare import choose_dtype, lora_config, make_config, resume_from, run_folder
 from grpo_ext.cli.run_files import (
     ADAPTER_FOLDER,
     CONFIG_FILE,
-    METRICS_FILE,
     MODEL_FOLDER,
     SUMMARY_FILE,
     TENSORBOARD_FOLDER,
@@ -29,8 +29,8 @@ from grpo_ext.cli.run_files import (
     write_json,
     write_samples,
 )
-from grpo_ext.cli.settings import LoraSettings, RunSettings, read_run, read_settings
-from grpo_ext.tasks import fast_dtype, load_model
+from grpo_ext.cli.settings import RunSettings, read_settings
+from grpo_ext.tasks import load_model
 from grpo_ext.tasks.heldout import HeldoutResult, best_constant_reward, heldout_reward
 from grpo_ext.trainer.generation import SamplingParams
 
@@ -46,7 +46,7 @@ def train_command(config: str, arguments: Sequence[str]) -> dict[str, Any]:
         SettingsError: the run is described wrongly.
     """
     settings = read_settings(config, arguments)
-    resume = _resume(settings)
+    resume = resume_from(settings)
     folder = run_folder(settings, config, resume is not None)
     if resume is True and not (os.path.isdir(folder) and get_last_checkpoint(folder)):
         raise SettingsError(
@@ -152,82 +152,6 @@ def run_trainer(
     return trainer
 
 
-def run_folder(settings: RunSettings, config: str, resuming: bool) -> str:
-    """Where the run goes: ``output_dir``, or ``runs/<name of the file>``, numbered when that is taken.
-
-    Raises:
-        SettingsError: output_dir already holds a run that is not being resumed, or a resumed run names none.
-    """
-    given = settings.trainer.get("output_dir")
-    if given:
-        if not resuming and os.path.exists(os.path.join(given, METRICS_FILE)):
-            raise SettingsError(
-                f"{given} already holds a run: choose another output_dir"
-                + (", or continue it with --resume_from_checkpoint true" if get_last_checkpoint(given) else "")
-            )
-        return given
-    if resuming:
-        raise SettingsError("resume_from_checkpoint needs output_dir: the folder of the run to continue")
-    base = os.path.join("runs", os.path.splitext(os.path.basename(config))[0])
-    number = 1
-    folder = base
-    while os.path.exists(folder):
-        number += 1
-        folder = f"{base}-{number}"
-    return folder
-
-
-def choose_dtype(settings: RunSettings, resumed: str | None) -> str | None:
-    """Put a type in the place of ``dtype: auto``, and return the line to print about it (None: there was no choice).
-
-    Args:
-        settings: of the run; changed in place.
-        resumed: folder of the run to continue, whose type stays, or None.
-    """
-    if settings.dtype != "auto":
-        return None
-    if resumed is not None and os.path.isfile(os.path.join(resumed, CONFIG_FILE)):
-        dtype, reason = read_run(resumed).dtype, "the run began with it"
-    else:
-        dtype, reason = fast_dtype("cpu" if settings.trainer.get("use_cpu") else None)
-    settings.dtype = settings.trainer["dtype"] = dtype
-    return f"dtype auto: {dtype} ({reason})"
-
-
-def make_config(settings: RunSettings, folder: str) -> Any:
-    """The `GRPOConfig` of the run, with a TensorBoard log unless ``report_to`` says otherwise.
-
-    Raises:
-        SettingsError: a value that GRPOConfig refuses.
-    """
-    from grpo_ext.trainer import GRPOConfig
-
-    values: dict[str, Any] = {
-        "seed": settings.seed,
-        "report_to": ["tensorboard"],
-        "save_strategy": "no",
-    } | settings.trainer
-    try:
-        return GRPOConfig(**values | {"output_dir": folder})
-    except (ValueError, TypeError) as error:
-        raise SettingsError(str(error)) from error
-
-
-def lora_config(settings: LoraSettings | None) -> Any:
-    """The PEFT configuration, or None for all the weights."""
-    if settings is None:
-        return None
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=settings.r,
-        lora_alpha=2 * settings.r if settings.alpha is None else settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=settings.target_modules,
-        task_type="CAUSAL_LM",
-    )
-
-
 def measure_heldout(
     model: Any,
     tokenizer: Any,
@@ -293,13 +217,6 @@ def backend(device: str) -> str:
     import grpo_ext
 
     return device if device != "cpu" else f"cpu-{grpo_ext.build_info()['cpu_isa']}"
-
-
-def _resume(settings: RunSettings) -> str | bool | None:
-    value = settings.trainer.pop("resume_from_checkpoint", None)
-    if value is None or str(value).lower() in ("false", ""):
-        return None
-    return True if str(value).lower() == "true" else value
 
 
 @contextlib.contextmanager

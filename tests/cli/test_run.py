@@ -16,8 +16,9 @@ import yaml
 
 from grpo_ext.cli.convert import SettingsError
 from grpo_ext.cli.main import main
+from grpo_ext.cli.prepare import run_folder
 from grpo_ext.cli.settings import read_settings
-from grpo_ext.cli.train import final_line, process_seconds, run_folder, train_command
+from grpo_ext.cli.train import final_line, process_seconds, train_command
 
 
 @pytest.fixture(scope="module")

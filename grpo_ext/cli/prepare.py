@@ -1,0 +1,98 @@
+"""What stands between a run's settings and its first step: the folder, the type of the weights, the trainer's
+configuration and the adapter's."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from grpo_ext.cli.convert import SettingsError
+from grpo_ext.cli.run_files import CONFIG_FILE, METRICS_FILE
+from grpo_ext.cli.settings import LoraSettings, RunSettings, read_run
+from grpo_ext.tasks import fast_dtype
+
+
+def resume_from(settings: RunSettings) -> str | bool | None:
+    """Takes the checkpoint to go on from out of the settings: a folder, True for the run's newest, or None."""
+    value = settings.trainer.pop("resume_from_checkpoint", None)
+    if value is None or str(value).lower() in ("false", ""):
+        return None
+    return True if str(value).lower() == "true" else value
+
+
+def run_folder(settings: RunSettings, config: str, resuming: bool) -> str:
+    """Where the run goes: ``output_dir``, or ``runs/<name of the file>``, numbered when that is taken.
+
+    Raises:
+        SettingsError: output_dir already holds a run that is not being resumed, or a resumed run names none.
+    """
+    given = settings.trainer.get("output_dir")
+    if given:
+        if not resuming and os.path.exists(os.path.join(given, METRICS_FILE)):
+            raise SettingsError(
+                f"{given} already holds a run: choose another output_dir"
+                + (", or continue it with --resume_from_checkpoint true" if get_last_checkpoint(given) else "")
+            )
+        return given
+    if resuming:
+        raise SettingsError("resume_from_checkpoint needs output_dir: the folder of the run to continue")
+    base = os.path.join("runs", os.path.splitext(os.path.basename(config))[0])
+    number = 1
+    folder = base
+    while os.path.exists(folder):
+        number += 1
+        folder = f"{base}-{number}"
+    return folder
+
+
+def choose_dtype(settings: RunSettings, resumed: str | None) -> str | None:
+    """Put a type in the place of ``dtype: auto``, and return the line to print about it (None: there was no choice).
+
+    Args:
+        settings: of the run; changed in place.
+        resumed: folder of the run to continue, whose type stays, or None.
+    """
+    if settings.dtype != "auto":
+        return None
+    if resumed is not None and os.path.isfile(os.path.join(resumed, CONFIG_FILE)):
+        dtype, reason = read_run(resumed).dtype, "the run began with it"
+    else:
+        dtype, reason = fast_dtype("cpu" if settings.trainer.get("use_cpu") else None)
+    settings.dtype = settings.trainer["dtype"] = dtype
+    return f"dtype auto: {dtype} ({reason})"
+
+
+def make_config(settings: RunSettings, folder: str) -> Any:
+    """The `GRPOConfig` of the run, with a TensorBoard log unless ``report_to`` says otherwise.
+
+    Raises:
+        SettingsError: a value that GRPOConfig refuses.
+    """
+    from grpo_ext.trainer import GRPOConfig
+
+    values: dict[str, Any] = {
+        "seed": settings.seed,
+        "report_to": ["tensorboard"],
+        "save_strategy": "no",
+    } | settings.trainer
+    try:
+        return GRPOConfig(**values | {"output_dir": folder})
+    except (ValueError, TypeError) as error:
+        raise SettingsError(str(error)) from error
+
+
+def lora_config(settings: LoraSettings | None) -> Any:
+    """The PEFT configuration, or None for all the weights."""
+    if settings is None:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=settings.r,
+        lora_alpha=2 * settings.r if settings.alpha is None else settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=settings.target_modules,
+        task_type="CAUSAL_LM",
+    )
