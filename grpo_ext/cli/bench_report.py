@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from grpo_ext.cli.figures import new_figure
+
 #: Columns of the table of each subject: the CSV's name, the heading, digits after the point (None = text).
 COLUMNS: dict[str, tuple[tuple[str, str, int | None], ...]] = {
     "row": (
@@ -47,11 +49,7 @@ def _text(row: dict[str, str], name: str, _: str, digits: int | None) -> str:
 
 
 def _figure(width: float = 8) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(width, 4.8)
     return figure, figure.add_subplot()
 
 

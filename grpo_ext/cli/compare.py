@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from grpo_ext.cli.convert import SettingsError
+from grpo_ext.cli.figures import new_figure
 from grpo_ext.cli.plot import moving_average
 from grpo_ext.cli.run_files import read_metrics, read_summary
 
@@ -47,6 +48,9 @@ SUMMARY = (
     "best_constant_reward", "loss_path", "backend", "seed",
 )  # fmt: skip
 
+#: Width and height of a panel, in inches.
+PANEL = (6.4, 3.8)
+
 Curve = tuple[list[int], list[float]]
 
 
@@ -72,11 +76,11 @@ def compare_runs(folders: Sequence[str], output: str = "comparison.html") -> lis
         raise SettingsError(f"none of {', '.join(folders)} holds a metric to compare")
     figures = []
     for title, curves in panels:
-        figure = _figure(1, 1)
+        figure = new_figure(*PANEL)
         _draw_curves(figure.add_subplot(), title, curves, names)
         figures.append((title, figure))
     if times:
-        figure = _figure(1, 1)
+        figure = new_figure(*PANEL)
         _draw_times(figure.add_subplot(), times)
         figures.append(("seconds of a step, by phase", figure))
     base = os.path.splitext(output)[0]
@@ -131,15 +135,6 @@ def mean_times(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     return means
 
 
-def _figure(rows: int, columns: int) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4 * columns, 3.8 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def _draw_curves(axes: Any, title: str, curves: dict[str, Curve], names: Sequence[str]) -> None:
     """One colour a run, the same in every panel: each step in the background, the moving average over it."""
     for name, (steps, values) in curves.items():
@@ -168,7 +163,7 @@ def _draw_times(axes: Any, times: dict[str, dict[str, float]]) -> None:
 def _all_panels(panels: Sequence[tuple[str, dict[str, Curve]]], times: dict[str, Any], names: Sequence[str]) -> Any:
     count = len(panels) + bool(times)
     rows = -(-count // 2)
-    figure = _figure(rows, 2)
+    figure = new_figure(2 * PANEL[0], rows * PANEL[1])
     for place, (title, curves) in enumerate(panels, 1):
         _draw_curves(figure.add_subplot(rows, 2, place), title, curves, names)
     if times:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from grpo_ext.cli.convert import SettingsError
+from grpo_ext.cli.figures import new_figure
 from grpo_ext.cli.run_files import METRICS_FILE, PLOT_FILE, read_metrics, read_summary
 
 #: Steps over which the smooth line averages.
@@ -26,12 +27,7 @@ def plot_run(folder: str, output: str | None = None) -> str:
     """
     steps, rewards = reward_curve(folder)
     summary = read_summary(folder)
-    # Its own canvas, not pyplot: nothing here touches a display or another figure's state.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 4.5)
     axes = figure.add_subplot()
     axes.plot(steps, rewards, ".", color="tab:blue", alpha=0.45, label="training reward, each step")
     axes.plot(steps, moving_average(rewards), color="tab:blue", label=f"mean of {WINDOW} steps")
