@@ -86,6 +86,11 @@ class GRPOConfig(TrainingArguments):
         "Form the loss from the hidden states and the head, without the logits: None where the model allows it, True "
         "as a must, False never.",
     )
+    use_fused_lora: bool | None = _field(
+        None,
+        "Run PEFT's LoRA layers in three matrix products, with a backward of their own: None where a layer allows it, "
+        "True as a must, False never.",
+    )
 
     skip_zero_gradient_sequences: bool = _field(
         True,

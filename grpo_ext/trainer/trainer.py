@@ -35,6 +35,7 @@ from grpo_ext.trainer.generation import (
 )
 from grpo_ext.trainer.guard import FOLDER, NonfiniteGuard
 from grpo_ext.trainer.head import FusedHead
+from grpo_ext.trainer.lora import FusedLora
 from grpo_ext.trainer.metrics import MetricWindow
 from grpo_ext.trainer.models import (
     Reference,
@@ -158,6 +159,7 @@ class GRPOTrainer(Trainer):
             module, args.share_prompts and one_process and not args.gradient_checkpointing, args.padding_free
         )
         self.fused_head = FusedHead(module, args.use_fused_head, compiled=bool(args.torch_compile))
+        self.fused_lora = FusedLora(module, args.use_fused_lora, compiled=bool(args.torch_compile))
         over_ranks = args.top_entropy_quantile != 1.0 and not one_process
         self.policy = Policy(
             self.completion_forward, self.fused_head, self.loss_config, self._entropy_threshold if over_ranks else None
@@ -341,6 +343,8 @@ class GRPOTrainer(Trainer):
         if not self._path_said:
             self._path_said = True
             self.accelerator.print(f"loss from {self.loss_path}")
+            if self.fused_lora.layers:
+                self.accelerator.print(f"LoRA layers: {self.fused_lora.describe()}")
             if self.args.padding_free:
                 reason = self.completion_forward.padded_because or self.fused_head.reason
                 self.accelerator.print(f"padding_free: rows are padded, {reason}" if reason else "padding_free: in use")
@@ -431,7 +435,7 @@ class GRPOTrainer(Trainer):
             EngineError: naming the checkpoint to go on from.
         """
         try:
-            with self._checkpointing_in_args():
+            with self._checkpointing_in_args(), self.fused_lora.attached():
                 return super().train(*args, **kwargs)
         except EngineError as error:
             raise type(error)(f"{error}\n{self._keep_checkpoint()}") from error
