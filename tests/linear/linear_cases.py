@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from loss_cases import DTYPES, TRANSFORMS, random_mask, size_of_loss
+from loss_cases import DTYPES, TRANSFORMS, random_mask
 from torch import Tensor
 
 import grpo_ext
@@ -157,7 +157,6 @@ def build(case: dict[str, Any], device: torch.device, seed: int, B: int = 5, T: 
 class Result:
     out: GRPOLossOutput
     grads: dict[str, Tensor]
-    loss_size: float = 0.0  # as in loss_cases
 
 
 def leaves_of(batch: Batch, lift: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
@@ -175,20 +174,19 @@ def run(function: Callable[..., GRPOLossOutput], batch: Batch, dtype: torch.dtyp
     lift = (lambda t: t.to(dtype)) if dtype is not None else (lambda t: t)
     leaves = leaves_of(batch, lift)
     options = {k: lift(v) if isinstance(v, Tensor) else v for k, v in batch.options.items()}
-    with size_of_loss() as sizes:
-        out = function(
-            leaves["hidden"],
-            leaves["weight"],
-            batch.ids,
-            lift(batch.advantages),
-            batch.mask,
-            batch.config,
-            bias=leaves.get("bias"),
-            **options,
-            **more,
-        )
+    out = function(
+        leaves["hidden"],
+        leaves["weight"],
+        batch.ids,
+        lift(batch.advantages),
+        batch.mask,
+        batch.config,
+        bias=leaves.get("bias"),
+        **options,
+        **more,
+    )
     (out.loss * batch.upstream).backward()
-    return Result(out, {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}, sum(sizes))
+    return Result(out, {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None})
 
 
 # A small fixed head for what is not about values.

@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -203,22 +201,6 @@ def laid_out(logits: Tensor, layout: str) -> tuple[Tensor, Callable[[Tensor], Te
 class Result:
     out: GRPOLossOutput
     grad: Tensor  # of the leaf
-    loss_size: float = 0.0  # what the reference's loss would be if all its terms had one sign
-
-
-@contextlib.contextmanager
-def size_of_loss() -> Iterator[list[float]]:
-    """A list that the reference fills with the loss of the terms' absolute values: what the rounding of the loss is
-    measured by, which may itself be next to nothing."""
-    reduce_loss = reference.reduce_loss
-    sizes: list[float] = []
-
-    def with_size(terms: Tensor, *rest: Any) -> Tensor:
-        sizes.append(float(reduce_loss(terms.detach().abs(), *rest)))
-        return reduce_loss(terms, *rest)
-
-    with mock.patch.object(reference, "reduce_loss", with_size):
-        yield sizes
 
 
 def run(function: Callable[..., GRPOLossOutput], batch: Batch, dtype: torch.dtype | None = None) -> Result:
@@ -227,16 +209,15 @@ def run(function: Callable[..., GRPOLossOutput], batch: Batch, dtype: torch.dtyp
     leaf = lift(batch.leaf).clone().requires_grad_()
     options = {k: lift(v) if isinstance(v, Tensor) else v for k, v in batch.options.items()}
     produced = leaf.clone()  # the operation that the logits come out of; an in-place loss needs one
-    with size_of_loss() as sizes:
-        out = function(
-            batch.view(produced),
-            batch.ids,
-            lift(batch.advantages),
-            batch.mask,
-            batch.config,
-            inplace=batch.inplace,
-            **options,
-        )
+    out = function(
+        batch.view(produced),
+        batch.ids,
+        lift(batch.advantages),
+        batch.mask,
+        batch.config,
+        inplace=batch.inplace,
+        **options,
+    )
     (out.loss * batch.upstream).backward()
     assert leaf.grad is not None
-    return Result(out, leaf.grad, sum(sizes))
+    return Result(out, leaf.grad)
