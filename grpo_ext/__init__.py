@@ -5,8 +5,10 @@ from grpo_ext._build_info import __version__, build_info
 from grpo_ext.advantages import group_advantages, importance_weights
 from grpo_ext.config import LossConfig
 from grpo_ext.linear import linear_grpo_loss, linear_selective_log_softmax
-from grpo_ext.losses import grpo_loss, policy_loss, selective_log_softmax
+from grpo_ext.log_softmax import selective_log_softmax
+from grpo_ext.losses import grpo_loss
 from grpo_ext.output import GRPOLossOutput
+from grpo_ext.policy import policy_loss
 
 __all__ = [
     "GRPOLossOutput",

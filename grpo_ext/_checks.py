@@ -33,6 +33,16 @@ def _describe(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
 
 
+def batch_of_logits(logits: Tensor) -> Tensor:
+    """``(N,V)`` logits as those of one sequence, ``(1,N,V)``; ``(B,T,V)`` as they are."""
+    return logits if logits.dim() == 3 else logits.unsqueeze(0)
+
+
+def batch_of_tokens(tensor: Tensor) -> Tensor:
+    """``(N,)`` values as those of one sequence, ``(1,N)``; ``(B,T)`` as they are."""
+    return tensor if tensor.dim() == 2 else tensor.unsqueeze(0)
+
+
 def check_logits(logits: Tensor, ids: Tensor, ids_name: str = "completion_ids") -> None:
     """``logits (B,T,V)`` or ``(N,V)`` with a dense vocabulary, ``ids`` of its leading shape."""
     if not isinstance(logits, Tensor) or logits.dim() not in (2, 3):

@@ -1,4 +1,4 @@
-"""The public losses on logits: checks, the choice of operators, and autograd.
+"""`grpo_loss`: from logits to the loss and the gradient of the logits. The choice of operators, and autograd.
 
 One read of every logit and one write of every gradient where the loss allows it (`grpo_ext::row_loss`); otherwise
 statistics, the policy stage on ``(B,T)`` numbers, and the gradient. Either way the gradient of the logits is formed in
@@ -13,233 +13,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grpo_ext import _ops
-from grpo_ext._checks import Number, PolicyTensors, check_logits, policy_tensors
-from grpo_ext._ops import logit_transform, loss_spec, statistics_dtype
+from grpo_ext._checks import (
+    Number,
+    PolicyTensors,
+    batch_of_logits,
+    batch_of_tokens,
+    check_logits,
+    policy_tensors,
+)
+from grpo_ext._ops import kernels, logit_transform, loss_spec, statistics_dtype
 from grpo_ext.config import LossConfig
-from grpo_ext.output import GRPOLossOutput, named_metrics
-
-kernels = _ops.kernels
-kernel_calls = _ops.kernel_calls
-
-
-def _three_dimensional(logits: Tensor) -> Tensor:
-    return logits if logits.dim() == 3 else logits.unsqueeze(0)
-
-
-def _two_dimensional(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dim() == 2 else tensor.unsqueeze(0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# selective_log_softmax
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class _SelectiveLogSoftmax(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, ids: Tensor, transform: list[float], with_entropy: bool
-    ) -> tuple[Tensor, Tensor]:
-        logps, entropy, lse = kernels.row_stats(_three_dimensional(logits), ids, None, transform, with_entropy)
-        ctx.save_for_backward(logits, ids, logps, entropy, lse)
-        ctx.transform = transform
-        ctx.with_entropy = with_entropy
-        if not with_entropy:
-            ctx.mark_non_differentiable(entropy)
-        return logps, entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_logps: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
-        logits, ids, logps, entropy, lse = ctx.saved_tensors
-        grad = kernels.row_gradient(
-            _three_dimensional(logits),
-            ids,
-            None,
-            logps,
-            entropy if ctx.with_entropy else None,
-            lse,
-            grad_logps.to(lse.dtype).contiguous(),
-            grad_entropy.to(lse.dtype).contiguous() if ctx.with_entropy else None,
-            ctx.transform,
-        )
-        return grad.view(logits.shape), None, None, None
-
-
-def selective_log_softmax(
-    logits: Tensor,
-    ids: Tensor,
-    *,
-    temperature: float = 1.0,
-    logit_softcap: float | None = None,
-    logit_scale: float = 1.0,
-    return_entropy: bool = False,
-    process_group: Any | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Log probability of one token per row, without the ``[tokens, vocabulary]`` log-softmax.
-
-    Args:
-        logits: ``(B,T,V)`` or ``(N,V)``, fp32, bf16 or fp16 (fp64 on the CPU), any row stride, dense vocabulary.
-        ids: int64 ``(B,T)`` or ``(N,)`` in [0, V).
-        temperature, logit_softcap, logit_scale: processed logits are
-            ``softcap(logit_scale * logits) / temperature`` with ``softcap(u) = c * tanh(u / c)``.
-        return_entropy: also return the entropy of each row's distribution, in nats, with gradient.
-        process_group: ranks that hold the columns of the logits in consecutive shards ``(..., V / world)``, of any
-            sizes, and the same ``ids``, which are those of the whole vocabulary. The results are the same on all ranks;
-            each gets the gradient of its own columns, for an upstream gradient that is the same on all.
-
-    Returns:
-        ``logp`` of the shape of ``ids``, fp32 (fp64 for fp64 logits), or ``(logp, entropy)``. Backward allocates one
-        gradient of the size of the logits.
-
-    Raises:
-        ValueError, TypeError: shapes, dtypes or devices that do not fit.
-        IndexError: an id outside [0, V), on the CPU. On a GPU nobody waits for the device to look: that row is NaN
-            (-inf with a ``process_group``).
-    """
-    check_logits(logits, ids, "ids")
-    config = LossConfig(temperature=temperature, logit_softcap=logit_softcap, logit_scale=logit_scale)
-    transform = logit_transform(config.temperature, config.logit_softcap, config.logit_scale)
-    flat_ids = _two_dimensional(ids.contiguous())
-    shared = None
-    if process_group is not None:
-        from grpo_ext.linear.sharded_logits import sharded_log_softmax
-
-        shared = sharded_log_softmax(_three_dimensional(logits), flat_ids, transform, process_group, return_entropy)
-    logps, entropy = shared or _SelectiveLogSoftmax.apply(logits, flat_ids, transform, return_entropy)
-    if return_entropy:
-        return logps.view(ids.shape), entropy.view(ids.shape)
-    return logps.view(ids.shape)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# policy_loss
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class _PolicyLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, logps: Tensor, entropy: Tensor | None, spec: list[float], *tensors: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        loss, coef, entropy_coef, kl, metrics = kernels.policy_loss(logps, entropy, *tensors, spec)
-        ctx.save_for_backward(coef, entropy_coef)
-        ctx.has_entropy = entropy is not None
-        ctx.mark_non_differentiable(kl, metrics)
-        return loss, kl, metrics
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        coef, entropy_coef = ctx.saved_tensors
-        grad_entropy = None
-        if ctx.has_entropy and ctx.needs_input_grad[1]:
-            grad_entropy = grad_loss * entropy_coef if entropy_coef.numel() else torch.zeros_like(coef)
-        return grad_loss * coef, grad_entropy, None, *(None for _ in PolicyTensors._fields)
-
-
-def policy_loss(
-    logps: Tensor,
-    advantages: Tensor,
-    completion_mask: Tensor,
-    config: LossConfig,
-    *,
-    old_logps: Tensor | None = None,
-    ref_logps: Tensor | None = None,
-    sampling_logps: Tensor | None = None,
-    importance_weights: Tensor | None = None,
-    num_items_in_batch: Number | Tensor | None = None,
-    entropy: Tensor | None = None,
-    entropy_threshold: Number | Tensor | None = None,
-    grad_scale: float = 1.0,
-) -> GRPOLossOutput:
-    """The loss of SPEC sections 2 to 4 where the log probabilities are already there.
-
-    Args:
-        logps: ``(B,T)`` or ``(N,)`` (one sequence), log probabilities of the completion tokens, with gradient.
-        entropy: entropies of the same shape; needed for ``top_entropy_quantile < 1`` and ``entropy_coef != 0``, and
-            receives a gradient from the latter.
-
-    The other arguments, the result and the errors are those of `grpo_loss`; temperature, softcap and scale of the
-    config are not applied.
-    """
-    if logps.dim() not in (1, 2):
-        raise ValueError(f"logps must be (B,T) or (N,), got {tuple(logps.shape)}")
-    if not logps.is_floating_point():
-        raise TypeError(f"logps must be a floating-point tensor, got {logps.dtype}; pass log probabilities, not ids")
-    dtype = statistics_dtype(logps.dtype)
-    tensors = policy_tensors(
-        logps.shape,
-        logps.device,
-        dtype,
-        config,
-        advantages=advantages,
-        completion_mask=completion_mask,
-        old_logps=old_logps,
-        ref_logps=ref_logps,
-        sampling_logps=sampling_logps,
-        importance_weights=importance_weights,
-        num_items_in_batch=num_items_in_batch,
-        entropy_threshold=entropy_threshold,
-    )
-    if entropy is None and (config.entropy_coef != 0 or config.top_entropy_quantile < 1):
-        raise ValueError("entropy_coef and top_entropy_quantile look at the entropy: pass entropy=, shape of logps")
-    if entropy is not None and entropy.shape != logps.shape:
-        raise ValueError(f"entropy must have the shape of logps {tuple(logps.shape)}, got {tuple(entropy.shape)}")
-    if entropy is not None and entropy.device != logps.device:
-        raise ValueError(f"entropy is on {entropy.device}, logps are on {logps.device}; move it to {logps.device}")
-    flat_logps = _two_dimensional(logps.to(dtype).contiguous())
-    flat_entropy = None if entropy is None else _two_dimensional(entropy.to(dtype).contiguous())
-    tensors = _with_threshold(tensors, config, flat_entropy)
-    loss, kl, metrics = _PolicyLoss.apply(flat_logps, flat_entropy, loss_spec(config, float(grad_scale)), *tensors)
-    return _output(loss, _inert(flat_logps, tensors), _inert(flat_entropy, tensors), kl, metrics, logps.shape)
-
-
-def _inert(values: Tensor | None, tensors: PolicyTensors) -> Tensor | None:
-    """Detached, with 0 where the mask is 0."""
-    return None if values is None else torch.where(tensors.mask, values.detach(), 0.0)
-
-
-def _with_threshold(tensors: PolicyTensors, config: LossConfig, entropy: Tensor | None) -> PolicyTensors:
-    """Fills in the local entropy quantile where one is asked for and the caller brought none."""
-    if config.top_entropy_quantile >= 1 or entropy is None:
-        return tensors._replace(entropy_threshold=None)
-    if tensors.entropy_threshold is not None:
-        return tensors
-    threshold = masked_quantile(entropy.detach(), tensors.mask, 1 - config.top_entropy_quantile)
-    return tensors._replace(entropy_threshold=threshold)
-
-
-def masked_quantile(values: Tensor, mask: Tensor, q: float) -> Tensor:
-    """Quantile of the unmasked values by linear interpolation, 0-d, without a synchronisation; 0 for an empty mask."""
-    ordered = torch.where(mask, values, torch.inf).flatten().sort().values
-    if ordered.numel() == 0:
-        return values.new_zeros(())
-    position = q * (mask.sum() - 1).clamp(min=0).to(torch.float64)
-    below = position.floor()
-    # gather: indexing with a 0-d tensor would read it on the host.
-    low, high = ordered.gather(0, torch.stack([below, position.ceil()]).long()).unbind()
-    value = low + (position - below).to(values.dtype) * torch.where(high == low, 0.0, high - low)
-    return torch.where(mask.any(), value, 0.0).to(values.dtype)
-
-
-def _output(
-    loss: Tensor, logps: Tensor | None, entropy: Tensor | None, kl: Tensor | None, metrics: Tensor, shape: torch.Size
-) -> GRPOLossOutput:
-    assert logps is not None
-    if kl is not None and kl.shape != logps.shape:
-        kl = None  # empty: beta is 0
-    if logps.shape != shape:  # (N,) logits; a view of the same shape would cost 2 µs
-        logps = logps.view(shape)
-        entropy = None if entropy is None else entropy.view(shape)
-        kl = None if kl is None else kl.view(shape)
-    return GRPOLossOutput(loss, logps, entropy, kl, named_metrics(metrics))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# grpo_loss
-# ---------------------------------------------------------------------------------------------------------------------
+from grpo_ext.output import GRPOLossOutput, loss_output
+from grpo_ext.policy import with_entropy_threshold
 
 
 class _GRPOLoss(torch.autograd.Function):
@@ -265,7 +50,7 @@ class _GRPOLoss(torch.autograd.Function):
             tensors = PolicyTensors(*policy)
         run = _one_pass if fits_one_pass(config, tensors) else _staged
         loss, logps, entropy, kl, metrics, grad = run(
-            _three_dimensional(logits), ids, config, tensors, spec, transform, mode
+            batch_of_logits(logits), ids, config, tensors, spec, transform, mode
         )
         ctx.set_materialize_grads(False)
         ctx.overwrites = mode.startswith("overwrite")
@@ -313,7 +98,7 @@ class _GRPOLoss(torch.autograd.Function):
         grad, ctx.grad = ctx.grad, None
         if grad_loss is None:
             return None, *no_more
-        kernels.scale_rows_(_three_dimensional(grad), grad_loss)
+        kernels.scale_rows_(batch_of_logits(grad), grad_loss)
         return grad, *no_more
 
 
@@ -361,7 +146,7 @@ def _staged(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """A row's coefficient depends on other rows: statistics, then the policy, then the gradient."""
     logps, entropy, lse = kernels.row_stats(logits, ids, tensors.mask, transform, True)
-    tensors = _with_threshold(tensors, config, entropy)
+    tensors = with_entropy_threshold(tensors, config, entropy)
     loss, coef, entropy_coef, kl, metrics = kernels.policy_loss(logps, entropy, *tensors, spec)
     if mode == "none":
         return loss, logps, entropy, kl, metrics, None
@@ -444,7 +229,7 @@ def grpo_loss(
     aside: list[Any] = []
     outputs = _GRPOLoss.apply(
         logits,
-        _two_dimensional(completion_ids.contiguous()),
+        batch_of_tokens(completion_ids.contiguous()),
         config,
         loss_spec(config, float(grad_scale)),
         logit_transform(config.temperature, config.logit_softcap, config.logit_scale),
@@ -453,7 +238,7 @@ def grpo_loss(
         *(tensors if compiles else (tensors, aside)),
     )
     _, loss, logps, entropy, kl, metrics = (*outputs, *aside) if aside else outputs
-    return _output(loss, logps, entropy, kl, metrics, completion_ids.shape)
+    return loss_output(loss, logps, entropy, kl, metrics, completion_ids.shape)
 
 
 def _overwrite_mode(logits: Tensor) -> str:

@@ -92,3 +92,17 @@ class GRPOLossOutput(NamedTuple):
     entropy: Tensor | None
     kl: Tensor | None
     metrics: Mapping[str, Tensor]
+
+
+def loss_output(
+    loss: Tensor, logps: Tensor | None, entropy: Tensor | None, kl: Tensor | None, metrics: Tensor, shape: torch.Size
+) -> GRPOLossOutput:
+    """What the operators returned for ``(B,T)`` tokens, in the ``shape`` of the caller's ids; an empty kl is None."""
+    assert logps is not None
+    if kl is not None and kl.shape != logps.shape:
+        kl = None  # empty: beta is 0
+    if logps.shape != shape:  # (N,) logits; a view of the same shape would cost 2 µs
+        logps = logps.view(shape)
+        entropy = None if entropy is None else entropy.view(shape)
+        kl = None if kl is None else kl.view(shape)
+    return GRPOLossOutput(loss, logps, entropy, kl, named_metrics(metrics))

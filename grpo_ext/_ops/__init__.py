@@ -1,9 +1,9 @@
 """The operators of the compiled extension, registered with torch.library as ``torch.ops.grpo_ext.*``.
 
-These modules allocate outputs and hand raw pointers to ``grpo_ext._C``. They know no autograd: the functions in
-`grpo_ext.losses` put the operators into ``torch.autograd.Function``s. Arguments are expected to be checked
-(`grpo_ext._checks`): logits ``(B,T,V)`` with a dense last dimension, everything else contiguous ``(B,T)`` in the
-statistics' dtype, masks ``torch.bool``, ids ``torch.int64``.
+These modules allocate outputs and hand raw pointers to ``grpo_ext._C``. They know no autograd: `grpo_ext.losses`,
+`grpo_ext.policy` and `grpo_ext.log_softmax` put the operators into ``torch.autograd.Function``s. Arguments are expected
+to be checked (`grpo_ext._checks`): logits ``(B,T,V)`` with a dense last dimension, everything else contiguous ``(B,T)``
+in the statistics' dtype, masks ``torch.bool``, ids ``torch.int64``.
 """
 
 from __future__ import annotations

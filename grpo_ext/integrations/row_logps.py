@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from grpo_ext._checks import check_logits
-from grpo_ext._ops import logit_transform
-from grpo_ext.losses import kernels
+from grpo_ext._ops import kernels, logit_transform
 
 
 class _RowLogps(torch.autograd.Function):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from grpo_ext.config import LossConfig
 from grpo_ext.linear import linear_selective_log_softmax
-from grpo_ext.losses import policy_loss
+from grpo_ext.policy import policy_loss
 
 AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
 

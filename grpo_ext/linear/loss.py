@@ -26,8 +26,8 @@ from grpo_ext.linear.logps import Request, linear_logps
 from grpo_ext.linear.policy import depends_on_own_row, depends_on_own_sequence, folds_into_rows
 from grpo_ext.linear.rows import active_tokens
 from grpo_ext.linear.vocabulary import kernels
-from grpo_ext.losses import _output, policy_loss
-from grpo_ext.output import GRPOLossOutput
+from grpo_ext.output import GRPOLossOutput, loss_output
+from grpo_ext.policy import policy_loss
 
 
 def choose_route(
@@ -215,7 +215,7 @@ def linear_grpo_loss(
             (-1 if valid_rows is None else valid_rows, route, wanted, gather),
             *tensors,
         )
-        return _output(loss, logps, entropy, kl, metrics, shape)
+        return loss_output(loss, logps, entropy, kl, metrics, shape)
     request = Request(numerics, wanted, True, config.entropy_coef != 0, valid_rows, gather)
     logps, entropy = linear_logps(
         hidden,

@@ -15,14 +15,13 @@ from grpo_ext._checks import PolicyTensors
 from grpo_ext.advantages import importance_weights
 from grpo_ext.config import CLIPPED_LOSS_TYPES, IMPORTANCE_MODES, LOSS_TYPES, LossConfig
 from grpo_ext.linear.head import Rows
+from grpo_ext.losses import fits_one_pass
 
 _PER_SEQUENCE_WEIGHT = ("grpo", "sapo")
 
 
 def depends_on_own_row(config: LossConfig, tensors: PolicyTensors) -> bool:
     """Whether dLoss/dlogp of a token needs the log probability of no other token."""
-    from grpo_ext.losses import fits_one_pass
-
     return fits_one_pass(config, tensors) and config.importance_sampling_level == "token"
 
 
@@ -33,8 +32,6 @@ def depends_on_own_sequence(config: LossConfig, tensors: PolicyTensors) -> bool:
 
 def folds_into_rows(config: LossConfig, tensors: PolicyTensors) -> bool:
     """Whether `RowPolicy` can express the loss, so that one pass over a chunk's logits suffices."""
-    from grpo_ext.losses import fits_one_pass
-
     if not fits_one_pass(config, tensors):
         return False
     if config.loss_type in _PER_SEQUENCE_WEIGHT and (config.beta != 0 or config.entropy_coef != 0):

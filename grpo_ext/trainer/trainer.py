@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_callback import ProgressCallback
 
+from grpo_ext._ops import kernel_calls
 from grpo_ext.config import LOSS_TYPES
-from grpo_ext.losses import kernel_calls
 from grpo_ext.trainer.batching import MicroStep, PromptSchedule
 from grpo_ext.trainer.checkpoint import check_processes, load_reference, load_state, save_reference, save_state
 from grpo_ext.trainer.config import GRPOConfig

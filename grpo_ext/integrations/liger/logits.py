@@ -10,7 +10,7 @@ from torch import Tensor
 from grpo_ext._checks import Number
 from grpo_ext.integrations.liger.terms import clipped, config_of, divisor, per_token, token_losses, token_mean
 from grpo_ext.integrations.row_logps import row_logps
-from grpo_ext.losses import policy_loss
+from grpo_ext.policy import policy_loss
 
 
 def _logps(

@@ -1,0 +1,123 @@
+"""`policy_loss`: a GRPO-family loss where the log probabilities are already there; and the entropy quantile.
+
+By itself; `grpo_ext.losses` and `grpo_ext.linear` run the same stage behind logits and behind hidden states.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from grpo_ext._checks import Number, PolicyTensors, batch_of_tokens, policy_tensors
+from grpo_ext._ops import kernels, loss_spec, statistics_dtype
+from grpo_ext.config import LossConfig
+from grpo_ext.output import GRPOLossOutput, loss_output
+
+
+class _PolicyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logps: Tensor, entropy: Tensor | None, spec: list[float], *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        loss, coef, entropy_coef, kl, metrics = kernels.policy_loss(logps, entropy, *tensors, spec)
+        ctx.save_for_backward(coef, entropy_coef)
+        ctx.has_entropy = entropy is not None
+        ctx.mark_non_differentiable(kl, metrics)
+        return loss, kl, metrics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        coef, entropy_coef = ctx.saved_tensors
+        grad_entropy = None
+        if ctx.has_entropy and ctx.needs_input_grad[1]:
+            grad_entropy = grad_loss * entropy_coef if entropy_coef.numel() else torch.zeros_like(coef)
+        return grad_loss * coef, grad_entropy, None, *(None for _ in PolicyTensors._fields)
+
+
+def policy_loss(
+    logps: Tensor,
+    advantages: Tensor,
+    completion_mask: Tensor,
+    config: LossConfig,
+    *,
+    old_logps: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    sampling_logps: Tensor | None = None,
+    importance_weights: Tensor | None = None,
+    num_items_in_batch: Number | Tensor | None = None,
+    entropy: Tensor | None = None,
+    entropy_threshold: Number | Tensor | None = None,
+    grad_scale: float = 1.0,
+) -> GRPOLossOutput:
+    """The loss of SPEC sections 2 to 4 where the log probabilities are already there.
+
+    Args:
+        logps: ``(B,T)`` or ``(N,)`` (one sequence), log probabilities of the completion tokens, with gradient.
+        entropy: entropies of the same shape; needed for ``top_entropy_quantile < 1`` and ``entropy_coef != 0``, and
+            receives a gradient from the latter.
+
+    The other arguments, the result and the errors are those of `grpo_loss`; temperature, softcap and scale of the
+    config are not applied.
+    """
+    if logps.dim() not in (1, 2):
+        raise ValueError(f"logps must be (B,T) or (N,), got {tuple(logps.shape)}")
+    if not logps.is_floating_point():
+        raise TypeError(f"logps must be a floating-point tensor, got {logps.dtype}; pass log probabilities, not ids")
+    dtype = statistics_dtype(logps.dtype)
+    tensors = policy_tensors(
+        logps.shape,
+        logps.device,
+        dtype,
+        config,
+        advantages=advantages,
+        completion_mask=completion_mask,
+        old_logps=old_logps,
+        ref_logps=ref_logps,
+        sampling_logps=sampling_logps,
+        importance_weights=importance_weights,
+        num_items_in_batch=num_items_in_batch,
+        entropy_threshold=entropy_threshold,
+    )
+    if entropy is None and (config.entropy_coef != 0 or config.top_entropy_quantile < 1):
+        raise ValueError("entropy_coef and top_entropy_quantile look at the entropy: pass entropy=, shape of logps")
+    if entropy is not None and entropy.shape != logps.shape:
+        raise ValueError(f"entropy must have the shape of logps {tuple(logps.shape)}, got {tuple(entropy.shape)}")
+    if entropy is not None and entropy.device != logps.device:
+        raise ValueError(f"entropy is on {entropy.device}, logps are on {logps.device}; move it to {logps.device}")
+    flat_logps = batch_of_tokens(logps.to(dtype).contiguous())
+    flat_entropy = None if entropy is None else batch_of_tokens(entropy.to(dtype).contiguous())
+    tensors = with_entropy_threshold(tensors, config, flat_entropy)
+    loss, kl, metrics = _PolicyLoss.apply(flat_logps, flat_entropy, loss_spec(config, float(grad_scale)), *tensors)
+    return loss_output(loss, _inert(flat_logps, tensors), _inert(flat_entropy, tensors), kl, metrics, logps.shape)
+
+
+def _inert(values: Tensor | None, tensors: PolicyTensors) -> Tensor | None:
+    """Detached, with 0 where the mask is 0."""
+    return None if values is None else torch.where(tensors.mask, values.detach(), 0.0)
+
+
+def with_entropy_threshold(tensors: PolicyTensors, config: LossConfig, entropy: Tensor | None) -> PolicyTensors:
+    """Fills in the local entropy quantile where one is asked for and the caller brought none."""
+    if config.top_entropy_quantile >= 1 or entropy is None:
+        return tensors._replace(entropy_threshold=None)
+    if tensors.entropy_threshold is not None:
+        return tensors
+    threshold = masked_quantile(entropy.detach(), tensors.mask, 1 - config.top_entropy_quantile)
+    return tensors._replace(entropy_threshold=threshold)
+
+
+def masked_quantile(values: Tensor, mask: Tensor, q: float) -> Tensor:
+    """Quantile of the unmasked values by linear interpolation, 0-d, without a synchronisation; 0 for an empty mask."""
+    ordered = torch.where(mask, values, torch.inf).flatten().sort().values
+    if ordered.numel() == 0:
+        return values.new_zeros(())
+    position = q * (mask.sum() - 1).clamp(min=0).to(torch.float64)
+    below = position.floor()
+    # gather: indexing with a 0-d tensor would read it on the host.
+    low, high = ordered.gather(0, torch.stack([below, position.ceil()]).long()).unbind()
+    value = low + (position - below).to(values.dtype) * torch.where(high == low, 0.0, high - low)
+    return torch.where(mask.any(), value, 0.0).to(values.dtype)
