@@ -29,8 +29,11 @@ class PolicyTensors(NamedTuple):
     entropy_threshold: Tensor | None  # ()
 
 
-def _describe(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+def describe(value: Any) -> str:
+    """A tensor's shape, dtype and device, anything else's type: the end of an error message."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}"
 
 
 def batch_of_logits(logits: Tensor) -> Tensor:
@@ -46,16 +49,15 @@ def batch_of_tokens(tensor: Tensor) -> Tensor:
 def check_logits(logits: Tensor, ids: Tensor, ids_name: str = "completion_ids") -> None:
     """``logits (B,T,V)`` or ``(N,V)`` with a dense vocabulary, ``ids`` of its leading shape."""
     if not isinstance(logits, Tensor) or logits.dim() not in (2, 3):
-        got = _describe(logits) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"logits must be a (B,T,V) or (N,V) tensor, got {got}")
+        raise ValueError(f"logits must be a (B,T,V) or (N,V) tensor, got {describe(logits)}")
     if logits.dtype not in DTYPE_CODES:
         raise TypeError(
-            f"logits must be float32, bfloat16, float16 or float64, got {_describe(logits)}; cast them first"
+            f"logits must be float32, bfloat16, float16 or float64, got {describe(logits)}; cast them first"
         )
     if logits.dtype == torch.float64 and logits.device.type != "cpu":
-        raise TypeError(f"float64 logits are served on the CPU only, got {_describe(logits)}; pass float32")
+        raise TypeError(f"float64 logits are served on the CPU only, got {describe(logits)}; pass float32")
     if logits.shape[-1] == 0:
-        raise ValueError(f"logits have an empty vocabulary: {_describe(logits)}")
+        raise ValueError(f"logits have an empty vocabulary: {describe(logits)}")
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         raise ValueError(
             f"the vocabulary dimension of logits must be dense, got strides {logits.stride()}; pass logits.contiguous()"
@@ -65,19 +67,20 @@ def check_logits(logits: Tensor, ids: Tensor, ids_name: str = "completion_ids") 
 
 def check_ids(ids: Tensor, shape: torch.Size, device: torch.device, name: str) -> None:
     """``ids``: int64 of the given shape and device."""
-    if ids.dtype != torch.int64:
-        raise TypeError(f"{name} must be int64, got {_describe(ids)}; pass {name}.long()")
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
+        raise TypeError(f"{name} must be an int64 tensor, got {describe(ids)}; pass {name}.long()")
     if ids.shape != shape:
         raise ValueError(
-            f"{name} must have the leading shape of the logits {tuple(shape)}, got {_describe(ids)}; "
+            f"{name} must have the leading shape of the logits {tuple(shape)}, got {describe(ids)}; "
             "logits[:, t] predicts ids[:, t]: slice both to the completion"
         )
-    _same_device(name, ids, device)
+    check_device(name, ids, device, "logits")
 
 
-def _same_device(name: str, tensor: Tensor, device: torch.device) -> None:
+def check_device(name: str, tensor: Tensor, device: torch.device, other: str) -> None:
+    """``tensor`` on the device that the argument named ``other`` is on."""
     if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}, the logits are on {device}; move it: {name}.to({device})")
+        raise ValueError(f"{name} is on {tensor.device}, {other} on {device}; move it: {name}.to({str(device)!r})")
 
 
 def _plain(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -91,33 +94,50 @@ def _plain(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.detach().to(dtype).contiguous()
 
 
-def _token_tensor(
-    name: str, tensor: Tensor | None, shape: torch.Size, device: torch.device, dtype: torch.dtype
-) -> Tensor | None:
-    """A ``(B,T)`` companion in the statistics' dtype, detached."""
-    if tensor is None:
-        return None
-    if tensor.shape != shape:
-        raise ValueError(f"{name} must have the shape of completion_ids {tuple(shape)}, got {_describe(tensor)}")
-    _same_device(name, tensor, device)
-    return _plain(tensor, dtype)
+class _Tokens(NamedTuple):
+    """What tensors of one value per token, or per sequence, have to fit."""
+
+    argument: str  # that has the shape, for error messages
+    shape: torch.Size  # (B,T) or (N,)
+    device: torch.device
+    dtype: torch.dtype  # of the statistics
 
 
-def _sequence_or_token_tensor(
-    name: str, tensor: Tensor | None, shape: torch.Size, device: torch.device, dtype: torch.dtype
-) -> Tensor | None:
-    """One value per sequence, ``(B,)`` or ``(B,1)``, or one per token, ``(B,T)``."""
+def _mask(mask: Tensor, tokens: _Tokens) -> Tensor:
+    _check_companion("completion_mask", mask, tokens)
+    return _plain(mask, torch.bool)
+
+
+def _token_tensor(name: str, tensor: Tensor | None, tokens: _Tokens) -> Tensor | None:
+    """One number per token, in the statistics' dtype, detached."""
     if tensor is None:
         return None
+    _check_companion(name, tensor, tokens)
+    return _plain(tensor, tokens.dtype)
+
+
+def _check_companion(name: str, tensor: Tensor, tokens: _Tokens) -> None:
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    _same_device(name, tensor, device)
-    if tensor.shape == shape or tensor.shape == shape[:1]:
-        return _plain(tensor, dtype)
-    if len(shape) == 2 and tensor.shape == (shape[0], 1):
-        return _plain(tensor.reshape(shape[0]), dtype)  # a column of a table keeps its stride
+        raise TypeError(f"{name} must be a tensor, got {describe(tensor)}; pass one value per token")
+    if tensor.shape != tokens.shape:
+        raise ValueError(
+            f"{name} must have the shape of {tokens.argument} {tuple(tokens.shape)}, got {describe(tensor)}"
+        )
+    check_device(name, tensor, tokens.device, tokens.argument)
+
+
+def _sequence_or_token_tensor(name: str, tensor: Tensor, tokens: _Tokens) -> Tensor:
+    """One number per sequence, ``(B,)`` or ``(B,1)``, or one per token, ``(B,T)``; statistics' dtype, detached."""
+    shape = tokens.shape
     allowed = "(B,), (B,1) or (B,T)" if len(shape) == 2 else "(N,)"
-    raise ValueError(f"{name} must be {allowed} for completion_ids {tuple(shape)}, got {_describe(tensor)}")
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {describe(tensor)}; pass {allowed}")
+    check_device(name, tensor, tokens.device, tokens.argument)
+    if tensor.shape == shape or tensor.shape == shape[:1]:
+        return _plain(tensor, tokens.dtype)
+    if len(shape) == 2 and tensor.shape == (shape[0], 1):
+        return _plain(tensor.reshape(shape[0]), tokens.dtype)  # a column of a table keeps its stride
+    raise ValueError(f"{name} must be {allowed} for {tokens.argument} {tuple(shape)}, got {describe(tensor)}")
 
 
 def _scalar_tensor(name: str, value: Number | Tensor | None, device: torch.device, dtype: torch.dtype) -> Tensor | None:
@@ -127,7 +147,7 @@ def _scalar_tensor(name: str, value: Number | Tensor | None, device: torch.devic
     if not isinstance(value, Tensor):
         return torch.full((), float(value), dtype=dtype, device=device)
     if value.numel() != 1:
-        raise ValueError(f"{name} must be a number or a tensor of one element, got {_describe(value)}")
+        raise ValueError(f"{name} must be a number or a tensor of one element, got {describe(value)}")
     return value.detach().to(device=device, dtype=dtype, non_blocking=True).reshape(())
 
 
@@ -137,6 +157,7 @@ def policy_tensors(
     dtype: torch.dtype,
     config: LossConfig,
     *,
+    tokens_argument: str = "completion_ids",
     advantages: Tensor,
     completion_mask: Tensor,
     old_logps: Tensor | None,
@@ -146,14 +167,14 @@ def policy_tensors(
     num_items_in_batch: Number | Tensor | None,
     entropy_threshold: Number | Tensor | None,
 ) -> PolicyTensors:
-    """Everything but logits and ids; ``shape`` is that of the ids, ``(B,T)`` or ``(N,)`` (one sequence of N)."""
+    """Everything but logits and ids; ``shape`` is that of the ids, ``(B,T)`` or ``(N,)`` (one sequence of N).
+
+    tokens_argument: what has that shape and device, as errors call it.
+    """
     if not isinstance(config, LossConfig):
-        raise TypeError(f"config must be a LossConfig, got {type(config).__name__}")
-    if completion_mask.shape != shape:
-        raise ValueError(
-            f"completion_mask must have the shape of completion_ids {tuple(shape)}, got {_describe(completion_mask)}"
-        )
-    _same_device("completion_mask", completion_mask, device)
+        raise TypeError(f"config must be a LossConfig, got {describe(config)}; pass grpo_ext.LossConfig(...)")
+    tokens = _Tokens(tokens_argument, shape, device, dtype)
+    mask = _mask(completion_mask, tokens)
     if advantages is None:
         raise TypeError("advantages must be a tensor, got None; see grpo_ext.group_advantages")
     if config.beta != 0 and ref_logps is None:
@@ -162,13 +183,14 @@ def policy_tensors(
             "or set beta=0"
         )
     threshold = _scalar_tensor("entropy_threshold", entropy_threshold, device, dtype)
+    weights = importance_weights
     tensors = PolicyTensors(
-        _plain(completion_mask, torch.bool),
-        _sequence_or_token_tensor("advantages", advantages, shape, device, dtype),  # type: ignore[arg-type]
-        _token_tensor("old_logps", old_logps, shape, device, dtype),
-        _token_tensor("ref_logps", ref_logps, shape, device, dtype) if config.beta != 0 else None,
-        _token_tensor("sampling_logps", sampling_logps, shape, device, dtype),
-        _sequence_or_token_tensor("importance_weights", importance_weights, shape, device, dtype),
+        mask,
+        _sequence_or_token_tensor("advantages", advantages, tokens),
+        _token_tensor("old_logps", old_logps, tokens),
+        _token_tensor("ref_logps", ref_logps, tokens) if config.beta != 0 else None,
+        _token_tensor("sampling_logps", sampling_logps, tokens),
+        None if weights is None else _sequence_or_token_tensor("importance_weights", weights, tokens),
         _scalar_tensor("num_items_in_batch", num_items_in_batch, device, dtype),
         threshold if config.top_entropy_quantile < 1 else None,
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grpo_ext._checks import Number, PolicyTensors, batch_of_tokens, policy_tensors
+from grpo_ext._checks import Number, PolicyTensors, batch_of_tokens, check_device, describe, policy_tensors
 from grpo_ext._ops import kernels, loss_spec, statistics_dtype
 from grpo_ext.config import LossConfig
 from grpo_ext.output import GRPOLossOutput, loss_output
@@ -63,16 +63,19 @@ def policy_loss(
     The other arguments, the result and the errors are those of `grpo_loss`; temperature, softcap and scale of the
     config are not applied.
     """
+    if not isinstance(logps, Tensor) or not logps.is_floating_point():
+        raise TypeError(
+            f"logps must be a floating-point tensor, got {describe(logps)}; pass log probabilities, not ids"
+        )
     if logps.dim() not in (1, 2):
-        raise ValueError(f"logps must be (B,T) or (N,), got {tuple(logps.shape)}")
-    if not logps.is_floating_point():
-        raise TypeError(f"logps must be a floating-point tensor, got {logps.dtype}; pass log probabilities, not ids")
+        raise ValueError(f"logps must be (B,T) or (N,), got {describe(logps)}")
     dtype = statistics_dtype(logps.dtype)
     tensors = policy_tensors(
         logps.shape,
         logps.device,
         dtype,
         config,
+        tokens_argument="logps",
         advantages=advantages,
         completion_mask=completion_mask,
         old_logps=old_logps,
@@ -84,10 +87,10 @@ def policy_loss(
     )
     if entropy is None and (config.entropy_coef != 0 or config.top_entropy_quantile < 1):
         raise ValueError("entropy_coef and top_entropy_quantile look at the entropy: pass entropy=, shape of logps")
-    if entropy is not None and entropy.shape != logps.shape:
-        raise ValueError(f"entropy must have the shape of logps {tuple(logps.shape)}, got {tuple(entropy.shape)}")
-    if entropy is not None and entropy.device != logps.device:
-        raise ValueError(f"entropy is on {entropy.device}, logps are on {logps.device}; move it to {logps.device}")
+    if entropy is not None:
+        if not isinstance(entropy, Tensor) or entropy.shape != logps.shape:
+            raise ValueError(f"entropy must have the shape of logps {tuple(logps.shape)}, got {describe(entropy)}")
+        check_device("entropy", entropy, logps.device, "logps")
     flat_logps = batch_of_tokens(logps.to(dtype).contiguous())
     flat_entropy = None if entropy is None else batch_of_tokens(entropy.to(dtype).contiguous())
     tensors = with_entropy_threshold(tensors, config, flat_entropy)

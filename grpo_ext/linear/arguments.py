@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_ext._checks import check_device, describe
 from grpo_ext._ops import DTYPE_CODES, logit_transform
 from grpo_ext.config import LossConfig
 from grpo_ext.linear.chunks import Numerics
@@ -19,12 +20,6 @@ from grpo_ext.linear.plan import parse_logits_dtype, product_dtypes
 #: Called with (weight, bias); inside the returned context the head is whole. What the context yields, (weight, bias),
 #: is used in their place; None: the same tensors, filled in place (ZeRO-3).
 Gather = Callable[[Tensor, Tensor | None], AbstractContextManager[tuple[Tensor, Tensor | None] | None]]
-
-
-def describe(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return type(value).__name__
-    return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}"
 
 
 def whole(tensor: Tensor | None) -> Tensor | None:
@@ -52,13 +47,13 @@ def check_hidden(hidden: Tensor, ids: Tensor, ids_name: str) -> None:
     if hidden.dtype == torch.float64 and hidden.device.type != "cpu":
         raise TypeError(f"float64 is served on the CPU only, hidden is {describe(hidden)}; pass float32")
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
-        raise TypeError(f"{ids_name} must be int64, got {describe(ids)}; pass {ids_name}.long()")
+        raise TypeError(f"{ids_name} must be an int64 tensor, got {describe(ids)}; pass {ids_name}.long()")
     if ids.shape != hidden.shape[:-1]:
         raise ValueError(
             f"{ids_name} must have the leading shape of hidden {tuple(hidden.shape[:-1])}, got {describe(ids)}; "
             "hidden[:, t] predicts ids[:, t]: slice both to the completion"
         )
-    _same_device(ids_name, ids, hidden)
+    check_device(ids_name, ids, hidden.device, "hidden")
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, weight_grad: Tensor | None) -> None:
@@ -72,26 +67,26 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, weight_grad:
         raise ValueError(f"weight has an empty vocabulary: {describe(weight)}")
     if not weight.is_floating_point():
         raise TypeError(f"weight must be a floating-point tensor, got {describe(weight)}; dequantise the head first")
-    _same_device("weight", weight, hidden)
+    check_device("weight", weight, hidden.device, "hidden")
     if bias is not None:
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must be ({weight.shape[0]},), one value per row of weight, got {describe(bias)}")
-        _same_device("bias", bias, hidden)
+        check_device("bias", bias, hidden.device, "hidden")
     if weight_grad is not None:
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         if weight_grad.shape != weight.shape or weight_grad.dtype != wide or not weight_grad.is_contiguous():
             raise ValueError(
                 f"weight_grad must be a contiguous {tuple(weight.shape)} tensor of {wide}, got {describe(weight_grad)}"
             )
-        _same_device("weight_grad", weight_grad, hidden)
+        check_device("weight_grad", weight_grad, hidden.device, "hidden")
 
 
 def check_mask(mask: Tensor | None, ids: Tensor) -> Tensor | None:
     if mask is None:
         return None
-    if mask.shape != ids.shape:
-        raise ValueError(f"mask must have the shape of ids {tuple(ids.shape)}, got {describe(mask)}")
-    _same_device("mask", mask, ids)
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        raise ValueError(f"mask must be a tensor of the shape of ids {tuple(ids.shape)}, got {describe(mask)}")
+    check_device("mask", mask, ids.device, "ids")
     return mask.detach().to(torch.bool)
 
 
@@ -120,11 +115,3 @@ def wanted_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> lis
     if not torch.is_grad_enabled():
         return [False, False, False]
     return [hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad]
-
-
-def _same_device(name: str, tensor: Tensor, hidden: Tensor) -> None:
-    if tensor.device != hidden.device:
-        raise ValueError(
-            f"{name} is on {tensor.device}, the hidden states are on {hidden.device}; move it: "
-            f"{name}.to({str(hidden.device)!r})"
-        )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grpo_ext._checks import Number, PolicyTensors, policy_tensors
+from grpo_ext._checks import Number, PolicyTensors, describe, policy_tensors
 from grpo_ext._ops import loss_spec
 from grpo_ext.config import LossConfig
 from grpo_ext.linear.arguments import (
@@ -180,7 +180,7 @@ def linear_grpo_loss(
     if gather is None:
         check_head(hidden, full_weight, full_bias, weight_grad)
     if not isinstance(config, LossConfig):
-        raise TypeError(f"config must be a LossConfig, got {type(config).__name__}")
+        raise TypeError(f"config must be a LossConfig, got {describe(config)}; pass grpo_ext.LossConfig(...)")
     numerics = numerics_of(config, hidden, full_weight, logits_dtype, memory_budget, process_group)
     tensors = policy_tensors(
         completion_ids.shape,

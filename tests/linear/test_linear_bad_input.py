@@ -32,7 +32,7 @@ def arguments(**changes: Any) -> dict[str, Any]:
         ({"weight": torch.randn(0, 4)}, ValueError, "empty vocabulary"),
         ({"weight": torch.ones(7, 4).int()}, TypeError, "weight must be a floating-point"),
         ({"bias": torch.randn(4)}, ValueError, r"bias must be \(7,\).*\(4,\)"),
-        ({"completion_ids": torch.ones(2, 3)}, TypeError, "completion_ids must be int64.*long"),
+        ({"completion_ids": torch.ones(2, 3)}, TypeError, "completion_ids must be an int64 tensor.*long"),
         ({"completion_ids": torch.ones(2, 4).long()}, ValueError, r"completion_ids must have.*\(2, 3\).*slice both"),
         ({"completion_ids": torch.full((2, 3), 7)}, IndexError, r"ids\[0, 0\] = 7 is outside \[0, 7\)"),
         ({"advantages": torch.randn(3)}, ValueError, r"advantages must be \(B,\).*\(3,\)"),
@@ -54,7 +54,7 @@ def test_loss(changes: dict[str, Any], error: type[Exception], message: str) -> 
 
 def test_log_probabilities() -> None:
     hidden, weight, ids = torch.randn(2, 3, 4), torch.randn(7, 4), torch.randint(0, 7, (2, 3))
-    with pytest.raises(ValueError, match=r"mask must have the shape of ids \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"mask must be a tensor of the shape of ids \(2, 3\)"):
         grpo_ext.linear_selective_log_softmax(hidden, weight, ids, mask=torch.ones(3))
     with pytest.raises(ValueError, match="temperature must be positive"):
         grpo_ext.linear_selective_log_softmax(hidden, weight, ids, temperature=0.0)

@@ -72,6 +72,7 @@ def test_a_bad_id_leaves_no_half_written_gradient() -> None:
         ({"logits": torch.zeros(B, V, T).transpose(1, 2)}, ValueError, r"dense.*logits.contiguous"),
         ({"logits": torch.zeros(B, T + 1, V)}, ValueError, r"completion_ids.*\(2, 4\).*\(2, 3\)"),
         ({"completion_ids": torch.zeros(B, T).int()}, TypeError, r"int64.*completion_ids.long\(\)"),
+        ({"completion_ids": [[0]]}, TypeError, "completion_ids must be an int64 tensor, got list"),
         ({"completion_ids": torch.zeros(B, T + 1).long()}, ValueError, "completion_ids"),
         (
             {"completion_ids": torch.zeros(B, T, device="meta").long()},
@@ -80,18 +81,21 @@ def test_a_bad_id_leaves_no_half_written_gradient() -> None:
         ),
         ({"completion_mask": torch.ones(B)}, ValueError, "completion_mask must have the shape"),
         ({"completion_mask": torch.ones(B, T, device="meta")}, ValueError, "completion_mask is on meta"),
+        ({"completion_mask": None}, TypeError, "completion_mask must be a tensor, got NoneType"),
         ({"advantages": torch.ones(B + 1)}, ValueError, r"advantages must be.*\(3,\)"),
         ({"advantages": torch.ones(T, B)}, ValueError, "advantages must be"),
         ({"advantages": torch.ones(B, device="meta")}, ValueError, "advantages is on meta"),
         ({"advantages": None}, TypeError, "advantages must be a tensor"),
         ({"advantages": [1.0, 2.0]}, TypeError, "advantages must be a tensor, got list"),
         ({"config": "dapo"}, TypeError, "config must be a LossConfig, got str"),
-        ({"old_logps": torch.ones(B, T + 1)}, ValueError, r"old_logps.*\(2, 4\)"),
+        ({"old_logps": torch.ones(B, T + 1)}, ValueError, r"old_logps.*completion_ids \(2, 3\).*\(2, 4\)"),
+        ({"old_logps": [[0.0]]}, TypeError, "old_logps must be a tensor, got list"),
         ({"ref_logps": torch.ones(B), "config": LossConfig(beta=0.1)}, ValueError, "ref_logps"),
         ({"config": LossConfig(beta=0.1)}, ValueError, "beta=0.1 needs ref_logps"),
         ({"sampling_logps": torch.ones(T, B)}, ValueError, "sampling_logps"),
         ({"sampling_logps": torch.ones(B, T, device="meta")}, ValueError, "sampling_logps is on meta"),
         ({"importance_weights": torch.ones(B, 2)}, ValueError, "importance_weights must be"),
+        ({"importance_weights": 1.0}, TypeError, "importance_weights must be a tensor, got float"),
         ({"num_items_in_batch": torch.ones(2)}, ValueError, "num_items_in_batch must be a number"),
         ({"entropy_threshold": torch.ones(2)}, ValueError, "entropy_threshold must be a number"),
     ],
@@ -108,12 +112,16 @@ def test_policy_loss_complains() -> None:
             grpo_ext.policy_loss(logps, A, one, config)
     with pytest.raises(ValueError, match="entropy must have the shape"):
         grpo_ext.policy_loss(logps, A, one, LossConfig(), entropy=torch.ones(B))
-    with pytest.raises(ValueError, match="entropy is on meta, logps are on cpu"):
+    with pytest.raises(ValueError, match=r"entropy is on meta, logps on cpu.*entropy.to\('cpu'\)"):
         grpo_ext.policy_loss(logps, A, one, LossConfig(), entropy=torch.ones(B, T, device="meta"))
     with pytest.raises(ValueError, match="logps must be"):
         grpo_ext.policy_loss(torch.zeros(B, T, V), A, one, LossConfig())
-    with pytest.raises(ValueError, match="completion_mask"):
+    with pytest.raises(ValueError, match=r"completion_mask must have the shape of logps \(2, 3\)"):
         grpo_ext.policy_loss(logps, A, torch.ones(B), LossConfig())
+    with pytest.raises(ValueError, match="advantages is on meta, logps on cpu"):
+        grpo_ext.policy_loss(logps, A.to("meta"), one, LossConfig())
+    with pytest.raises(TypeError, match="logps must be a floating-point tensor, got list"):
+        grpo_ext.policy_loss([[0.0]], A, one, LossConfig())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="logps"):
         grpo_ext.policy_loss(logps.long(), A, one, LossConfig())
 
@@ -128,7 +136,7 @@ def test_selective_log_softmax_complains(options: dict[str, float]) -> None:
         grpo_ext.selective_log_softmax(logits, ids, **options)
     with pytest.raises(ValueError, match="ids"):
         grpo_ext.selective_log_softmax(logits, ids[:, :1])
-    with pytest.raises(TypeError, match="ids must be int64"):
+    with pytest.raises(TypeError, match="ids must be an int64 tensor"):
         grpo_ext.selective_log_softmax(logits, ids.float())
 
 
