@@ -52,6 +52,9 @@ class LossConfig:
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
+
+    Warns:
+        UserWarning: a ``delta`` inside the clip range, or a ``cispo`` cap below 1: legal, and hardly what is meant.
     """
 
     loss_type: LossType = "dapo"
@@ -84,14 +87,23 @@ class LossConfig:
         _one_of("loss_type", self.loss_type, LOSS_TYPES)
         _one_of("importance_sampling_level", self.importance_sampling_level, LEVELS)
         _one_of("vllm_importance_sampling_mode", self.vllm_importance_sampling_mode, IMPORTANCE_MODES)
-        for name in ("temperature", "logit_softcap", "delta", "sapo_temperature_pos", "sapo_temperature_neg"):
+        for name in ("temperature", "sapo_temperature_pos", "sapo_temperature_neg"):
             _positive(name, getattr(self, name))
-        for name in ("epsilon", "epsilon_high", "beta", "vllm_importance_sampling_clip_min"):
+        for name in ("epsilon", "beta"):
             _non_negative(name, getattr(self, name))
-        for name in ("logit_scale", "entropy_coef", "off_policy_mask_threshold"):
+        for name in ("logit_scale", "entropy_coef", "top_entropy_quantile"):
             _finite(name, getattr(self, name))
         for name in ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"):
             _finite(name, getattr(self, name))
+        # None is a value of these.
+        for name in ("logit_softcap", "delta"):
+            if getattr(self, name) is not None:
+                _positive(name, getattr(self, name))
+        for name in ("epsilon_high", "vllm_importance_sampling_clip_min"):
+            if getattr(self, name) is not None:
+                _non_negative(name, getattr(self, name))
+        if self.off_policy_mask_threshold is not None:
+            _finite("off_policy_mask_threshold", self.off_policy_mask_threshold)
         if self.logit_scale == 0:
             raise ValueError("logit_scale must not be 0: every token would be equally likely")
         if not 0.0 < self.top_entropy_quantile <= 1.0:
@@ -146,16 +158,23 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
 
 
-def _finite(name: str, value: float | None) -> None:
-    if value is not None and not math.isfinite(value):
+def _is_finite(name: str, value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a number, got {value!r}") from None
+
+
+def _finite(name: str, value: float) -> None:
+    if not _is_finite(name, value):
         raise ValueError(f"{name} must be finite, got {value}")
 
 
-def _positive(name: str, value: float | None) -> None:
-    if value is not None and not (value > 0 and math.isfinite(value)):
+def _positive(name: str, value: float) -> None:
+    if not (_is_finite(name, value) and value > 0):
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
-def _non_negative(name: str, value: float | None) -> None:
-    if value is not None and not (value >= 0 and math.isfinite(value)):
+def _non_negative(name: str, value: float) -> None:
+    if not (_is_finite(name, value) and value >= 0):
         raise ValueError(f"{name} must be at least 0 and finite, got {value}")
