@@ -258,10 +258,8 @@ def policy_loss(
 
     new = tokens("logps", logps)
     assert new is not None
-    old, ref = (
-        tokens("old_logps", detached(old_logps)),
-        tokens("ref_logps", detached(ref_logps)),
-    )
+    old = tokens("old_logps", detached(old_logps))
+    ref = tokens("ref_logps", detached(ref_logps))
     sampling = tokens("sampling_logps", detached(sampling_logps))
     H = tokens("entropy", entropy)
     A = per_sequence_or_token("advantages", advantages.detach(), shape, m, 0.0, dtype)

@@ -118,7 +118,7 @@ def fresh_outputs(logits: Tensor, spec: list[float]) -> tuple[Tensor, Tensor, Te
     """Fresh (loss, logps, entropy, kl, metrics) of ``row_loss``. Without a kl where beta is 0: an empty tensor costs
     3 µs, and only torch's dispatcher wants one (`with_all_tensors`).
     """
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = statistics_dtype(logits.dtype)
     logps = logits.new_empty(logits.shape[:2], dtype=dtype)
     kl = torch.empty_like(logps) if spec[BETA] else None
     return logps.new_empty(()), logps, torch.empty_like(logps), kl, logps.new_empty(len(METRIC_NAMES))

@@ -11,7 +11,8 @@ from grpo_ext._ops.packing import ENTROPY_COEF, policy_outputs, stats_outputs
 
 library = torch.library.Library("grpo_ext", "DEF")
 
-_POLICY_ARGUMENTS = (
+#: Of `PolicyTensors` and the ``LossSpec``, in their order.
+POLICY_ARGUMENTS = (
     "Tensor mask, Tensor advantages, Tensor? old_logps, Tensor? ref_logps, Tensor? sampling_logps, "
     "Tensor? importance_weights, Tensor? num_items, Tensor? entropy_threshold, float[] spec"
 )
@@ -27,16 +28,16 @@ _ROW_GRADIENT_ARGUMENTS = (
 library.define(f"row_gradient(Tensor logits, {_ROW_GRADIENT_ARGUMENTS}) -> Tensor")
 library.define(f"row_gradient_(Tensor(a!) logits, {_ROW_GRADIENT_ARGUMENTS}) -> ()")
 library.define(
-    f"policy_loss(Tensor logps, Tensor? entropy, {_POLICY_ARGUMENTS}) "
+    f"policy_loss(Tensor logps, Tensor? entropy, {POLICY_ARGUMENTS}) "
     "-> (Tensor loss, Tensor coef, Tensor entropy_coef, Tensor kl, Tensor metrics)"
 )
 _ROW_LOSS_OUTPUTS = "Tensor loss, Tensor logps, Tensor entropy, Tensor kl, Tensor metrics"
 library.define(
-    f"row_loss(Tensor logits, Tensor ids, {_POLICY_ARGUMENTS}, float[] transform, bool with_grad) "
+    f"row_loss(Tensor logits, Tensor ids, {POLICY_ARGUMENTS}, float[] transform, bool with_grad) "
     f"-> ({_ROW_LOSS_OUTPUTS}, Tensor grad)"
 )
 library.define(
-    f"row_loss_(Tensor(a!) logits, Tensor ids, {_POLICY_ARGUMENTS}, float[] transform) -> ({_ROW_LOSS_OUTPUTS})"
+    f"row_loss_(Tensor(a!) logits, Tensor ids, {POLICY_ARGUMENTS}, float[] transform) -> ({_ROW_LOSS_OUTPUTS})"
 )
 library.define("scale_rows_(Tensor(a!) grad, Tensor factor) -> ()")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from grpo_ext._checks import check_device, describe
-from grpo_ext._ops import DTYPE_CODES, logit_transform
+from grpo_ext._ops import DTYPE_CODES, logit_transform, statistics_dtype
 from grpo_ext.config import LossConfig
 from grpo_ext.linear.chunks import Numerics
 from grpo_ext.linear.parallel import group_name
@@ -73,7 +73,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, weight_grad:
             raise ValueError(f"bias must be ({weight.shape[0]},), one value per row of weight, got {describe(bias)}")
         check_device("bias", bias, hidden.device, "hidden")
     if weight_grad is not None:
-        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        wide = statistics_dtype(weight.dtype)
         if weight_grad.shape != weight.shape or weight_grad.dtype != wide or not weight_grad.is_contiguous():
             raise ValueError(
                 f"weight_grad must be a contiguous {tuple(weight.shape)} tensor of {wide}, got {describe(weight_grad)}"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from grpo_ext._checks import PolicyTensors
+from grpo_ext._ops import statistics_dtype
 from grpo_ext.linear.head import Head, HeadGradient, Rows, drop_rows
 from grpo_ext.linear.parallel import VocabularyShard, resolve_group, sum_over_ranks
 from grpo_ext.linear.plan import ChunkPlan, chunk_plan
@@ -37,7 +38,7 @@ class Numerics(NamedTuple):
 
     @property
     def statistics_dtype(self) -> torch.dtype:
-        return torch.float64 if self.logits_dtype == torch.float64 else torch.float32
+        return statistics_dtype(self.logits_dtype)
 
 
 class Tokens:

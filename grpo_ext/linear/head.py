@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo_ext._ops import products
+from grpo_ext._ops import products, statistics_dtype
 from grpo_ext.linear.plan import ChunkPlan
 
 Rows = Tensor | slice  # rows of the flattened tokens: indices, or a range
@@ -151,14 +151,14 @@ class HeadGradient:
             self._add_product(gradient, rows, last)
         if self.bias is not None:
             if factor is None:
-                total = gradient.sum(dim=0, dtype=_sum_dtype(gradient.dtype))
+                total = gradient.sum(dim=0, dtype=statistics_dtype(gradient.dtype))
             else:
                 total = weighted_rows(gradient, factor)
             self._bias_sum = total if self._bias_sum is None else self._bias_sum.add_(total)
 
     def _add_product(self, gradient: Tensor, right: Tensor, last: bool) -> None:
         assert self.weight is not None
-        wide = _sum_dtype(right.dtype)
+        wide = statistics_dtype(right.dtype)
         left = gradient.t()
         if self._sum is None and last and self.weight.dtype == right.dtype:
             # A single product needs no wider sum: it accumulates in fp32 inside.
@@ -209,17 +209,13 @@ class HeadGradient:
 
 def weighted_rows(gradient: Tensor, factor: Tensor) -> Tensor:
     """``factor @ gradient`` in fp32 (fp64 for fp64)."""
-    wide = _sum_dtype(gradient.dtype)
+    wide = statistics_dtype(gradient.dtype)
     row = factor.to(gradient.dtype).unsqueeze(0)
     if gradient.dtype == wide:
         return torch.mm(row, gradient).squeeze(0)
     if gradient.is_cuda:
         return torch.mm(row, gradient, out_dtype=wide).squeeze(0)
     return torch.mm(row.to(wide), gradient.to(wide)).squeeze(0)
-
-
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def drop_rows(keep: Tensor, where: Rows, *buffers: Tensor) -> tuple[Rows, int]:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from grpo_ext._checks import PolicyTensors
-from grpo_ext._ops.packing import ENTROPY_COEF, policy_outputs
-from grpo_ext._ops.schemas import _POLICY_ARGUMENTS
+from grpo_ext._ops.packing import ENTROPY_COEF, policy_outputs, statistics_dtype
+from grpo_ext._ops.schemas import POLICY_ARGUMENTS
 from grpo_ext.linear import probabilities_loops
 from grpo_ext.linear.chunks import Numerics, Rowwise, gradients, log_probabilities, loss_gradients
 from grpo_ext.linear.head import HeadGradient
@@ -43,7 +43,7 @@ library.define(
     tags=_TAGS,
 )
 library.define(
-    f"linear_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, {_POLICY_ARGUMENTS}, {_NUMERICS}, "
+    f"linear_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, {POLICY_ARGUMENTS}, {_NUMERICS}, "
     "Tensor? active, int valid_rows, str route, bool[] wanted, Tensor(a!)? weight_grad) "
     "-> (Tensor loss, Tensor logps, Tensor entropy, Tensor kl, Tensor metrics, "
     "Tensor dhidden, Tensor dweight, Tensor dbias)",
@@ -131,7 +131,7 @@ def _linear_logps_fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     *_, logits_dtype, _, _, _, derivative, keep, _, _ = rest
-    dtype = torch.float64 if logits_dtype == torch.float64 else torch.float32
+    dtype = statistics_dtype(logits_dtype)
     logps, entropy, lse = (ids.new_empty(ids.shape, dtype=dtype) for _ in range(3))
     if keep:
         lse = torch.stack([lse, lse])

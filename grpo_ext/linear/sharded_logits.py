@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from grpo_ext._ops import statistics_dtype
 from grpo_ext.linear.parallel import VocabularyShard, group_name, resolve_group, shard_sizes
 from grpo_ext.linear.vocabulary import Statistics, kernels
 
@@ -66,7 +67,7 @@ def _sharded_logps(logits: Tensor, ids: Tensor, transform: list[float], group: s
 def _sharded_logps_fake(
     logits: Tensor, ids: Tensor, transform: list[float], group: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = statistics_dtype(logits.dtype)
     return (
         ids.new_empty(ids.shape, dtype=dtype),
         ids.new_empty(ids.shape, dtype=dtype),

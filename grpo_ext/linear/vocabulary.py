@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from grpo_ext._ops import loss_spec
+from grpo_ext._ops import loss_spec, statistics_dtype
 from grpo_ext.config import LossConfig
 
 kernels = torch.ops.grpo_ext
@@ -67,7 +67,7 @@ class WholeVocabulary:
 
     def derivative_(self, Z: Tensor, ids: Tensor, live: Tensor | None) -> Statistics:
         mask = torch.ones_like(ids, dtype=torch.bool) if live is None else live
-        dtype = torch.float64 if Z.dtype == torch.float64 else torch.float32
+        dtype = statistics_dtype(Z.dtype)
         minus_one = torch.full(ids.shape, -1.0, dtype=dtype, device=Z.device).unsqueeze(0)
         one = torch.ones((), dtype=dtype, device=Z.device)
         _, logps, entropy, _, _ = kernels.row_loss_(
