@@ -105,10 +105,9 @@ def _inert(values: Tensor | None, tensors: PolicyTensors) -> Tensor | None:
 
 def with_entropy_threshold(tensors: PolicyTensors, config: LossConfig, entropy: Tensor | None) -> PolicyTensors:
     """Fills in the local entropy quantile where one is asked for and the caller brought none."""
-    if config.top_entropy_quantile >= 1 or entropy is None:
-        return tensors._replace(entropy_threshold=None)
-    if tensors.entropy_threshold is not None:
+    if config.top_entropy_quantile >= 1 or tensors.entropy_threshold is not None:
         return tensors
+    assert entropy is not None  # policy_loss has complained
     threshold = masked_quantile(entropy.detach(), tensors.mask, 1 - config.top_entropy_quantile)
     return tensors._replace(entropy_threshold=threshold)
 

@@ -107,9 +107,10 @@ def build(case: dict[str, Any], device: torch.device, seed: int, B: int = 5, T: 
     if case["num_items"] is not None:
         options["num_items_in_batch"] = torch.tensor(37.5)
     if case["quantile"] == "given":
-        # Between two tokens' entropies, so that rounding moves no token across it.
+        # Between two tokens' entropies, so that rounding moves no token across it; far from the quantile of this batch,
+        # which is its median.
         values = entropy[mask].sort().values
-        options["entropy_threshold"] = values[len(values) // 2 - 1 : len(values) // 2 + 1].mean()
+        options["entropy_threshold"] = values[len(values) // 4 - 1 : len(values) // 4 + 1].mean()
 
     advantages = normal(*{"(B,)": (B,), "(B,T)": (B, T)}[case["advantages"]])
     advantages[1] = 0.0

@@ -89,6 +89,33 @@ def test_linear_grpo_loss(device: torch.device, number: int, case: dict[str, Any
     compare(ours, same_dtype, truth, dtype)
 
 
+@pytest.mark.parametrize("trained", ["", "weight+bias"])
+@pytest.mark.parametrize("old", ["absent", "near"])
+@pytest.mark.parametrize("isw", ["none", "(B,)", "(B,T)"])
+@pytest.mark.parametrize("advantages", ["(B,)", "(B,T)"])
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "vespo"])
+def test_sequence_ratios_and_zeros(
+    device: torch.device, loss_type: str, advantages: str, isw: str, old: str, trained: str
+) -> None:
+    """Tokens whose advantage or weight is 0 among others of their completion: they still move its ratio, and vespo's
+    weight of 0 is a bounded one. And a divisor of 0 counts as 1."""
+    case = {name: values[0] for name, values in FACTORS.items()} | {
+        "loss_type": loss_type, "level": "sequence", "dtype": "fp32" if device.type == "cuda" else "fp64", "old": old,
+        "isw": isw, "advantages": advantages, "trained": trained, "vocab": 33, "budget": 16,
+    }  # fmt: skip
+    batch = build(case, device, seed=2)
+    batch.options["num_items_in_batch"] = 0
+    if advantages == "(B,T)":
+        batch.advantages[:, ::3] = 0
+    if isw == "(B,T)":
+        batch.options["importance_weights"][:, 1::3] = 0
+    elif isw == "(B,)":
+        batch.options["importance_weights"][2] = 0
+    truth = run(reference.linear_grpo_loss, batch, torch.float64)
+    same_dtype = None if case["dtype"] == "fp64" else run(reference.linear_grpo_loss, batch)
+    compare(run(grpo_ext.linear_grpo_loss, batch, **batch.ours_only), same_dtype, truth, batch.hidden.dtype)
+
+
 @pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("transform", list(TRANSFORMS))
 @pytest.mark.parametrize("trained", ["", "weight+bias"])

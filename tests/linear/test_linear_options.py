@@ -155,10 +155,18 @@ def test_gather_hook(device: torch.device) -> None:
     """A head that is whole inside the context only: filled in place, or handed out."""
     full, _ = head(device)
     data = batch(device)
-    expected = []
-    for leaf in (data["hidden"].clone().requires_grad_(),):
-        loss_of(data | {"hidden": leaf}, full, LossConfig(importance_sampling_level="sequence")).loss.backward()
-        expected.append(leaf.grad)
+    config = LossConfig(importance_sampling_level="sequence")
+
+    def gradients(weight: Tensor, gather: Any = None) -> list[Tensor]:
+        """Of a loss whose backward needs no head, and of entropies, whose backward makes the logits again."""
+        leaf = data["hidden"].clone().requires_grad_()
+        loss = loss_of(data | {"hidden": leaf}, weight, config, gather=gather).loss
+        logp, entropy = grpo_ext.linear_selective_log_softmax(
+            leaf, weight, data["ids"], mask=data["mask"], return_entropy=True, gather=gather
+        )
+        return [*torch.autograd.grad(loss, leaf), *torch.autograd.grad(logp.sum() + 2 * entropy.sum(), leaf)]
+
+    expected = gradients(full)
     entered = []
 
     @contextlib.contextmanager
@@ -174,12 +182,8 @@ def test_gather_hook(device: torch.device) -> None:
         yield full, bias
 
     for gather in (filled, handed):
-        shard = full.new_empty(0)
-        leaf = data["hidden"].clone().requires_grad_()
-        loss_of(
-            data | {"hidden": leaf}, shard, LossConfig(importance_sampling_level="sequence"), gather=gather
-        ).loss.backward()
-        torch.testing.assert_close(leaf.grad, expected[0])
+        for ours, theirs in zip(gradients(full.new_empty(0), gather), expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
     assert {"filled", "handed"} == set(entered)
     with pytest.raises(ValueError, match="gather="):
         loss_of(data, full.new_empty(0))

@@ -157,6 +157,28 @@ def test_no_rows_at_all(device: torch.device, shape: tuple[int, ...], trained: b
 
 
 @pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("budget", [None, 100_000])
+def test_what_arrives_at_a_masked_row_is_ignored(device: torch.device, trained: bool, budget: int | None) -> None:
+    """Its log probability is a 0 that no hidden state moves: a gradient of it, NaN even, goes nowhere."""
+    weight, bias = head(device)
+    data = batch(device)
+    hidden = torch.where(data["mask"].unsqueeze(-1), data["hidden"], math.nan)
+    up = torch.randn(data["mask"].shape, device=device)
+    results = []
+    for upstream in (up, torch.where(data["mask"], up, math.nan)):
+        leaves = [t.clone().requires_grad_(trained or i == 0) for i, t in enumerate((hidden, weight, bias))]
+        logp = grpo_ext.linear_selective_log_softmax(
+            *leaves[:2], data["ids"], bias=leaves[2], mask=data["mask"], memory_budget=budget
+        )
+        assert isinstance(logp, Tensor)
+        logp.backward(upstream)
+        results.append([leaf.grad for leaf in leaves if leaf.grad is not None])
+    assert not results[0][0][~data["mask"]].any()
+    for clean, dirty in zip(*results, strict=True):
+        assert torch.equal(clean, dirty)
+
+
+@pytest.mark.parametrize("trained", [False, True])
 def test_a_nan_shows_and_stays_in_its_row(device: torch.device, trained: bool) -> None:
     weight, bias = head(device)
     bias[5] = -math.inf  # a token that is switched off

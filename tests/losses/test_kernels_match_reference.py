@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -112,6 +113,32 @@ def test_policy_loss(device: torch.device, number: int, case: dict[str, Any]) ->
 
 # 1: one token, no gradient; 7: less than a vector; 1000: a multiple of 8, not of 16; 32000 and 50257: real
 # vocabularies, the latter odd so that most rows are misaligned; 49152: SmolLM2
+@pytest.mark.parametrize(
+    "factors",
+    [
+        {"kl": "corrected"},  # the ratio in the KL term
+        {"isw": "token_truncate"},  # a weight of its own for each token, from this forward
+        {"isw": "(B,T)"},
+        {"advantages": "(B,T)"},
+        {"quantile": "given"},
+        {"loss_type": "grpo", "kl": "corrected", "isw": "token_mask"},
+    ],
+    ids=lambda factors: "-".join(map(str, factors.values())),
+)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_on_policy_sequence_ratios(device: torch.device, factors: dict[str, Any], inplace: bool) -> None:
+    """The ratio is 1, its gradient a mean over the completion: with anything of a token's own beside it, the other
+    tokens have to be seen first. The grid has pairs of factors, and these are three."""
+    case = {name: values[0] for name, values in FACTORS.items()} | {
+        "loss_type": "dapo", "level": "sequence", "dtype": "fp32" if device.type == "cuda" else "fp64",
+        "old": "absent", "layout": "slice", "inplace": inplace, "vocab": 33,
+    }  # fmt: skip
+    batch = build(case | factors, device, seed=1)
+    truth = run(reference.grpo_loss, batch, torch.float64)
+    same_dtype = None if case["dtype"] == "fp64" else run(reference.grpo_loss, batch)
+    compare(run(grpo_ext.grpo_loss, batch), same_dtype, truth)
+
+
 @EVERY_DTYPE
 @pytest.mark.parametrize("vocab", [1, 7, 1000, 32000, 49152, 50257])
 @pytest.mark.parametrize("inplace", [False, True])
@@ -215,6 +242,25 @@ def test_more_rows_than_sixteen_bits_count(device: torch.device) -> None:
         out.loss.backward()
         results.append(Result(out, leaf.grad))
     compare(*results)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "vespo"])  # one pass and staged
+def test_a_given_threshold_replaces_the_quantile(impl: ModuleType, device: torch.device, loss_type: str) -> None:
+    """Far from the quantile of this batch, as that of other ranks' tokens may be."""
+    logits = torch.randn(3, 5, 50, device=device)
+    ids, one = torch.randint(0, 50, (3, 5), device=device), torch.ones(3, 5, device=device)
+    logp, entropy = impl.selective_log_softmax(logits, ids, return_entropy=True)
+    config = LossConfig(loss_type=loss_type, top_entropy_quantile=0.5)
+    values = entropy.flatten().sort().values
+    for kept in (15, 12, 3, 0):
+        threshold = values[15 - kept - 1 : 15 - kept + 1].mean() if 0 < kept < 15 else (0.0 if kept else 99.0)
+        leaf = logits.clone().requires_grad_()
+        impl.grpo_loss(leaf, ids, one[:, 0], one, config, entropy_threshold=threshold).loss.backward()
+        p = logp.detach().clone().requires_grad_()
+        impl.policy_loss(p, one[:, 0], one, config, entropy=entropy, entropy_threshold=threshold).loss.backward()
+        for grad in (leaf.grad.abs().amax(-1), p.grad):
+            assert torch.equal(grad != 0, entropy >= threshold)
+            assert int((grad != 0).sum()) == kept
 
 
 def test_a_threshold_is_only_for_the_entropy_mask(device: torch.device) -> None:
