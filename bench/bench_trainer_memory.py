@@ -28,6 +28,7 @@ import common
 import torch
 from peft import LoraConfig
 from torch import nn
+from training_workload import build_tokenizer
 from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 
 from grpo_ext.tasks.dtype import fast_dtype
@@ -70,16 +71,19 @@ class Clock(TrainerCallback):
         self.seconds.append(time.perf_counter() - self._start)
 
 
-def build(name: str, layers: int | None, dtype: str) -> tuple[Any, Any]:
-    model, tokenizer = load_model("smollm2-135m-instruct", dtype)
+def build(name: str, layers: int | None, dtype: str, device: torch.device) -> tuple[Any, Any]:
     if name in SHAPES:
+        tokenizer: Any = build_tokenizer(151936)
         hidden, depth, inner = SHAPES[name]
         config = Qwen3Config(
             vocab_size=151936, hidden_size=hidden, num_hidden_layers=depth, intermediate_size=inner,
             num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
             eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
         )  # fmt: skip
-        model = Qwen3ForCausalLM(config).to(getattr(torch, dtype))
+        with torch.device(device):
+            model: Any = Qwen3ForCausalLM._from_config(config, dtype=getattr(torch, dtype))
+    else:
+        model, tokenizer = load_model("smollm2-135m-instruct", dtype)
     if layers is not None:
         model.model.layers = model.model.layers[:layers]
         model.config.num_hidden_layers = layers
@@ -98,7 +102,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     if device.type == "cpu":
         torch.set_num_threads(arguments.threads)
     dtype = fast_dtype(device.type)[0] if arguments.dtype == "auto" else arguments.dtype
-    model, tokenizer = build(arguments.model, arguments.layers, dtype)
+    model, tokenizer = build(arguments.model, arguments.layers, dtype, device)
     vocabulary = model.config.vocab_size
     lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
     clock = Clock(device)
@@ -120,7 +124,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
             report_to="none",
             disable_tqdm=True,
         ),
-        [{"prompt": f"Question {i}:"} for i in range(64)],
+        [{"prompt": f"t{i}"} for i in range(2, 66)],
         processing_class=tokenizer,
         peft_config=None if arguments.full else lora,
         callbacks=[clock],

@@ -27,6 +27,7 @@ import torch
 from common import DTYPES, RESULTS, interleaved, machine, peak_extra_bytes, print_table, write_csv
 from datasets import Dataset
 from peft import LoraConfig
+from training_workload import build_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import grpo_ext.integrations.trl as ours
@@ -36,18 +37,19 @@ CANDIDATES: dict[str, bool | None] = {"trl": None, "patch": False, "patch, fuse_
 
 
 def build_model(options: argparse.Namespace) -> tuple[Any, Any]:
-    model, tokenizer = load_model("smollm2-135m-instruct", dtype=DTYPES[options.dtype])
-    if options.vocab:
-        config = LlamaConfig(
-            vocab_size=options.vocab,
-            hidden_size=options.hidden,
-            intermediate_size=4 * options.hidden,
-            num_hidden_layers=options.layers,
-            num_attention_heads=max(1, options.hidden // 64),
-            tie_word_embeddings=False,
-        )
-        model = LlamaForCausalLM(config).to(DTYPES[options.dtype])
-    return model, tokenizer
+    if not options.vocab:
+        return load_model("smollm2-135m-instruct", dtype=DTYPES[options.dtype])
+    config = LlamaConfig(
+        vocab_size=options.vocab,
+        hidden_size=options.hidden,
+        intermediate_size=4 * options.hidden,
+        num_hidden_layers=options.layers,
+        num_attention_heads=max(1, options.hidden // 64),
+        tie_word_embeddings=False,
+    )
+    with torch.device(options.device):
+        model = LlamaForCausalLM._from_config(config, dtype=DTYPES[options.dtype])
+    return model, build_tokenizer(options.vocab)
 
 
 def build_trainer(options: argparse.Namespace) -> Any:
@@ -67,7 +69,7 @@ def build_trainer(options: argparse.Namespace) -> Any:
         bf16=False,
     )
     lora = None if options.full else LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    data = Dataset.from_list([{"prompt": "one"}] * options.batch)
+    data = Dataset.from_list([{"prompt": "t7"}] * options.batch)
     trainer = trl.GRPOTrainer(
         model, lambda completions, **_: [0.0] * len(completions), config, data, processing_class=tokenizer,
         peft_config=lora,

@@ -62,7 +62,7 @@ def phase(rows: Rows, path: Path) -> None:
 def trace(rows: Rows, path: Path) -> None:
     """Seconds of a step's parts, one on the other."""
     parts = list(rows[0])[list(rows[0]).index("lengths") + 1 : list(rows[0]).index("sum")]
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.6 * len(rows)))
+    figure, axes = plt.subplots(figsize=(9, 2 + 0.6 * len(rows)))
     names = [f"{label(row['candidate'])}\n{row['model']} {row['trained']}" for row in rows]
     left = [0.0] * len(rows)
     for number, part in enumerate(parts):
@@ -73,7 +73,7 @@ def trace(rows: Rows, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("seconds of a step, the device waited for at each boundary")
     axes.set_title(f"{rows[0]['completions']} completions, {rows[0]['device']}", fontsize=10)
-    finish(figure, axes, path)
+    finish(figure, axes, path, below=True)
 
 
 def learn(rows: Rows, path: Path) -> None:
@@ -117,12 +117,13 @@ def two(rows: Rows, path: Path) -> None:
     plt.close(figure)
 
 
-def finish(figure: plt.Figure, axes: plt.Axes, path: Path) -> None:
+def finish(figure: plt.Figure, axes: plt.Axes, path: Path, below: bool = False) -> None:
     handles, texts = axes.get_legend_handles_labels()
     once = dict(zip(texts, handles, strict=True))
-    axes.legend(once.values(), once.keys(), fontsize=7)
+    place = {"loc": "outside lower center", "ncols": 3} if below else {}
+    (figure if below else axes).legend(once.values(), once.keys(), fontsize=7, **place)
     axes.grid(alpha=0.3)
-    figure.tight_layout()
+    figure.set_layout_engine("constrained" if below else "tight")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import random
+import socket
 import subprocess
 import sys
 import tempfile
@@ -165,7 +167,7 @@ def learn(args: Any) -> bool:
         waiting = list(range(args.seeds))
         while waiting:
             batch, waiting = waiting[: args.together], waiting[args.together :]
-            processes = [subprocess.Popen(command(args, trainer, seed)) for seed in batch]
+            processes = [subprocess.Popen(command(args, trainer, seed), env=environment()) for seed in batch]
             for process in processes:
                 good &= process.wait() == 0
     merge(output, args)
@@ -182,6 +184,13 @@ def command(args: Any, trainer: str, seed: int) -> list[str]:
     if args.questions is not None:
         found.append(f"--questions={args.questions}")
     return [sys.executable, str(script), "learn", *found, f"--trainer={trainer}", f"--seed={seed}"]
+
+
+def environment() -> dict[str, str]:
+    """With a port of its own: TRL's engine opens a process group at a fixed one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
 
 
 def merge(output: Path, args: Any) -> None:

@@ -30,6 +30,7 @@ from grpo_ext.trainer.generation import Completions
 #: Who trains, and with which settings of its own. ``patch`` is the argument of `grpo_ext.integrations.trl.patch`.
 CANDIDATES: dict[str, dict[str, Any]] = {
     "ours": {"trainer": "ours", "fill_micro_batches": True},
+    "ours_unfused": {"trainer": "ours", "fill_micro_batches": True, "use_fused_lora": False, "use_fused_norm": False},
     "ours_sorted": {"trainer": "ours", "length_sorted_batches": True},
     "ours_defaults": {"trainer": "ours"},
     "ours_packed": {"trainer": "ours", "length_sorted_batches": True, "padding_free": True},

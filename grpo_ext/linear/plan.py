@@ -17,6 +17,10 @@ from torch import Tensor
 #: room for the rows of hidden states. CPU: a few hundred rows; more stop helping once a product is long enough.
 DEFAULT_BUDGET = {"cuda": 1220 << 20, "cpu": 128 << 20}
 
+#: What a trainer gives the head where its user has said nothing: for a few per cent more of the head's time, no more
+#: memory beside the layers than other trainers' chunks take.
+TRAINER_BUDGET = {"cuda": 512 << 20}
+
 #: Rows of one logits product. Larger blocks waste more on the last one, half a block on average; smaller ones fill
 #: neither the GPU (1024 x 151,936 is 36 waves of 128 x 256 tiles on 132 SMs) nor the packed panels of a CPU product.
 BLOCK = {"cuda": 1024, "cpu": 128}

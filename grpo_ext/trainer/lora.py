@@ -9,10 +9,8 @@ ordinary use goes to PEFT's own forward, call by call, so adapters can be switch
 from __future__ import annotations
 
 import contextlib
-import types
-from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +18,22 @@ from torch.nn.functional import linear
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.utils import is_peft_available
 
+from grpo_ext.trainer.fused_layers import LATEST, FusedLayers
+
 #: What autocast converts.
 CASTABLE = (torch.bfloat16, torch.float32, torch.float16)
 
-#: Where a layer keeps why PEFT's forward served its latest call, None where it did not.
-LATEST = "_left_to_peft"
+#: Elements; each weight of `FusedLora.cast_once` starts at a multiple of it.
+ALIGNMENT = 64
 
-#: Weight, bias, A, B and s of a layer, and the type that it computes in.
-Terms = tuple[Tensor, Tensor | None, Tensor, Tensor, float, torch.dtype]
+#: Where a layer keeps its adapter's weights in the type of the products, while `FusedLora.cast_once` lasts.
+CASTS = "_lora_casts"
+
+#: Weight, bias, A, B and s of a layer, the type that it computes in, and A and B in that type where they are at hand.
+Terms = tuple[Tensor, Tensor | None, Tensor, Tensor, float, torch.dtype, tuple[Tensor, Tensor] | None]
 
 
-class FusedLora:
+class FusedLora(FusedLayers):
     """Runs a model with the forward of its LoRA layers replaced.
 
     Args:
@@ -38,55 +41,35 @@ class FusedLora:
         wanted: None takes the fused layers where it is possible, False never, True always.
         compiled: whether the model is going to be wrapped by ``torch.compile``.
 
-    Attributes:
-        layers: the model's LoRA layers of any kind.
-        reason: why PEFT's own forward is taken everywhere; None where `attached` replaces it.
-
     Raises:
         ValueError: ``wanted`` is True and the model has no such layers, or is compiled.
     """
 
     def __init__(self, model: nn.Module, wanted: bool | None = None, *, compiled: bool = False) -> None:
-        self.wanted = wanted
-        self.layers = lora_layers(model)
-        self.reason: str | None = None
-        if wanted is False:
-            self.reason = "use_fused_lora=False"
-        elif not self.layers:
-            self.reason = "the model has no LoRA layers"
-        elif compiled:
-            self.reason = "torch.compile fuses them itself"
-        if wanted and self.reason is not None:
-            raise ValueError(f"use_fused_lora=True, but {self.reason}: leave it None")
+        names = {"kind": "LoRA layers", "owner": "PEFT", "option": "use_fused_lora"}
+        super().__init__(
+            lora_layers(model), forward, _is_plain, "lora.Linear", **names, wanted=wanted, compiled=compiled
+        )
 
     @contextlib.contextmanager
-    def attached(self) -> Iterator[None]:
-        """Within it, the layers run this module's forward."""
-        changed = [layer for layer in self.layers if self.reason is None and _is_plain(layer)]
-        for layer in changed:
-            # A method, not a closure: in a copy of the model it belongs to the copied layer.
-            layer.forward = types.MethodType(forward, layer)
+    def cast_once(self, dtype: torch.dtype | None) -> Iterator[None]:
+        """Within it, weights of adapters that products want in ``dtype`` are rounded to it beforehand, all together.
+
+        Otherwise each pass over a layer does it by itself, with two kernels. A weight that changes in between is
+        rounded anew, unless it is changed in place through its ``.data``, which nobody can see.
+
+        Args:
+            dtype: autocast's; None: nothing is to be rounded.
+        """
+        layers = [] if dtype is None else [layer for layer in self.layers if self._is_ours(layer)]
+        held = []
         try:
+            if dtype is not None:
+                held = _cast_together(layers, dtype)
             yield
         finally:
-            for layer in filter(_is_ours, changed):  # not what somebody has put around it
-                del layer.forward
-                layer.__dict__.pop(LATEST, None)
-
-    def describe(self) -> str:
-        """What served each layer's latest call: ``fused, 196 of 196 layers``, or ``PEFT's own, <reason>``.
-
-        Raises:
-            RuntimeError: PEFT's forward did, with ``use_fused_lora=True``.
-        """
-        if self.reason is not None:
-            return f"PEFT's own, {self.reason}"
-        found = Counter(_left_to_peft(layer) for layer in self.layers)
-        fused, total = found.pop(None, 0), len(self.layers)
-        why = ", ".join(f"{count} left to PEFT: {reason}" for reason, count in found.items())
-        if self.wanted and why:
-            raise RuntimeError(f"use_fused_lora=True, but of {total} LoRA layers {why}; leave it None to allow that")
-        return f"fused, {fused} of {total} layers" + (f" ({why})" if why else "")
+            for layer in held:
+                layer.__dict__.pop(CASTS, None)
 
 
 def lora_layers(model: nn.Module) -> list[Any]:
@@ -101,15 +84,51 @@ def lora_layers(model: nn.Module) -> list[Any]:
 def _is_plain(layer: Any) -> bool:
     from peft.tuners.lora import Linear
 
-    return type(layer) is Linear and "forward" not in layer.__dict__
+    return type(layer) is Linear
 
 
-def _is_ours(layer: Any) -> bool:
-    return getattr(layer.__dict__.get("forward"), "__func__", None) is forward
+class Cast(NamedTuple):
+    """A weight as it was when it was rounded, and the result."""
+
+    weight: Tensor
+    version: int
+    address: int
+    rounded: Tensor
+
+    def of(self, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """The result, if it still is the weight's."""
+        same = weight is self.weight and weight._version == self.version and weight.data_ptr() == self.address
+        return self.rounded if same and self.rounded.dtype == dtype else None
 
 
-def _left_to_peft(layer: Any) -> str | None:
-    return layer.__dict__.get(LATEST, "never called") if _is_ours(layer) else "no plain lora.Linear"
+@torch.no_grad()
+def _cast_together(layers: list[Any], dtype: torch.dtype) -> list[Any]:
+    """Gives layers their `CASTS`; those that have got them."""
+    found: list[Any] = []
+    weights: list[Any] = []
+    for layer in layers:
+        name = layer._active_adapter
+        name = name if type(name) is str else name[0]
+        pair = [layer._modules[part]._modules.get(name) for part in ("lora_A", "lora_B")]
+        own = [part._parameters["weight"] for part in pair if type(part) is nn.Linear]
+        if sum(_is_to_round(weight, dtype) for weight in own) == 2:
+            found.append(layer)
+            weights += own
+    # New memory each time: what an earlier call has given away may still be part of somebody's graph.
+    sizes = [-(-weight.numel() // ALIGNMENT) * ALIGNMENT for weight in weights]
+    if not weights:
+        return []
+    pieces = torch.empty(sum(sizes), dtype=dtype, device=weights[0].device).split(sizes)
+    rounded = [piece[: w.numel()].view(w.shape) for piece, w in zip(pieces, weights, strict=True)]
+    torch._foreach_copy_(rounded, weights)
+    casts = [Cast(w, w._version, w.data_ptr(), r) for w, r in zip(weights, rounded, strict=True)]
+    for number, layer in enumerate(found):
+        layer.__dict__[CASTS] = (casts[2 * number], casts[2 * number + 1])
+    return found
+
+
+def _is_to_round(weight: Any, dtype: torch.dtype) -> bool:
+    return type(weight) is nn.Parameter and weight.dtype != dtype and weight.dtype in CASTABLE
 
 
 def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -170,14 +189,30 @@ def terms_of(layer: Any, x: Tensor) -> Terms | str:
         return "its scaling is no number"
     if torch.is_autocast_enabled(device):
         if dtype in CASTABLE and weight.dtype in CASTABLE and a.dtype in CASTABLE and b.dtype in CASTABLE:
-            return weight, bias, a, b, scale, torch.get_autocast_dtype(device)
+            dtype = torch.get_autocast_dtype(device)
+            return weight, bias, a, b, scale, dtype, _casts_of(layer, a, b, dtype)
     elif weight.dtype == dtype and a.dtype == dtype and b.dtype == dtype:
-        return weight, bias, a, b, scale, dtype
+        return weight, bias, a, b, scale, dtype, (a, b)
     return f"x in {dtype}, weight in {weight.dtype}, adapter in {a.dtype}, and no autocast to one type"
 
 
+def _casts_of(layer: Any, a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    casts = layer.__dict__.get(CASTS)
+    if casts is None:
+        return None
+    found_a, found_b = casts[0].of(a, dtype), casts[1].of(b, dtype)
+    return None if found_a is None or found_b is None else (found_a, found_b)
+
+
 def _products(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, dtype: torch.dtype
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    dtype: torch.dtype,
+    casts: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, ...]:
     """The layer's output, and rows of x, weight, A, B in ``dtype`` and ``x A^T``."""
     shape = x.shape
@@ -186,7 +221,7 @@ def _products(
         rows = rows.to(dtype)
     if weight.dtype != dtype:
         weight = weight.to(dtype)
-    a, b = a.to(dtype), b.to(dtype)
+    a, b = casts or (a.to(dtype), b.to(dtype))
     y = linear(rows, weight, bias if bias is None else bias.to(dtype))
     low = linear(rows, a)
     y.addmm_(low, b.t(), alpha=scale)
@@ -194,13 +229,14 @@ def _products(
 
 
 class _LoraLinear(torch.autograd.Function):
-    """Gradients of x, A and B. Autograd converts each to its input's type, as it does behind autocast's casts."""
+    """Gradients of x, A and B, each in its input's type."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *terms: Any) -> Tensor:
         y, *saved = _products(x, *terms)
         ctx.save_for_backward(*saved)
         ctx.scale = terms[4]
+        ctx.grad_dtype = terms[2].dtype
         ctx.shape = x.shape
         return y
 
@@ -218,11 +254,21 @@ class _LoraLinear(torch.autograd.Function):
         grad = grad.reshape(-1, grad.shape[-1])
         if need_x or need_a:
             grad_low = grad.mm(b)
-        # beta=0: the first argument is not read, the product is scaled before it is rounded.
         if need_a:
-            da = torch.addmm(a, grad_low.t(), rows, beta=0, alpha=scale)
+            da = _scaled_product(a, grad_low.t(), rows, scale, ctx.grad_dtype)
         if need_b:
-            db = torch.addmm(b, grad.t(), low, beta=0, alpha=scale)
+            db = _scaled_product(b, grad.t(), low, scale, ctx.grad_dtype)
         if need_x:
             dx = grad.mm(weight).addmm_(grad_low, a, alpha=scale).view(ctx.shape)
-        return dx, None, None, da, db, None, None
+        return dx, None, None, da, db, None, None, None
+
+
+def _scaled_product(like: Tensor, left: Tensor, right: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """``scale * left @ right``, of the shape of ``like``.
+
+    On a GPU fp32 sums are handed over as they are; elsewhere they are rounded, and autograd widens them.
+    """
+    # beta=0: the first argument is not read, the product is scaled before it is rounded.
+    if left.is_cuda and dtype == torch.float32 and left.dtype in (torch.bfloat16, torch.float16):
+        return torch.addmm(like, left, right, out_dtype=dtype, beta=0, alpha=scale)
+    return torch.addmm(like, left, right, beta=0, alpha=scale)

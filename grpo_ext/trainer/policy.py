@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import grpo_ext
 from grpo_ext.config import LossConfig
+from grpo_ext.linear.plan import TRAINER_BUDGET
 from grpo_ext.output import GRPOLossOutput
 from grpo_ext.trainer.forward import CompletionForward
 from grpo_ext.trainer.head import FusedHead
@@ -28,18 +29,25 @@ class Policy:
         head: the fused head, or why there is none.
         config: the constants of the loss.
         threshold: asked for the entropy threshold of each micro-batch; None leaves it to the loss.
+        memory_budget: bytes of the fused head's buffers; None: `TRAINER_BUDGET`, else the losses' own default.
 
     Attributes:
         passes: passes over a micro-batch so far.
     """
 
     def __init__(
-        self, forward: CompletionForward, head: FusedHead, config: LossConfig, threshold: Threshold | None = None
+        self,
+        forward: CompletionForward,
+        head: FusedHead,
+        config: LossConfig,
+        threshold: Threshold | None = None,
+        memory_budget: int | None = None,
     ) -> None:
         self.forward = forward
         self.head = head
         self.config = config
         self.threshold = threshold
+        self.memory_budget = memory_budget
         self.passes = 0
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # said when the config was made
@@ -90,6 +98,7 @@ class Policy:
                         mask=batch.loss_mask,
                         valid_rows=sum(batch.lengths()[1]),
                         return_entropy=True,
+                        memory_budget=self._budget(hidden),
                         **self._logit_options(),
                     )
                 threshold = self.threshold(entropy, batch.loss_mask)
@@ -103,6 +112,7 @@ class Policy:
                 bias=bias,
                 entropy_threshold=threshold,
                 valid_rows=sum(batch.lengths()[1]),
+                memory_budget=self._budget(hidden),
                 **_companions(batch),
             )
             made.append(output)
@@ -138,9 +148,13 @@ class Policy:
             bias=bias,
             mask=batch.completion_mask,
             valid_rows=sum(batch.lengths()[1]),
+            memory_budget=self._budget(hidden),
             **self._logit_options(),
         )
         return logps
+
+    def _budget(self, hidden: Tensor) -> int | None:
+        return self.memory_budget or TRAINER_BUDGET.get(hidden.device.type)
 
     def _logit_options(self) -> dict[str, Any]:
         config = self.head_config

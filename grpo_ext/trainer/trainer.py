@@ -47,6 +47,7 @@ from grpo_ext.trainer.models import (
     load_model,
     load_tokenizer,
 )
+from grpo_ext.trainer.norms import FusedNorms
 from grpo_ext.trainer.policy import Policy
 from grpo_ext.trainer.recompute import checkpointing_arguments
 from grpo_ext.trainer.records import (
@@ -65,6 +66,9 @@ from grpo_ext.trainer.vllm import EngineError, build_engine
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+#: What accelerate's names of mixed precision convert to.
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 #: Losses whose divisor already covers the whole accumulation window; the others are divided by GA.
 TOKEN_NORMALISED = frozenset(LOSS_TYPES) - {"grpo", "bnpo", "dr_grpo", "luspo", "sapo"}
@@ -158,11 +162,17 @@ class GRPOTrainer(Trainer):
         self.completion_forward = CompletionForward(
             module, args.share_prompts and one_process and not args.gradient_checkpointing, args.padding_free
         )
-        self.fused_head = FusedHead(module, args.use_fused_head, compiled=bool(args.torch_compile))
-        self.fused_lora = FusedLora(module, args.use_fused_lora, compiled=bool(args.torch_compile))
+        compiled = bool(args.torch_compile)
+        self.fused_head = FusedHead(module, args.use_fused_head, compiled=compiled)
+        self.fused_lora = FusedLora(module, args.use_fused_lora, compiled=compiled)
+        self.fused_norms = FusedNorms(module, args.use_fused_norm, compiled=compiled)
         over_ranks = args.top_entropy_quantile != 1.0 and not one_process
         self.policy = Policy(
-            self.completion_forward, self.fused_head, self.loss_config, self._entropy_threshold if over_ranks else None
+            self.completion_forward,
+            self.fused_head,
+            self.loss_config,
+            self._entropy_threshold if over_ranks else None,
+            args.head_memory_budget,
         )
         self.guard = NonfiniteGuard(
             args.max_nonfinite_steps,
@@ -259,15 +269,16 @@ class GRPOTrainer(Trainer):
         if callable(optimizer_train):
             optimizer_train()  # schedule-free optimizers keep two sets of weights
         now, place = self._place(inputs["micro_step"])
-        if self._rollout is None or self._rollout.key != place.generation_key:
-            self._rollout = self._make_rollout(model, place.generation_key, now)
-        rollout, index = self._rollout, place.slice_index
-        keep = self.updates.rows(rollout, index)
-        loss = (
-            self._train_on(model, rollout, index, keep, place.iteration)
-            if keep
-            else self.updates.without_gradient(model, rollout)
-        )
+        with self.fused_lora.cast_once(AUTOCAST.get(self.accelerator.mixed_precision)):
+            if self._rollout is None or self._rollout.key != place.generation_key:
+                self._rollout = self._make_rollout(model, place.generation_key, now)
+            rollout, index = self._rollout, place.slice_index
+            keep = self.updates.rows(rollout, index)
+            loss = (
+                self._train_on(model, rollout, index, keep, place.iteration)
+                if keep
+                else self.updates.without_gradient(model, rollout)
+            )
         self.updates.count(rollout, len(rollout.rows_of(index)), len(keep))
         self.guard.watch(loss, rollout, index)
         return loss
@@ -343,8 +354,9 @@ class GRPOTrainer(Trainer):
         if not self._path_said:
             self._path_said = True
             self.accelerator.print(f"loss from {self.loss_path}")
-            if self.fused_lora.layers:
-                self.accelerator.print(f"LoRA layers: {self.fused_lora.describe()}")
+            for fused in (self.fused_lora, self.fused_norms):
+                if fused.layers:
+                    self.accelerator.print(fused)
             if self.args.padding_free:
                 reason = self.completion_forward.padded_because or self.fused_head.reason
                 self.accelerator.print(f"padding_free: rows are padded, {reason}" if reason else "padding_free: in use")
@@ -435,7 +447,7 @@ class GRPOTrainer(Trainer):
             EngineError: naming the checkpoint to go on from.
         """
         try:
-            with self._checkpointing_in_args(), self.fused_lora.attached():
+            with self._checkpointing_in_args(), self.fused_lora.attached(), self.fused_norms.attached():
                 return super().train(*args, **kwargs)
         except EngineError as error:
             raise type(error)(f"{error}\n{self._keep_checkpoint()}") from error

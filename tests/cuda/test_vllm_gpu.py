@@ -2,14 +2,15 @@
 by `make test` of a machine without one.
 
 Needs the package vllm in the same environment: python -m pytest -x -s tests/cuda/test_vllm_gpu.py
-Seven engines start, one after the other, without compilation; each gets a small share of the memory, so that one that
-does not give all of it back leaves room for the next.
+Seven engines start, one after the other, without compilation, each in a process of its own.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -63,35 +64,51 @@ def even_share(completions: list[Any], completion_ids: list[list[int]], **_: Any
     return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
 
 
-@pytest.fixture
-def make(tmp_path: Path) -> Iterator[Callable[..., GRPOTrainer]]:
-    made: list[GRPOTrainer] = []
+def make(folder: Path, peft_config: Any = None, **changes: Any) -> GRPOTrainer:
+    fields: dict[str, Any] = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 16,
+        "num_generations": 4,
+        "max_completion_length": 32,
+        "max_steps": 4,
+        "learning_rate": 1e-3,
+        "bf16": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_vllm": True,
+        "vllm_gpu_memory_utilization": 0.05,
+        "vllm_enforce_eager": True,
+    }
+    model, tokenizer = build()
+    args = GRPOConfig(**(fields | changes))
+    return GRPOTrainer(model, even_share, args, ROWS, processing_class=tokenizer, peft_config=peft_config)
 
-    def make(peft_config: Any = None, **changes: Any) -> GRPOTrainer:
-        fields: dict[str, Any] = {
-            "output_dir": str(tmp_path / "run"),
-            "per_device_train_batch_size": 16,
-            "num_generations": 4,
-            "max_completion_length": 32,
-            "max_steps": 4,
-            "learning_rate": 1e-3,
-            "bf16": True,
-            "report_to": "none",
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "use_vllm": True,
-            "vllm_gpu_memory_utilization": 0.05,
-            "vllm_enforce_eager": True,
-        }
-        model, tokenizer = build()
-        args = GRPOConfig(**(fields | changes))
-        trainer = GRPOTrainer(model, even_share, args, ROWS, processing_class=tokenizer, peft_config=peft_config)
-        made.append(trainer)
-        return trainer
 
-    yield make
-    for trainer in made:
-        close_quietly(trainer.rollouts.engine)
+def in_a_process_of_its_own(work: Callable[..., Any], *args: Any) -> Any:
+    """vLLM's sleep mode takes one engine per process, and only the end of it gives everything back."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(work, *args).result()
+
+
+def follow(folder: Path, peft_config: Any, mode: str | None, sleep_level: int) -> tuple[list[float], float]:
+    """The check's figures of four steps, and how far the weights have moved, in nats."""
+    trainer = make(
+        folder,
+        peft_config,
+        vllm_lora_mode=mode,
+        vllm_enable_sleep_mode=sleep_level > 0,
+        vllm_sleep_level=max(sleep_level, 1),
+        score_while_generating=sleep_level == 0,
+    )
+    engine: Any = trainer.rollouts.engine
+    try:
+        before = engine.check.trainer_rows(trainer.model)
+        trainer.train()
+        figures = [line["vllm/weight_check"] for line in trainer.state.log_history if "loss" in line]
+        return figures, float((engine.check.trainer_rows(trainer.model) - before).abs().mean())
+    finally:
+        close_quietly(engine)
 
 
 # Every way of handing over, with every level that does something of its own to it: 2 drops the weights.
@@ -108,42 +125,37 @@ def make(tmp_path: Path) -> Iterator[Callable[..., GRPOTrainer]]:
     ],
     ids=lambda value: None if isinstance(value, int) else "lora" if value is LORA else str(value),
 )
-def test_engine_follows_the_training(
-    make: Callable[..., GRPOTrainer], peft_config: Any, mode: str | None, sleep_level: int
-) -> None:
+def test_engine_follows_the_training(tmp_path: Path, peft_config: Any, mode: str | None, sleep_level: int) -> None:
     """bf16: the check's figure stays at rounding while the weights move by more than that."""
-    trainer = make(
-        peft_config,
-        vllm_lora_mode=mode,
-        vllm_enable_sleep_mode=sleep_level > 0,
-        vllm_sleep_level=max(sleep_level, 1),
-        score_while_generating=sleep_level == 0,
-    )
-    engine: Any = trainer.rollouts.engine
-    before = engine.check.trainer_rows(trainer.model)
-    trainer.train()
-    figures = [line["vllm/weight_check"] for line in trainer.state.log_history if "loss" in line]
+    figures, moved = in_a_process_of_its_own(follow, tmp_path, peft_config, mode, sleep_level)
+    print(f"moved {moved:.3f} nats, check {figures}")
     assert len(figures) == 4
     assert max(figures) < 0.1, figures
-    moved = float((engine.check.trainer_rows(trainer.model) - before).abs().mean())
-    print(f"moved {moved:.3f} nats, check {figures}")
     assert moved > 3 * max(figures)
 
 
-@pytest.mark.timeout(120)
-def test_share_of_the_memory_and_sleep(make: Callable[..., GRPOTrainer]) -> None:
-    """vLLM takes the share it is given, less what was in use; asleep it gives nearly all of it back."""
+def take_and_sleep(folder: Path) -> tuple[float, bool, int]:
+    """Share of the GPU's memory that the engine took, whether it sleeps after a step, bytes that it then gave back."""
     torch.cuda.empty_cache()
     free_before, total = torch.cuda.mem_get_info()
-    trainer = make(vllm_enable_sleep_mode=True, vllm_sleep_level=2, max_steps=1, vllm_gpu_memory_utilization=0.1)
+    trainer = make(
+        folder, vllm_enable_sleep_mode=True, vllm_sleep_level=2, max_steps=1, vllm_gpu_memory_utilization=0.1
+    )
     engine: Any = trainer.rollouts.engine
-    free_awake = torch.cuda.mem_get_info()[0]
-    taken = (free_before - free_awake) / total
-    print(f"took {taken:.3f} of the memory")
+    try:
+        free_awake = torch.cuda.mem_get_info()[0]
+        trainer.train()
+        torch.cuda.empty_cache()
+        return (free_before - free_awake) / total, engine._asleep, torch.cuda.mem_get_info()[0] - free_awake
+    finally:
+        close_quietly(engine)
+
+
+@pytest.mark.timeout(120)
+def test_share_of_the_memory_and_sleep(tmp_path: Path) -> None:
+    """vLLM takes the share it is given, less what was in use; asleep it gives nearly all of it back."""
+    taken, asleep, freed = in_a_process_of_its_own(take_and_sleep, tmp_path)
+    print(f"took {taken:.3f} of the memory, freed {freed / 2**30:.1f} GiB")
+    assert asleep
     assert taken < 0.13
-    trainer.train()
-    assert engine._asleep
-    torch.cuda.empty_cache()
-    freed = torch.cuda.mem_get_info()[0] - free_awake
-    print(f"freed {freed / 2**30:.1f} GiB")
     assert freed > 2**30

@@ -112,6 +112,7 @@ def test_loss_config_takes_over_the_fields(make_config: Make) -> None:
         ({"importance_sampling_level": "word"}, "importance_sampling_level must be one of token, sequence"),
         ({"top_entropy_quantile": 0.0}, r"top_entropy_quantile must be in \(0, 1\], got 0.0"),
         ({"beta": -0.1}, "beta must be at least 0"),
+        ({"head_memory_budget": 0}, "head_memory_budget must be at least 1, got 0"),
         ({"max_nonfinite_steps": 0}, "max_nonfinite_steps must be at least 1, got 0"),
         ({"beta": 0.1, "ref_model_sync_steps": 0}, "ref_model_sync_steps must be at least 1, got 0"),
         ({"ref_model_mixup_alpha": 1.5}, r"ref_model_mixup_alpha must be in \(0, 1\], got 1.5"),

@@ -221,7 +221,7 @@ def test_nan_weights_are_reported(make_trainer: Make) -> None:
 def test_stops_without_the_kernels(make_trainer: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grpo_ext, "grpo_loss", grpo_ext.reference.grpo_loss)
 
-    def in_torch(*args: Any, valid_rows: int, **kwargs: Any) -> Any:
+    def in_torch(*args: Any, valid_rows: int, memory_budget: int | None, **kwargs: Any) -> Any:
         return grpo_ext.reference.linear_grpo_loss(*args, **kwargs)
 
     monkeypatch.setattr(grpo_ext, "linear_grpo_loss", in_torch)

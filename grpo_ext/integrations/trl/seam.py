@@ -22,6 +22,7 @@ from grpo_ext.integrations.trl.counting import counts
 from grpo_ext.linear.arguments import wanted_gradients
 from grpo_ext.linear.chunks import Numerics
 from grpo_ext.linear.logps import Request, linear_logps
+from grpo_ext.linear.plan import TRAINER_BUDGET
 
 #: (logps fp32 (N,), entropy, log_sum_sq_probs, mean_logits, is_top1); None for what was not asked for.
 Outputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -29,9 +30,6 @@ Outputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | No
 #: What TRL's class computes beside the log probabilities when nobody says otherwise.
 ALL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 OURS = frozenset({"log_probs", "entropy", "mean_logits"})
-
-#: Bytes of our buffers on a GPU: about what TRL's own chunks take, for a few per cent of the head's time.
-GPU_MEMORY_BUDGET = 512 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +53,7 @@ class Projection:
     @property
     def memory_budget(self) -> int | None:
         """For the linear losses; None: their default."""
-        return GPU_MEMORY_BUDGET if self.hidden.is_cuda else None
+        return TRAINER_BUDGET.get(self.hidden.device.type)
 
 
 #: Set while `fused_loss` waits for the model's forward to reach the head: takes over the call.

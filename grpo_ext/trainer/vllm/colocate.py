@@ -106,7 +106,8 @@ class ColocatedClient:
                 raise EngineError(
                     f"vLLM did not start: {_said(error)}\nWhat helps: too little memory, vllm_gpu_memory_utilization "
                     f"(now {settings.gpu_memory_utilization}) or a smaller vllm_max_model_length (now "
-                    f"{settings.max_model_len}); a model that vLLM does not know, use_vllm=False; "
+                    f"{settings.max_model_len}); a model that vLLM does not know, use_vllm=False; a second engine with "
+                    "vllm_enable_sleep_mode, of which vLLM takes one per process, a new process; "
                     "vllm_engine_kwargs passes further arguments to vllm.LLM"
                 ) from error
 
