@@ -26,6 +26,11 @@ from grpo_ext.config import LossConfig
 from grpo_ext.output import GRPOLossOutput, loss_output
 from grpo_ext.policy import with_entropy_threshold
 
+USED_AGAIN = (
+    "grpo_loss(inplace=True) has overwritten these logits with their gradient, and they, or what they are a view of, "
+    "were used again afterwards; pass inplace=False, or finish with the logits before the loss"
+)
+
 
 class _GRPOLoss(torch.autograd.Function):
     """Loss and logits gradient, formed together. `mode` says whether the gradient is wanted, and where."""
@@ -84,10 +89,7 @@ class _GRPOLoss(torch.autograd.Function):
     @staticmethod
     def _backward(ctx: Any, grad_logits: Tensor | None, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_logits is not None:
-            raise RuntimeError(
-                "grpo_loss(inplace=True) has overwritten these logits with their gradient, and they were used again "
-                "afterwards; pass inplace=False, or finish with the logits before the loss"
-            )
+            raise RuntimeError(USED_AGAIN)
         if ctx.grad is None:
             raise RuntimeError(
                 "the gradient of grpo_loss was handed over in an earlier backward; compute the loss once per backward"
@@ -100,6 +102,19 @@ class _GRPOLoss(torch.autograd.Function):
             return None, *no_more
         kernels.scale_rows_(batch_of_logits(grad), grad_loss)
         return grad, *no_more
+
+
+class _Overwritten(torch.autograd.Function):
+    """The new history of a view whose numbers are gone, and with it of the tensor that it is a view of."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.mark_dirty(logits)
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise RuntimeError(USED_AGAIN)
 
 
 def fits_one_pass(config: LossConfig, tensors: PolicyTensors) -> bool:
@@ -192,7 +207,7 @@ def grpo_loss(
             the mask.
         entropy_threshold: number or 0-d tensor that replaces the local quantile of ``top_entropy_quantile``.
         inplace: write the gradient over the logits; saves ``[tokens, vocabulary]`` memory. Needs logits that came out
-            of another operation. Using them afterwards raises.
+            of another operation. Using them afterwards, or a tensor that they are a view of, raises in backward.
         grad_scale: factor on the gradient, applied where it is formed; the loss value stays as it is.
 
     Returns:
@@ -237,16 +252,18 @@ def grpo_loss(
         # One argument is looked at faster than eight; a compiler wants to see them all.
         *(tensors if compiles else (tensors, aside)),
     )
+    if mode == "overwrite_view" and not compiles:
+        _Overwritten.apply(logits)  # a view cannot take a new history beside other outputs
     _, loss, logps, entropy, kl, metrics = (*outputs, *aside) if aside else outputs
     return loss_output(loss, logps, entropy, kl, metrics, completion_ids.shape)
 
 
 def _overwrite_mode(logits: Tensor) -> str:
-    """How autograd learns that the logits are gone: a view cannot take a new history beside other outputs."""
-    if logits.is_leaf:
+    """How autograd learns that the logits are gone."""
+    if logits.is_leaf or (logits._base is not None and logits._base.is_leaf and logits._base.requires_grad):
         raise RuntimeError(
-            "inplace=True would overwrite a leaf that requires grad; pass logits that came out of another operation, "
-            "or inplace=False"
+            "inplace=True would overwrite a leaf that requires grad, or a view of one; pass logits that came out of "
+            "another operation, or inplace=False"
         )
     if not _has_rows_of_its_own(logits):
         raise RuntimeError(

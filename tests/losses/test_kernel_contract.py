@@ -197,19 +197,25 @@ def test_using_overwritten_logits_raises(device: torch.device, view: bool) -> No
     loss = grpo_ext.grpo_loss(logits, **arguments, inplace=True).loss
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         (loss + square).backward()
-    if not view:  # used after the loss
-        leaf = torch.randn(2, 3, 9, device=device, requires_grad=True)
-        logits = logits_of(leaf)
+    # Used after the loss, as they are or as what they are a view of.
+    for later in ("logits", "produced"):
+        leaf = torch.randn(2, 4 if view else 3, 9, device=device, requires_grad=True)
+        produced = leaf * 1.0
+        logits = produced[:, :-1] if view else produced
         loss = grpo_ext.grpo_loss(logits, **arguments, inplace=True).loss
         with pytest.raises(RuntimeError, match="overwritten"):
-            (loss + logits.sum()).backward()
+            (loss + {"logits": logits, "produced": produced}[later].sum()).backward()
 
 
 def test_in_place_refuses_what_it_must_not_overwrite(device: torch.device) -> None:
     arguments = simple(device)
     leaf = torch.randn(2, 3, 9, device=device, requires_grad=True)
-    with pytest.raises(RuntimeError, match="leaf"):
-        grpo_ext.grpo_loss(leaf, **arguments, inplace=True)
+    for owned in (leaf, torch.randn(2, 4, 9, device=device, requires_grad=True)[:, 1:]):
+        assert owned._base is None or owned._base.is_leaf
+        before = owned.detach().clone()
+        with pytest.raises(RuntimeError, match="leaf"):
+            grpo_ext.grpo_loss(owned, **arguments, inplace=True)
+        assert torch.equal(owned.detach(), before)
     shared = torch.randn(1, 3, 9, device=device, requires_grad=True).clone().expand(2, 3, 9)
     with pytest.raises(RuntimeError, match="overlapping"):
         grpo_ext.grpo_loss(shared, **arguments, inplace=True)
