@@ -253,9 +253,17 @@ def grpo_loss(
         *(tensors if compiles else (tensors, aside)),
     )
     if mode == "overwrite_view" and not compiles:
-        _Overwritten.apply(logits)  # a view cannot take a new history beside other outputs
+        _mark_overwritten(logits)
     _, loss, logps, entropy, kl, metrics = (*outputs, *aside) if aside else outputs
     return loss_output(loss, logps, entropy, kl, metrics, completion_ids.shape)
+
+
+def _mark_overwritten(logits: Tensor) -> None:
+    """Of a view, which cannot take a new history beside other outputs."""
+    try:
+        _Overwritten.apply(logits)
+    except RuntimeError:  # nor can one that split, unbind or a custom function made; torch lets nobody use that again
+        _Overwritten.apply(logits._base)
 
 
 def _overwrite_mode(logits: Tensor) -> str:

@@ -17,6 +17,9 @@ from torch import Tensor
 #: Where a layer keeps why its own forward served its latest call, None where it did not.
 LATEST = "_left_alone"
 
+#: Of a layer that no call has reached: in a tower that text does not pass through, an expert without a token.
+IDLE = "never called"
+
 
 class FusedLayers:
     """Runs layers with another forward.
@@ -81,16 +84,18 @@ class FusedLayers:
         """What served each layer's latest call: ``fused, 196 of 196 layers``, or ``PEFT's own, <reason>``.
 
         Raises:
-            RuntimeError: a layer's own forward did, with ``wanted`` True.
+            RuntimeError: a layer's own forward did, or would, with ``wanted`` True.
         """
         if self.reason is not None:
             return f"{self._owner}'s own, {self.reason}"
         found = Counter(self._left_alone(layer) for layer in self.layers)
-        fused, total = found.pop(None, 0), len(self.layers)
-        why = ", ".join(f"{count} left to {self._owner}: {reason}" for reason, count in found.items())
+        fused, idle, total = found.pop(None, 0), found.pop(IDLE, 0), len(self.layers)
+        why = [f"{count} left to {self._owner}: {reason}" for reason, count in found.items()]
         if self.wanted and why:
-            raise RuntimeError(f"{self._option}=True, but of {total} {self._kind} {why}; leave it None to allow that")
-        return f"fused, {fused} of {total} layers" + (f" ({why})" if why else "")
+            left = ", ".join(why)
+            raise RuntimeError(f"{self._option}=True, but of {total} {self._kind} {left}; leave it None to allow that")
+        notes = ", ".join(why + ([f"{idle} {IDLE}"] if idle else []))
+        return f"fused, {fused} of {total} layers" + (f" ({notes})" if notes else "")
 
     def __str__(self) -> str:
         return f"{self._kind}: {self.describe()}"
@@ -99,4 +104,4 @@ class FusedLayers:
         return getattr(layer.__dict__.get("forward"), "__func__", None) is self._forward
 
     def _left_alone(self, layer: Any) -> str | None:
-        return layer.__dict__.get(LATEST, "never called") if self._is_ours(layer) else f"no plain {self._plain}"
+        return layer.__dict__.get(LATEST, IDLE) if self._is_ours(layer) else f"no plain {self._plain}"

@@ -62,13 +62,12 @@ class FusedLora(FusedLayers):
             dtype: autocast's; None: nothing is to be rounded.
         """
         layers = [] if dtype is None else [layer for layer in self.layers if self._is_ours(layer)]
-        held = []
         try:
             if dtype is not None:
-                held = _cast_together(layers, dtype)
+                _cast_together(layers, dtype)
             yield
         finally:
-            for layer in held:
+            for layer in layers:
                 layer.__dict__.pop(CASTS, None)
 
 
@@ -102,29 +101,29 @@ class Cast(NamedTuple):
 
 
 @torch.no_grad()
-def _cast_together(layers: list[Any], dtype: torch.dtype) -> list[Any]:
-    """Gives layers their `CASTS`; those that have got them."""
-    found: list[Any] = []
-    weights: list[Any] = []
+def _cast_together(layers: list[Any], dtype: torch.dtype) -> None:
+    """Gives their `CASTS` to the layers that have one active adapter, with weights to round."""
+    found: dict[torch.device, list[Any]] = {}  # a layer, its A and its B; a model may lie on several devices
     for layer in layers:
         name = layer._active_adapter
-        name = name if type(name) is str else name[0]
+        if type(name) is not str:
+            if len(name) != 1:
+                continue
+            name = name[0]
         pair = [layer._modules[part]._modules.get(name) for part in ("lora_A", "lora_B")]
-        own = [part._parameters["weight"] for part in pair if type(part) is nn.Linear]
-        if sum(_is_to_round(weight, dtype) for weight in own) == 2:
-            found.append(layer)
-            weights += own
-    # New memory each time: what an earlier call has given away may still be part of somebody's graph.
-    sizes = [-(-weight.numel() // ALIGNMENT) * ALIGNMENT for weight in weights]
-    if not weights:
-        return []
-    pieces = torch.empty(sum(sizes), dtype=dtype, device=weights[0].device).split(sizes)
-    rounded = [piece[: w.numel()].view(w.shape) for piece, w in zip(pieces, weights, strict=True)]
-    torch._foreach_copy_(rounded, weights)
-    casts = [Cast(w, w._version, w.data_ptr(), r) for w, r in zip(weights, rounded, strict=True)]
-    for number, layer in enumerate(found):
-        layer.__dict__[CASTS] = (casts[2 * number], casts[2 * number + 1])
-    return found
+        own = [part._parameters.get("weight") for part in pair if type(part) is nn.Linear]
+        if sum(_is_to_round(weight, dtype) for weight in own) == 2 and own[0].device == own[1].device:
+            found.setdefault(own[0].device, []).append((layer, *own))
+    for device, group in found.items():
+        weights = [weight for _, *own in group for weight in own]
+        sizes = [-(-weight.numel() // ALIGNMENT) * ALIGNMENT for weight in weights]
+        # New memory each time: what an earlier call has given away may still be part of somebody's graph.
+        pieces = torch.empty(sum(sizes), dtype=dtype, device=device).split(sizes)
+        rounded = [piece[: w.numel()].view(w.shape) for piece, w in zip(pieces, weights, strict=True)]
+        torch._foreach_copy_(rounded, weights)
+        casts = [Cast(w, w._version, w.data_ptr(), r) for w, r in zip(weights, rounded, strict=True)]
+        for number, (layer, *_) in enumerate(group):
+            layer.__dict__[CASTS] = (casts[2 * number], casts[2 * number + 1])
 
 
 def _is_to_round(weight: Any, dtype: torch.dtype) -> bool:

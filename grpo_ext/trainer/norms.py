@@ -2,8 +2,8 @@
 
 transformers writes ``y = w x / sqrt(mean(x^2) + eps)`` as eight operations, each of which reads and writes a tensor of
 the size of x, most of them in fp32; `torch.nn.functional.rms_norm` is the same in one, with all of the arithmetic in
-fp32 and a single rounding. Whether a class of layers means just that is not read from its name: one of its layers is
-copied, given other weights and compared.
+fp32 and a single rounding. Whether a layer means just that is not read from its class's name: it is copied, given
+other weights and compared.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ class FusedNorms(FusedLayers):
     def __init__(self, model: nn.Module, wanted: bool | None = None, *, compiled: bool = False) -> None:
         names = {"kind": "RMSNorm layers", "owner": "the model", "option": "use_fused_norm"}
         layers = [module for module in model.modules() if "RMSNorm" in type(module).__name__]
-        known: dict[type, bool] = {}
+        # Once, since a run may leave weights sharded; of each layer, since a class may have several kinds of them, as
+        # Gemma's with and without a weight.
+        known: dict[nn.Module, bool] = {}
 
         def fits(layer: Any) -> bool:
-            kind = type(layer)
-            if kind not in known:
-                known[kind] = is_rms_norm(layer)
-            return known[kind]
+            if layer not in known:
+                known[layer] = is_rms_norm(layer)
+            return known[layer]
 
         super().__init__(layers, forward, fits, "RMSNorm", **names, wanted=wanted, compiled=compiled)
 
@@ -77,7 +78,7 @@ def is_rms_norm(layer: Any) -> bool:
 
 def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """In place of the layer's own."""
-    weight = self._parameters["weight"]
+    weight = self._parameters.get("weight")
     if args or kwargs:
         self.__dict__[LATEST] = "arguments beside x"
     elif type(weight) is not nn.Parameter:  # a sharded one is a subclass
