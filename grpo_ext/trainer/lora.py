@@ -111,7 +111,7 @@ def _cast_together(layers: list[Any], dtype: torch.dtype) -> None:
                 continue
             name = name[0]
         pair = [layer._modules[part]._modules.get(name) for part in ("lora_A", "lora_B")]
-        own = [part._parameters.get("weight") for part in pair if type(part) is nn.Linear]
+        own: list[Any] = [part._parameters.get("weight") for part in pair if type(part) is nn.Linear]
         if sum(_is_to_round(weight, dtype) for weight in own) == 2 and own[0].device == own[1].device:
             found.setdefault(own[0].device, []).append((layer, *own))
     for device, group in found.items():

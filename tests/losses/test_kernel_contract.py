@@ -12,7 +12,7 @@ from loss_cases import FACTORS, build, case_id, pairwise, run
 from torch import Tensor
 
 import grpo_ext
-from grpo_ext import _ops, reference
+from grpo_ext import _ops
 from grpo_ext.config import LossConfig
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -203,6 +203,44 @@ def test_using_overwritten_logits_raises(device: torch.device, view: bool) -> No
         logits = produced[:, :-1] if view else produced
         loss = grpo_ext.grpo_loss(logits, **arguments, inplace=True).loss
         with pytest.raises(RuntimeError, match="overwritten"):
+            (loss + {"logits": logits, "produced": produced}[later].sum()).backward()
+
+
+class Passed(torch.autograd.Function):
+    """Hands its input on, as a view that a custom function has made."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "split": lambda x: x.split([3, 1], 1)[0],
+    "unbind": lambda x: x.unflatten(1, (1, 4)).unbind(1)[0][:, :3],
+    "custom function": lambda x: Passed.apply(x[:, :3]),
+}
+
+
+@pytest.mark.parametrize("view_of", VIEWS.values(), ids=VIEWS)
+def test_in_place_on_a_view_without_a_new_history(device: torch.device, view_of: Callable[[Tensor], Tensor]) -> None:
+    """Of functions whose views autograd lets nobody overwrite: the same gradient, and no use afterwards."""
+    arguments = simple(device)
+    leaf = torch.randn(2, 4, 9, device=device, requires_grad=True)
+    grpo_ext.grpo_loss(view_of(leaf * 1.0), **arguments).loss.backward()
+    expected, leaf.grad = leaf.grad, None
+    grpo_ext.grpo_loss(view_of(leaf * 1.0), **arguments, inplace=True).loss.backward()
+    assert leaf.grad is not None
+    assert expected is not None
+    assert torch.equal(leaf.grad, expected)
+    for later in ("logits", "produced"):
+        produced = leaf * 1.0
+        logits = view_of(produced)
+        loss = grpo_ext.grpo_loss(logits, **arguments, inplace=True).loss
+        with pytest.raises(RuntimeError, match=r"overwritten|modified inplace"):
             (loss + {"logits": logits, "produced": produced}[later].sum()).backward()
 
 

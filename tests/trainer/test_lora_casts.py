@@ -43,6 +43,32 @@ def test_one_cast_for_all_layers() -> None:
     assert kernels.counts == {"empty": 1, "_foreach_copy_": 1}
 
 
+def test_a_model_on_two_devices() -> None:
+    model = adapted()
+    lora_layers(model)[3].to("meta")
+    fused = FusedLora(model)
+    with fused.attached(), fused.cast_once(BF16):
+        for layer in lora_layers(model):
+            for cast in vars(layer)["_lora_casts"]:
+                assert cast.rounded.device == cast.weight.device
+    assert all("_lora_casts" not in vars(layer) for layer in lora_layers(model))
+
+
+@pytest.mark.parametrize("active", [[], ["default", "second"]], ids=str)
+def test_no_adapter_or_several(active: list[str]) -> None:
+    """PEFT's to compute: an adapter may have been deleted from a layer that no other one has."""
+    model = net(weights=BF16)
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["linear"], init_lora_weights=False))
+    layer_of(model).set_adapter(active)
+    x = INPUTS["batch"].to(BF16)
+    with torch.autocast("cpu", BF16):
+        want = model.base_model(x)
+        fused = FusedLora(model)
+        with fused.attached(), fused.cast_once(BF16):
+            assert torch.equal(model.base_model(x), want)
+            assert f"{len(active)} adapters are active" in fused.describe()
+
+
 def in_place(model: Any) -> None:
     with torch.no_grad():
         layer_of(model).lora_A["default"].weight.mul_(2)

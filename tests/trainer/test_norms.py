@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from toys import FixedEngine, GradientCatcher, build_model
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.gemma3n.modeling_gemma3n import Gemma3nRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
@@ -199,6 +200,28 @@ def test_other_calls_are_the_models() -> None:
         assert fused.describe() == "fused, 0 of 1 layers (1 left to the model: arguments beside x)"
         model.norm(x)
         assert str(fused) == "RMSNorm layers: fused, 1 of 1 layers"
+
+
+@pytest.mark.parametrize("order", ["first", "last"])
+def test_layers_of_a_class_may_differ(order: str) -> None:
+    """Gemma 3n has norms of one class with a weight and without."""
+    without, weighted = Gemma3nRMSNorm(24, with_scale=False), Gemma3nRMSNorm(24)
+    model = nn.Sequential(*((without, weighted) if order == "first" else (weighted, without)))
+    want = model(INPUTS["batch"])
+    fused = FusedNorms(model)
+    with fused.attached():
+        torch.testing.assert_close(model(INPUTS["batch"]), want)
+        assert fused.describe() == "fused, 1 of 2 layers (1 left to the model: no plain RMSNorm)"
+
+
+def test_layers_that_no_call_reaches() -> None:
+    """They are no reason to refuse: nobody else has computed them."""
+    model = Net()
+    model.tower = Net()
+    fused = FusedNorms(model, True)
+    with fused.attached():
+        model(INPUTS["batch"])
+        assert fused.describe() == "fused, 1 of 2 layers (1 never called)"
 
 
 def test_nothing_stays_behind() -> None:
