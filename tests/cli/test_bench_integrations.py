@@ -26,6 +26,13 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return bench_integrations
 
 
+@pytest.fixture
+def cases(bench: ModuleType) -> ModuleType:
+    import integration_cases
+
+    return integration_cases
+
+
 def rows_of(bench: ModuleType, candidates: str, folder: Path) -> dict[tuple[str, str], dict[str, str]]:
     path = folder / "integrations.csv"
     command = f"{SMALL} --threads {torch.get_num_threads()} --candidates {candidates} --csv {path}"
@@ -42,36 +49,36 @@ def rows_of(bench: ModuleType, candidates: str, folder: Path) -> dict[tuple[str,
     return rows
 
 
-def test_steps_of_trl(bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_steps_of_trl(bench: ModuleType, cases: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("trl", reason="the benchmark beside TRL needs TRL")
     rows = rows_of(bench, "kto,dpo", tmp_path)
     subjects = ("kto, lora", "kto, full", "dpo, full")
     assert list(rows) == [(subject, name) for subject in subjects for name in ("trl", "grpo_ext")]
     assert "dpo, lora: left out, its reference is the policy" in capsys.readouterr().out
-    valid = sum(bench.lengths(7, 4)) + 4  # and the end of each
+    valid = sum(cases.lengths(7, 4)) + 4  # and the end of each
     for row in rows.values():
         assert row["peer"].startswith("trl 1.")
         assert (row["rows"], row["tokens"], row["valid_tokens"]) == ("4", "12", str(valid))
 
 
 def test_a_step_that_ran_elsewhere_is_an_error(
-    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bench: ModuleType, cases: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("trl", reason="the benchmark beside TRL needs TRL")
     from grpo_ext.integrations import trl as ours
 
-    monkeypatch.setitem(bench.SERVED, "kto", ({"with gradient": 2}, {}))
+    monkeypatch.setitem(cases.SERVED, "kto", ({"with gradient": 2}, {}))
     with pytest.raises(RuntimeError, match=r"not what was to be served: .*patched; served: 3 without gradient"):
         rows_of(bench, "kto", tmp_path)
     assert not ours.status().patched
 
 
-def test_another_value_is_an_error(bench: ModuleType) -> None:
+def test_another_value_is_an_error(cases: ModuleType) -> None:
     values = {"peer 1": torch.ones(3), "same": torch.ones(3) * (1 + 1e-6), "other": torch.ones(3) * 1.01}
 
     def compare(*names: str) -> dict[str, float]:
         chosen = {name: values[name] for name in names}
-        return bench.Comparison("peer 1", chosen, lambda x: [x], {}, "fp32").prove()
+        return cases.Comparison("peer 1", chosen, lambda x: [x], {}, "fp32").prove()
 
     assert compare("peer 1", "same")["same"] == pytest.approx(1e-6, rel=0.2)
     with pytest.raises(AssertionError, match="other differs from peer 1"):
