@@ -56,7 +56,8 @@ class FusedLora(FusedLayers):
         """Within it, weights of adapters that products want in ``dtype`` are rounded to it beforehand, all together.
 
         Otherwise each pass over a layer does it by itself, with two kernels. A weight that changes in between is
-        rounded anew, unless it is changed in place through its ``.data``, which nobody can see.
+        rounded anew, unless its version stays the same: in place through its ``.data``, or by an optimizer with
+        ``fused=True``. So no step belongs in here, but after the last pass.
 
         Args:
             dtype: autocast's; None: nothing is to be rounded.

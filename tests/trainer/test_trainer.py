@@ -230,6 +230,24 @@ def test_stops_without_the_kernels(make_trainer: Make, monkeypatch: pytest.Monke
             make_trainer(engine=FixedEngine(), use_fused_head=fused).train()
 
 
+@pytest.mark.parametrize("budget", [None, 1 << 20])
+def test_head_memory_budget_reaches_the_head(
+    make_trainer: Make, monkeypatch: pytest.MonkeyPatch, budget: int | None
+) -> None:
+    """In the loss, and where log probabilities are taken beforehand; None is the losses' own on the CPU."""
+    asked: dict[str, set[int | None]] = {}
+    for name in ("linear_grpo_loss", "linear_selective_log_softmax"):
+        own = getattr(grpo_ext, name)
+
+        def watched(*args: Any, name: str = name, own: Any = own, **kwargs: Any) -> Any:
+            asked.setdefault(name, set()).add(kwargs["memory_budget"])
+            return own(*args, **kwargs)
+
+        monkeypatch.setattr(grpo_ext, name, watched)
+    make_trainer(engine=FixedEngine(), head_memory_budget=budget, beta=0.1, max_steps=1).train()
+    assert asked == {"linear_grpo_loss": {budget}, "linear_selective_log_softmax": {budget}}
+
+
 class TwoRanks:
     """Stands in for an accelerator whose second rank holds the same values plus one."""
 
