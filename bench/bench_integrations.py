@@ -124,6 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpointing", action="store_true", help="in kto and dpo")
     parser.add_argument("--tokens", type=int, default=256, help="T of the linear losses, heads and logits")
     parser.add_argument("--heads", default="frozen,trained", type=names)
+    parser.add_argument("--equal", action="store_true", help="completions of one length, nothing is padding")
     parser.add_argument("--compiled", action="store_true", help="Liger's by torch.compile too; needs a C++ compiler")
     parser.add_argument("--policy", type=pair, default=(64, 1024), help="BxT of verl's policy loss")
     parser.add_argument("--aggregation", default="token-mean", help="of verl's policy loss")

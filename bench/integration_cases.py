@@ -125,8 +125,10 @@ def build_model(options: argparse.Namespace, seed: int) -> Any:
         return LlamaForCausalLM._from_config(config, dtype=DTYPES[options.dtype])
 
 
-def lengths(longest: int, count: int) -> list[int]:
-    """A quarter of the longest at least; the first is the longest."""
+def lengths(longest: int, count: int, equal: bool = False) -> list[int]:
+    """A quarter of the longest at least; the first is the longest, or all are."""
+    if equal:
+        return [longest] * count
     generator = torch.Generator().manual_seed(1)
     drawn = torch.randint(max(1, longest // 4), longest + 1, (count,), generator=generator).tolist()
     return [longest, *drawn[1:]]
@@ -142,7 +144,7 @@ def dataset(kind: str, options: argparse.Namespace) -> Any:
         return "".join(f" t{i}" for i in torch.randint(2, options.vocab, (count,), generator=generator).tolist())
 
     prompts, completions = [], []
-    for count in lengths(options.completion - 1, options.batch):  # TRL appends the end
+    for count in lengths(options.completion - 1, options.batch, options.equal):  # TRL appends the end
         prompts.append(words(options.prompt))
         completions.append(words(count))
     if kind == "kto":
@@ -242,7 +244,7 @@ def head_inputs(options: argparse.Namespace, head: str) -> dict[str, Tensor]:
         "hidden": hidden.requires_grad_(),
         "weight": weight.requires_grad_(head == "trained"),
         "ids": ids,
-        "mask": (torch.arange(T) < torch.tensor(lengths(T, B))[:, None]).long().to(device),
+        "mask": (torch.arange(T) < torch.tensor(lengths(T, B, options.equal))[:, None]).long().to(device),
         "advantages": torch.randn(B, generator=generator).to(device),
         "old": logps + drift[torch.randint(0, 5, (B, T), generator=generator)].to(device),
         "ref": logps + 0.1 * torch.randn(B, T, generator=generator).to(device),
@@ -358,7 +360,7 @@ def verl_policy(options: argparse.Namespace) -> Comparison:
     old = some() - 3
     new = (old + 0.3 * some()).requires_grad_()
     advantages = some()
-    mask = (torch.arange(T) < torch.tensor(lengths(T, B))[:, None]).long().to(options.device)
+    mask = (torch.arange(T) < torch.tensor(lengths(T, B, options.equal))[:, None]).long().to(options.device)
 
     def call(name: str) -> list[Tensor]:
         loss, metrics = algorithms.get_policy_loss_fn(name)(
