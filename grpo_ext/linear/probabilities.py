@@ -119,9 +119,11 @@ def probability_plan(
     """
     itemsize = numerics.compute_dtype.itemsize
     stride = -(-vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT
-    per_row = (stride + hidden_size) * itemsize + 8 * -(-vocab // TILE_COLUMNS)
+    sums = 8 * -(-vocab // TILE_COLUMNS)
+    per_row = (stride + hidden_size) * itemsize + sums
     beside = PRODUCT_BYTES if device_type == "cuda" else 0
-    fitting = max(0, (numerics.memory_budget or DEFAULT_BUDGET) - beside) // per_row
+    budget = numerics.memory_budget or DEFAULT_BUDGET
+    fitting = max(0, budget - beside) // per_row
     if device_type != "cuda" and not numerics.memory_budget:
         fitting = 0
     others = chunk_plan(
@@ -129,8 +131,9 @@ def probability_plan(
     )
     step = ROW_STEP if fitting < 2 * ROW_STEP else 2 * ROW_STEP  # CTAs take tiles in pairs
     rows = max(fitting // step * step, others.rows)
-    if not stores and device_type == "cuda" and not numerics.memory_budget:
-        rows = max(rows, HIDDEN_BYTES // (hidden_size * itemsize) // ROW_STEP * ROW_STEP)
+    if not stores and device_type == "cuda":
+        most = min(HIDDEN_BYTES, budget * hidden_size * itemsize // (hidden_size * itemsize + sums))
+        rows = max(rows, most // (hidden_size * itemsize) // ROW_STEP * ROW_STEP)
     return ChunkPlan(min(rows, ROW_STEP), rows, stride)
 
 

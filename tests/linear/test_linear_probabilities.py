@@ -196,6 +196,20 @@ def test_plan_stays_within_the_budget(hidden_size: int, vocab: int, budget: int)
         assert limit <= 1.25 * 2**30
 
 
+@pytest.mark.parametrize("budget", [0, 32 << 20, 512 << 20])
+@pytest.mark.parametrize("hidden_size", [1024, 4096])
+def test_plan_without_e_fills_l2_with_hidden_states(hidden_size: int, budget: int) -> None:
+    """Log probabilities alone: a budget that holds the hidden states and partial sums does not cut the chunks."""
+    numerics = Numerics([1.0, 0.0, 1.0], torch.bfloat16, torch.bfloat16, budget, "")
+    rows = probability_plan(151_936, hidden_size, numerics, "cuda", stores=False).rows
+    largest = probabilities.HIDDEN_BYTES // (2 * hidden_size)
+    if budget == 32 << 20:
+        assert largest // 8 < rows < largest
+        assert rows * (2 * hidden_size + 8 * -(-151_936 // 256)) <= budget
+    else:
+        assert rows == max(largest, probability_plan(151_936, hidden_size, numerics, "cuda").rows)
+
+
 def test_constants_are_those_of_the_kernels() -> None:
     text = (SOURCES / "probability.h").read_text() + (SOURCES / "probability_glue.cu").read_text()
     for name, value in (
