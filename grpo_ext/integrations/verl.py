@@ -1,15 +1,20 @@
 """verl on this package's kernels: importing this module registers the policy loss ``grpo_ext``.
 
 In verl's configuration: ``actor_rollout_ref.model.external_lib=grpo_ext.integrations.verl`` and
-``actor_rollout_ref.actor.policy_loss.loss_mode=grpo_ext``. `patch` also replaces its fused head,
-``use_fused_kernels=True`` with ``fused_kernel_options.impl_backend=triton``.
+``actor_rollout_ref.actor.policy_loss.loss_mode=grpo_ext``. `patch` also replaces its fused heads,
+``use_fused_kernels=True``.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from grpo_ext.integrations.verl_functions import AGGREGATIONS, grpo_ext_policy_loss, linear_cross_entropy
+from grpo_ext.integrations.verl_functions import (
+    AGGREGATIONS,
+    fused_linear_for_ppo,
+    grpo_ext_policy_loss,
+    linear_cross_entropy,
+)
 
 try:
     from verl.trainer.ppo.core_algos import register_policy_loss
@@ -19,26 +24,34 @@ except ImportError as error:
         f"it needs ({error})"
     ) from error
 
-__all__ = ["AGGREGATIONS", "grpo_ext_policy_loss", "linear_cross_entropy", "patch", "unpatch"]
+__all__ = ["AGGREGATIONS", "fused_linear_for_ppo", "grpo_ext_policy_loss", "linear_cross_entropy", "patch", "unpatch"]
 
 register_policy_loss("grpo_ext")(grpo_ext_policy_loss)
 
-_original: list[Any] = []
+#: What `patch` has replaced: whose attribute, its name, verl's own.
+_originals: list[tuple[Any, str, Any]] = []
 
 
 def patch() -> None:
-    """verl's fused head becomes ours for models whose forward looks it up when it runs: those of verl's
-    ``models.transformers``. Megatron's modules have bound it by then if they were imported before."""
+    """verl's fused heads become ours, that of ``impl_backend=torch`` (its default; ``liger`` too) and ``triton``.
+
+    For models whose forward looks them up when it runs: those of verl's ``models.transformers``. Megatron's modules
+    have bound the Triton one by then if they were imported before.
+    """
+    from verl.utils.experimental.torch_functional import FusedLinearForPPO
     from verl.utils.kernel import linear_cross_entropy as module
 
-    if not _original:
-        _original.append(module.linear_cross_entropy)
-        module.linear_cross_entropy = linear_cross_entropy
+    if _originals:
+        return
+    for owner, name, ours in (
+        (module, "linear_cross_entropy", linear_cross_entropy),
+        (FusedLinearForPPO, "forward", fused_linear_for_ppo),
+    ):
+        _originals.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, ours)
 
 
 def unpatch() -> None:
-    """verl's own fused head again."""
-    from verl.utils.kernel import linear_cross_entropy as module
-
-    if _original:
-        module.linear_cross_entropy = _original.pop()
+    """verl's own fused heads again."""
+    while _originals:
+        setattr(*_originals.pop())

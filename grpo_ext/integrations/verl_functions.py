@@ -147,3 +147,19 @@ def linear_cross_entropy(
     elif reduction.lower() == "mean":
         logps = logps.mean()
     return logps, entropy
+
+
+def fused_linear_for_ppo(
+    self: Any, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The forward of verl's ``FusedLinearForPPO``: log probabilities and entropies, both with gradient.
+
+    Args:
+        self: the module; its chunk size and backend are not looked at.
+        hidden_states: ``(..., H)``. vocab_weights: ``(V,H)``. input_ids: integers ``(...)``, the labels.
+
+    Returns:
+        Both ``(...)`` and fp32; verl's entropies have the dtype of ``hidden_states``.
+    """
+    logps, entropy = linear_cross_entropy(hidden_states, vocab_weights, input_ids.long(), temperature)
+    return logps.view(input_ids.shape), entropy.view(input_ids.shape)

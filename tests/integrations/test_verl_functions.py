@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -165,12 +166,50 @@ def test_policy_loss_equals_verl(mode: str, info: dict[str, Any], weighted: bool
     assert_same(found, wanted, t["log_prob"])
 
 
-def test_patch_replaces_verls_head(core_algos: Any) -> None:
-    module = importlib.import_module("verl.utils.kernel.linear_cross_entropy")
+@pytest.fixture
+def patched(core_algos: Any) -> Iterator[Any]:
+    """Twice, which is the same as once."""
     ours = importlib.import_module("grpo_ext.integrations.verl")
-    original = module.linear_cross_entropy
     ours.patch()
     ours.patch()
-    assert module.linear_cross_entropy is linear_cross_entropy
+    yield ours
     ours.unpatch()
-    assert module.linear_cross_entropy is original
+
+
+def test_patch_replaces_verls_heads(core_algos: Any, request: pytest.FixtureRequest) -> None:
+    module = importlib.import_module("verl.utils.kernel.linear_cross_entropy")
+    in_torch = importlib.import_module("verl.utils.experimental.torch_functional").FusedLinearForPPO
+    originals = module.linear_cross_entropy, in_torch.forward
+    ours = request.getfixturevalue("patched")
+    assert (module.linear_cross_entropy, in_torch.forward) == (linear_cross_entropy, ours.fused_linear_for_ppo)
+    ours.unpatch()
+    assert (module.linear_cross_entropy, in_torch.forward) == originals
+
+
+@pytest.mark.parametrize("shape", [(11,), (2, 6)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_in_torch(core_algos: Any, request: pytest.FixtureRequest, shape: tuple[int, ...], dtype: Any) -> None:
+    """verl's module before and after `patch`, and both against fp64; called as verl's models call it."""
+    head = importlib.import_module("verl.utils.experimental.torch_functional").FusedLinearForPPO(chunk_size=4)
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(*shape, 8, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(67, 8, generator=generator).to(dtype).requires_grad_()
+    ids = torch.randint(0, 67, shape, generator=generator, dtype=torch.int32)
+    upstream = torch.randn(2, *shape, generator=generator)
+
+    def results() -> list[torch.Tensor]:
+        logps, entropy = head.forward(hidden_states=hidden, vocab_weights=weight, input_ids=ids, temperature=0.8)
+        assert logps.shape == entropy.shape == shape
+        total = (upstream[0] * logps + upstream[1] * entropy).sum()
+        return [x.detach().double() for x in (logps, entropy, *torch.autograd.grad(total, (hidden, weight)))]
+
+    theirs = results()
+    request.getfixturevalue("patched")
+    found = results()
+    wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    exact = reference.linear_selective_log_softmax(*wide, ids.long(), temperature=0.8, return_entropy=True)
+    total = (upstream[0] * exact[0] + upstream[1] * exact[1]).sum()
+    for ours, verls, true in zip(found, theirs, [*exact, *torch.autograd.grad(total, wide)], strict=True):
+        error, allowed = ((x - true).norm() / true.norm() for x in (ours, verls))
+        assert error <= 2 * allowed + 1e-7
+        assert error < {torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
