@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,12 @@ import torch
 from fused_layer_cases import BF16, INPUTS, Kernels, adapted, assert_same, layer_of, net, values
 from peft import LoraConfig
 from torch import Tensor, nn
+from toys import FixedEngine
 
+from grpo_ext.trainer import GRPOTrainer, lora
 from grpo_ext.trainer.lora import FusedLora, lora_layers
+
+Make = Callable[..., GRPOTrainer]
 
 
 def test_cast_once() -> None:
@@ -166,3 +171,28 @@ def test_on_a_gpu(inputs: torch.dtype) -> None:
         assert 0 < error <= 2 * allowed < 0.02, (name, error, allowed)
         if "lora_B" in name:
             assert error < allowed, (error, allowed)
+
+
+def test_trainer(make_trainer: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for each micro-batch, with autocast's type; and every pass over a layer finds what it needs."""
+    seen: list[Any] = []
+    served: Counter[bool] = Counter()
+    cast_together, of = lora._cast_together, lora.Cast.of
+
+    def cast(layers: list[Any], dtype: torch.dtype) -> None:
+        seen.append((len(layers), dtype))
+        cast_together(layers, dtype)
+
+    def found(self: Any, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+        result = of(self, weight, dtype)
+        served[result is not None] += 1
+        return result
+
+    monkeypatch.setattr(lora, "_cast_together", cast)
+    monkeypatch.setattr(lora.Cast, "of", found)
+    for bf16, expected in ((True, [(14, BF16)] * 4), (False, [])):
+        seen.clear()
+        served.clear()
+        make_trainer(model=adapted(), engine=FixedEngine(), bf16=bf16, gradient_accumulation_steps=2).train()
+        assert seen == expected
+        assert set(served) == ({True} if bf16 else set())
