@@ -83,8 +83,6 @@ def add_learn(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct", help="packaged name, .gguf file or folder")
     parser.add_argument("--questions", type=Path, help="JSON of [question, answer] pairs, instead of reasoning-gym")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--trainer", choices=("ours", "trl"), help="one run, for the processes that this starts")
-    parser.add_argument("--seed", type=int, default=0)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

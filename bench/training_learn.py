@@ -11,11 +11,12 @@ import json
 import os
 import random
 import socket
-import subprocess
-import sys
 import tempfile
+import threading
 import time
 import warnings
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -102,14 +103,33 @@ def model_folder(args: Any) -> Path:
     return folder
 
 
-def run(args: Any) -> list[dict[str, Any]]:
+@dataclass
+class Company:
+    """What the processes of one trainer share: engines start in turn, since one that frees memory stops another that
+    measures it, and the training starts in all of them at once."""
+
+    turn: Any
+    start: Any
+
+    def leave(self) -> None:
+        self.start.abort()
+
+    def wait(self) -> None:
+        """For the others, or for the news that one of them has ended."""
+        try:
+            self.start.wait(timeout=600)
+        except threading.BrokenBarrierError:
+            print("a run of this trainer ended before the training began", flush=True)
+
+
+def run(args: Any, kind: str, seed: int, company: Company) -> list[dict[str, Any]]:
     """One trainer, one seed, in this process."""
     from peft import LoraConfig
 
     device = torch.device(args.device)
     folder = str(model_folder(args))
     model, tokenizer = load_model(folder, dtype="bfloat16")
-    train, heldout = datasets(questions(args.questions), args.seed)
+    train, heldout = datasets(questions(args.questions), seed)
     watch = HeldOut(heldout, tokenizer, args, device)
     shared: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(prefix="bench_learn_"),
@@ -123,7 +143,7 @@ def run(args: Any) -> list[dict[str, Any]]:
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
-        "seed": args.seed,
+        "seed": seed,
         "gradient_checkpointing": False,
         "bf16": device.type == "cuda",
         "use_cpu": device.type == "cpu",
@@ -137,19 +157,21 @@ def run(args: Any) -> list[dict[str, Any]]:
     kwargs: dict[str, Any] = {"train_dataset": train, "processing_class": tokenizer, "peft_config": lora}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if args.trainer == "ours":
-            from grpo_ext.trainer import GRPOConfig, GRPOTrainer
+        with company.turn:
+            if kind == "ours":
+                from grpo_ext.trainer import GRPOConfig, GRPOTrainer
 
-            config = GRPOConfig(**shared, save_completions=False, length_sorted_batches=True)
-            trainer: Any = GRPOTrainer(model, number_reward, config, callbacks=[watch], **kwargs)
-        else:
-            import trl
+                config = GRPOConfig(**shared, save_completions=False, length_sorted_batches=True)
+                trainer: Any = GRPOTrainer(model, number_reward, config, callbacks=[watch], **kwargs)
+            else:
+                import trl
 
-            config = trl.GRPOConfig(**shared)
-            trainer = trl.GRPOTrainer(model, number_reward, config, callbacks=[watch], **kwargs)
+                config = trl.GRPOConfig(**shared)
+                trainer = trl.GRPOTrainer(model, number_reward, config, callbacks=[watch], **kwargs)
         trainer.remove_callback(PrinterCallback)
+        company.wait()
         trainer.train()
-    where = {"candidate": args.trainer, "seed": args.seed, "engine": args.engine, "together": args.together}
+    where = {"candidate": kind, "seed": seed, "engine": args.engine, "together": args.together}
     return [where | point | setup.versions(device) for point in watch.points]
 
 
@@ -157,40 +179,38 @@ def learn(args: Any) -> bool:
     """All trainers and seeds; one CSV."""
     if args.engine == "auto":
         args.engine = "vllm" if importlib.util.find_spec("vllm") is not None else "transformers"
-    output = Path(args.output)
-    if args.trainer is not None:
-        common.write_csv(output / f"training_learn_{args.trainer}_{args.seed}.csv", run(args))
-        return True
     args.model = str(model_folder(args))  # before several processes ask for it
+    context = get_context("spawn")
     good = True
-    for trainer in args.candidates:
-        waiting = list(range(args.seeds))
-        while waiting:
-            batch, waiting = waiting[: args.together], waiting[args.together :]
-            processes = [subprocess.Popen(command(args, trainer, seed), env=environment()) for seed in batch]
+    for kind in args.candidates:
+        for first in range(0, args.seeds, args.together):
+            seeds = range(first, min(first + args.together, args.seeds))
+            company = Company(context.Lock(), context.Barrier(len(seeds)))
+            processes = [context.Process(target=work, args=(args, kind, seed, free_port(), company)) for seed in seeds]
             for process in processes:
-                good &= process.wait() == 0
-    merge(output, args)
+                process.start()
+            for process in processes:
+                process.join()
+                good &= process.exitcode == 0
+    merge(Path(args.output), args)
     return good
 
 
-def command(args: Any, trainer: str, seed: int) -> list[str]:
-    script = Path(__file__).parent / "bench_training.py"
-    names = (
-        "device", "output", "steps", "every", "samples", "batch", "tokens", "engine", "vllm_memory", "together",
-        "model", "threads",
-    )  # fmt: skip
-    found = [f"--{name}={getattr(args, name)}" for name in names]
-    if args.questions is not None:
-        found.append(f"--questions={args.questions}")
-    return [sys.executable, str(script), "learn", *found, f"--trainer={trainer}", f"--seed={seed}"]
+def work(args: Any, kind: str, seed: int, port: int, company: Company) -> None:
+    """A process of its own, with a port of its own: TRL's engine opens a process group at a fixed one."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(args.threads)
+    try:
+        common.write_csv(Path(args.output) / f"training_learn_{kind}_{seed}.csv", run(args, kind, seed, company))
+    except BaseException:
+        company.leave()
+        raise
 
 
-def environment() -> dict[str, str]:
-    """With a port of its own: TRL's engine opens a process group at a fixed one."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        return {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        return int(free.getsockname()[1])
 
 
 def merge(output: Path, args: Any) -> None:
