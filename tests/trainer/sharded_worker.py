@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from toys import EOS, PAD, build_model
@@ -48,9 +48,11 @@ def wrapped(kind: str) -> nn.Module:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
-    if kind == "fsdp2, head apart":
-        fully_shard(model.lm_head, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    # As accelerate does under mixed precision, whose outputs are narrower than a loss may be.
+    outputs = MixedPrecisionPolicy(output_dtype=torch.bfloat16 if kind == "fsdp2, narrow outputs" else None)
+    if kind != "fsdp2":
+        fully_shard(model.lm_head, mesh=mesh, mp_policy=outputs)
+    return fully_shard(model, mesh=mesh, mp_policy=outputs)
 
 
 def step(model: nn.Module, inner: nn.Module, batch: MicroBatch, config: LossConfig) -> dict[str, torch.Tensor]:
@@ -79,7 +81,7 @@ def main(rank: int, world: int, path: str) -> None:
             for r in range(world):
                 model = build_model()
                 alone.append(step(model, model, micro_batch(r, off_policy), config))
-            for kind in ("ddp", "fsdp2", "fsdp2, head apart"):
+            for kind in ("ddp", "fsdp2", "fsdp2, head apart", "fsdp2, narrow outputs"):
                 model = wrapped(kind)
                 got = step(model, causal_lm(model), micro_batch(rank, off_policy), config)
                 assert got.keys() == alone[rank].keys()
