@@ -103,7 +103,7 @@ class FusedHead:
                 self._refuse(reason, RuntimeError)
                 return None
             self.proved = True
-        return _Joined.apply(work.result, outputs[0]) if work.in_graph else work.result  # type: ignore[no-any-return]
+        return _Joined.apply(work.result, outputs[0]) if work.in_graph else work.result
 
 
 class _Call:

@@ -91,8 +91,8 @@ def in_a_process_of_its_own(work: Callable[..., Any], *args: Any) -> Any:
         return pool.submit(work, *args).result()
 
 
-def follow(folder: Path, peft_config: Any, mode: str | None, sleep_level: int) -> tuple[list[float], float]:
-    """The check's figures of four steps, and how far the weights have moved, in nats."""
+def follow(folder: Path, peft_config: Any, mode: str | None, sleep_level: int) -> tuple[list[float], float, bool]:
+    """The check's figures of four steps, how far the weights have moved, in nats, and whether they were just copied."""
     trainer = make(
         folder,
         peft_config,
@@ -100,13 +100,15 @@ def follow(folder: Path, peft_config: Any, mode: str | None, sleep_level: int) -
         vllm_enable_sleep_mode=sleep_level > 0,
         vllm_sleep_level=max(sleep_level, 1),
         score_while_generating=sleep_level == 0,
+        learning_rate=1e-3 if peft_config is None else 3e-2,
     )
     engine: Any = trainer.rollouts.engine
     try:
         before = engine.check.trainer_rows(trainer.model)
         trainer.train()
         figures = [line["vllm/weight_check"] for line in trainer.state.log_history if "loss" in line]
-        return figures, float((engine.check.trainer_rows(trainer.model) - before).abs().mean())
+        moved = float((engine.check.trainer_rows(trainer.model) - before).abs().mean())
+        return figures, moved, engine.client._placement is not None
     finally:
         close_quietly(engine)
 
@@ -127,9 +129,10 @@ def follow(folder: Path, peft_config: Any, mode: str | None, sleep_level: int) -
 )
 def test_engine_follows_the_training(tmp_path: Path, peft_config: Any, mode: str | None, sleep_level: int) -> None:
     """bf16: the check's figure stays at rounding while the weights move by more than that."""
-    figures, moved = in_a_process_of_its_own(follow, tmp_path, peft_config, mode, sleep_level)
+    figures, moved, copied = in_a_process_of_its_own(follow, tmp_path, peft_config, mode, sleep_level)
     print(f"moved {moved:.3f} nats, check {figures}")
     assert len(figures) == 4
+    assert copied == (mode != "adapter" and sleep_level < 2)
     assert max(figures) < 0.1, figures
     assert moved > 3 * max(figures)
 

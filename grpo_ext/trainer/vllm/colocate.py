@@ -15,6 +15,7 @@ import torch
 
 from grpo_ext.trainer.errors import EngineError
 from grpo_ext.trainer.vllm.client import Answer, Answered, Weights
+from grpo_ext.trainer.vllm.placement import Placement, Sample, sampled
 from grpo_ext.trainer.vllm.weights import all_read
 
 #: Ranks of LoRA adapters that vLLM has room for; one in between takes the next.
@@ -98,6 +99,8 @@ class ColocatedClient:
         self._sampling_params = vllm.SamplingParams
         self._adapter: Any = None
         self._adapter_id = 0
+        self._placement: Placement | None = None
+        self._may_place = not self.on_cpu  # where vLLM packs its weights anew
         self._owns_group = not torch.distributed.is_initialized()
         with _undisturbed(device):
             try:
@@ -183,9 +186,24 @@ class ColocatedClient:
         return [answers[index] for index in sorted(answers)]
 
     def load_weights(self, weights: Weights) -> None:
-        """See `Client.load_weights`; the tensors are read where they are."""
+        """See `Client.load_weights`; the tensors are read where they are, from the second time on by plain copies."""
         with self._failing("taking over the weights"), all_read(iter(weights)) as iterator:
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iterator})
+            if self._placement is not None:
+                self._placement.copy(iterator)
+                return
+            samples: dict[str, Sample] = {}
+            pairs = sampled(iterator, samples) if self._may_place else iterator
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": pairs})
+            model = self._model() if self._may_place else None
+            if model is not None:
+                self._placement = Placement.found(model, samples)
+            self._may_place = self._placement is not None
+
+    def _model(self) -> torch.nn.Module | None:
+        """vLLM's model, where it lives in this process."""
+        worker = getattr(getattr(self.llm.llm_engine, "model_executor", None), "driver_worker", None)
+        get_model = getattr(worker, "get_model", None)
+        return get_model() if callable(get_model) else None
 
     def restore_base(self) -> None:
         """Read the folder's weights again, after a sleep that dropped them."""
@@ -215,6 +233,8 @@ class ColocatedClient:
         """See `Client.sleep`."""
         with self._failing("going to sleep"):
             self.llm.sleep(level=level)
+        if level == 2:  # what vLLM itself adds to the weights, padding for one, is dropped with them
+            self._placement, self._may_place = None, False
 
     def wake(self, tags: list[str]) -> None:
         """See `Client.wake`."""

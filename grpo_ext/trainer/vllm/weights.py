@@ -119,6 +119,14 @@ def _merged(layer: Any) -> Tensor:
     """The weight of one layer with its active adapters added, rounded once."""
     if layer.disable_adapters or not layer.active_adapters:
         return whole(layer.get_base_layer().weight)
+    if _is_plain(layer):
+        weight = whole(layer.base_layer.weight)
+        total = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+        for name in layer.active_adapters:
+            if name in layer.lora_A:
+                a, b = (whole(part[name].weight).to(total.dtype) for part in (layer.lora_A, layer.lora_B))
+                total.addmm_(b, a, alpha=layer.scaling[name])
+        return total.to(weight.dtype)
     with made_whole(layer):
         weight = layer.get_base_layer().weight
         before = weight.detach().clone()
@@ -127,6 +135,19 @@ def _merged(layer: Any) -> Tensor:
         layer.unmerge()
         weight.copy_(before)
         return whole(merged)
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether ``W + s B A`` is all that the adapters of a layer do."""
+    from peft.tuners.lora import Linear
+
+    return (
+        type(layer) is Linear
+        and not layer.merged_adapters
+        and not layer.fan_in_fan_out
+        and not any(name in layer.lora_variant or layer.lora_bias.get(name) for name in layer.active_adapters)
+        and type(layer.base_layer) is nn.Linear
+    )
 
 
 def write_config(model: nn.Module, folder: Path, tokenizer: Any = None) -> None:

@@ -1,0 +1,146 @@
+"""Plain copies into a model laid out as vLLM lays out its own. No vLLM needed; the real one is in tests/cuda."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from grpo_ext.trainer.vllm.placement import Placement, Sample, sampled
+
+ROWS = {"q_proj": 8, "k_proj": 4, "v_proj": 4, "gate_proj": 6, "up_proj": 6}
+
+
+class Unquantized:
+    """By its class's name what vLLM calls the method of an ordinary layer."""
+
+
+Unquantized.__name__ = "UnquantizedLinearMethod"
+
+
+class Layer(nn.Module):
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((rows, columns), -1.0, dtype=torch.bfloat16))
+        self.quant_method: Any = Unquantized()
+
+
+class Engine(nn.Module):
+    """Embeddings of 10 rows padded to 16, the head tied to them, packed projections, a norm."""
+
+    packed_modules_mapping: ClassVar = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = Layer(16, 8)
+        self.lm_head = Layer(16, 8)
+        self.lm_head.weight = self.embed.weight
+        self.attn = nn.ModuleDict({"qkv_proj": Layer(16, 8), "o_proj": Layer(8, 8)})
+        self.mlp = nn.ModuleDict({"gate_up_proj": Layer(12, 8)})
+        self.norm = nn.LayerNorm(8, bias=False, dtype=torch.bfloat16)
+
+    @torch.no_grad()
+    def reload(self, weights: Any) -> None:
+        """What vLLM's loaders do."""
+        values = dict(weights)
+        self.embed.weight[:10] = values["embed.weight"]
+        self.norm.weight.copy_(values["norm.weight"])
+        self.attn["o_proj"].weight.copy_(values["attn.o_proj.weight"])
+        for owner, packed in (("attn", "qkv_proj"), ("mlp", "gate_up_proj")):
+            parts = [values[f"{owner}.{part}.weight"] for part in self.packed_modules_mapping[packed]]
+            getattr(self, owner)[packed].weight.copy_(torch.cat(parts))
+
+
+def checkpoint(seed: int) -> dict[str, Tensor]:
+    """fp32; the trainer names the tied head as well. The norm is all ones, as in a new model."""
+    generator = torch.Generator().manual_seed(seed)
+    values = {
+        f"{'attn' if part[0] in 'qkv' else 'mlp'}.{part}.weight": torch.randn(n, 8, generator=generator)
+        for part, n in ROWS.items()
+    }
+    embed = torch.randn(10, 8, generator=generator)
+    values |= {"embed.weight": embed, "attn.o_proj.weight": torch.randn(8, 8, generator=generator)}
+    return values | {"norm.weight": torch.full((8,), float(seed)), "lm_head.weight": embed}
+
+
+def reloaded(engine: Engine, seed: int = 1) -> dict[str, Sample]:
+    samples: dict[str, Sample] = {}
+    engine.reload(sampled(checkpoint(seed).items(), samples))
+    return samples
+
+
+def test_copies_leave_what_a_reload_leaves() -> None:
+    engine, expected = Engine(), Engine()
+    samples = reloaded(engine)
+    placement = Placement.found(engine, samples)
+    assert placement is not None
+    assert placement.places.keys() == samples.keys() == checkpoint(2).keys()
+    placement.copy(iter(checkpoint(2).items()))
+    expected.reload(checkpoint(2).items())
+    state = expected.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in engine.state_dict().items())
+    assert not torch.equal(engine.attn["qkv_proj"].weight[:8], checkpoint(1)["attn.q_proj.weight"].bfloat16())
+
+
+@pytest.mark.parametrize("batch", [1, 300])
+def test_few_tensors_at_a_time(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+    monkeypatch.setattr("grpo_ext.trainer.vllm.placement.BATCH", batch)
+    test_copies_leave_what_a_reload_leaves()
+
+
+def spoil(engine: Engine, how: str) -> None:
+    if how == "another order of rows":
+        engine.packed_modules_mapping = {**Engine.packed_modules_mapping, "gate_up_proj": ["up_proj", "gate_proj"]}
+    elif how == "quantised":
+        engine.mlp["gate_up_proj"].quant_method = object()
+    elif how == "derived":
+        engine.attn.add_module("inner", type("MLAAttention", (nn.Module,), {})())
+    elif how == "another name":
+        engine.other, engine.norm = engine.norm, nn.Identity()
+    elif how == "half of a layer":
+        engine.mlp["gate_up_proj"].weight = nn.Parameter(engine.mlp["gate_up_proj"].weight[:6].detach().clone())
+    elif how == "one number":
+        with torch.no_grad():
+            engine.attn["o_proj"].weight[3, 3] += 1
+
+
+@pytest.mark.parametrize(
+    "how", ["another order of rows", "quantised", "derived", "another name", "half of a layer", "one number"]
+)
+def test_no_place_is_believed_without_the_numbers(how: str) -> None:
+    engine = Engine()
+    samples = reloaded(engine)
+    assert Placement.found(engine, samples) is not None
+    spoil(engine, how)
+    assert Placement.found(engine, samples) is None
+
+
+def test_nothing_handed_over_has_no_place() -> None:
+    assert Placement.found(Engine(), {}) is None
+
+
+def test_samples_of_large_tensors_walk_through_rows_and_columns() -> None:
+    tensor = torch.arange(2048 * 256).view(2048, 256)
+    picked = Sample.of(tensor).elements
+    assert 4000 < picked.numel() <= 4096
+    assert len(set((picked // 256).tolist())) == 2048
+    assert len(set((picked % 256).tolist())) == 256
+
+
+def test_a_tensor_that_does_not_come_or_changes_its_shape_is_an_error() -> None:
+    engine = Engine()
+    placement = Placement.found(engine, reloaded(engine))
+    assert placement is not None
+    values = checkpoint(2)
+    with pytest.raises(ValueError, match=r"norm.weight has shape \(1,\) and had \(8,\)"):
+        placement.copy({**values, "norm.weight": torch.ones(1)}.items())
+    del values["norm.weight"]
+    with pytest.raises(ValueError, match=r"1 of 9 tensors did not come, norm.weight"):
+        placement.copy(values.items())
+    with pytest.raises(KeyError, match="extra"):
+        placement.copy([("extra", torch.ones(1))])
