@@ -31,12 +31,13 @@ class FusedLayers:
         kind, owner, option: the layers, whose forward is replaced, and the trainer's argument, in words.
         wanted: that argument. None takes the other forward where it is possible, False never, True always.
         compiled: whether the model is going to be wrapped by ``torch.compile``.
+        sharded: whether its weights are going to be spread over processes, and the layers cannot take that.
 
     Attributes:
         reason: why the layers' own forward is taken everywhere; None where `attached` replaces it.
 
     Raises:
-        ValueError: ``wanted`` is True and there are no such layers, or the model is compiled.
+        ValueError: ``wanted`` is True and there are no such layers, or the model is compiled or sharded.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class FusedLayers:
         option: str,
         wanted: bool | None = None,
         compiled: bool = False,
+        sharded: bool = False,
     ) -> None:
         self.layers = layers
         self.wanted = wanted
@@ -63,6 +65,8 @@ class FusedLayers:
             self.reason = f"the model has no {kind}"
         elif compiled:
             self.reason = "torch.compile fuses them itself"
+        elif sharded:
+            self.reason = "the weights are sharded"
         if wanted and self.reason is not None:
             raise ValueError(f"{option}=True, but {self.reason}: leave it None")
 

@@ -164,7 +164,8 @@ class GRPOTrainer(Trainer):
         )
         compiled = bool(args.torch_compile)
         self.fused_head = FusedHead(module, args.use_fused_head, compiled=compiled)
-        self.fused_lora = FusedLora(module, args.use_fused_lora, compiled=compiled)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self.fused_lora = FusedLora(module, args.use_fused_lora, compiled=compiled, sharded=sharded)
         self.fused_norms = FusedNorms(module, args.use_fused_norm, compiled=compiled)
         over_ranks = args.top_entropy_quantile != 1.0 and not one_process
         self.policy = Policy(

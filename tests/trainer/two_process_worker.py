@@ -163,6 +163,7 @@ def run(
         "eval_reward": trainer.evaluate()["eval_reward"],
         "weights": weights_of(trainer),
         "handed over": {name: tensor.cpu().clone() for name, tensor in checkpoint_weights(model)},
+        "lora layers": trainer.fused_lora.describe() if case == "lora" else None,
         "sharded": any(is_sharded(p) for p in model.parameters()),
     }
     # Greedy completions of the model itself, which end at different steps: a rank that is done has to go on.
