@@ -108,13 +108,14 @@ def build_model(options: argparse.Namespace, seed: int) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
+    heads = max(1, options.hidden // 64)
     config = LlamaConfig(
         vocab_size=options.vocab,
         hidden_size=options.hidden,
         intermediate_size=8 * options.hidden // 3,
         num_hidden_layers=options.layers,
-        num_attention_heads=max(1, options.hidden // 64),
-        num_key_value_heads=max(1, options.hidden // 192),
+        num_attention_heads=heads,
+        num_key_value_heads=next(n for n in range(max(1, heads // 3), 0, -1) if heads % n == 0),
         max_position_embeddings=options.prompt + options.completion + 1,
         tie_word_embeddings=True,
         bos_token_id=None,
