@@ -12,11 +12,11 @@ import os
 import random
 import socket
 import tempfile
-import threading
 import time
 import warnings
 from dataclasses import dataclass
 from multiprocessing import get_context
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -111,16 +111,6 @@ class Company:
     turn: Any
     start: Any
 
-    def leave(self) -> None:
-        self.start.abort()
-
-    def wait(self) -> None:
-        """For the others, or for the news that one of them has ended."""
-        try:
-            self.start.wait(timeout=600)
-        except threading.BrokenBarrierError:
-            print("a run of this trainer ended before the training began", flush=True)
-
 
 def run(args: Any, kind: str, seed: int, company: Company) -> list[dict[str, Any]]:
     """One trainer, one seed, in this process."""
@@ -169,7 +159,7 @@ def run(args: Any, kind: str, seed: int, company: Company) -> list[dict[str, Any
                 config = trl.GRPOConfig(**shared)
                 trainer = trl.GRPOTrainer(model, number_reward, config, callbacks=[watch], **kwargs)
         trainer.remove_callback(PrinterCallback)
-        company.wait()
+        company.start.wait()
         trainer.train()
     where = {"candidate": kind, "seed": seed, "engine": args.engine, "together": args.together}
     return [where | point | setup.versions(device) for point in watch.points]
@@ -189,22 +179,29 @@ def learn(args: Any) -> bool:
             processes = [context.Process(target=work, args=(args, kind, seed, free_port(), company)) for seed in seeds]
             for process in processes:
                 process.start()
-            for process in processes:
-                process.join()
-                good &= process.exitcode == 0
+            good &= all_end_well(processes)
     merge(Path(args.output), args)
     return good
+
+
+def all_end_well(processes: list[Any]) -> bool:
+    """Waits for them; where one fails the others end too, since their times would be those of another company."""
+    running = list(processes)
+    while running:
+        wait([process.sentinel for process in running])
+        for process in [process for process in running if process.exitcode is not None]:
+            running.remove(process)
+            if process.exitcode != 0:
+                for other in running:
+                    other.terminate()
+    return all(process.exitcode == 0 for process in processes)
 
 
 def work(args: Any, kind: str, seed: int, port: int, company: Company) -> None:
     """A process of its own, with a port of its own: TRL's engine opens a process group at a fixed one."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(args.threads)
-    try:
-        common.write_csv(Path(args.output) / f"training_learn_{kind}_{seed}.csv", run(args, kind, seed, company))
-    except BaseException:
-        company.leave()
-        raise
+    common.write_csv(Path(args.output) / f"training_learn_{kind}_{seed}.csv", run(args, kind, seed, company))
 
 
 def free_port() -> int:

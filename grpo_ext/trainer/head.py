@@ -156,12 +156,13 @@ class _Call:
         if self.calls != 1 or self.result is None:
             return f"the model's forward called its output layer {self.calls} times instead of once"
         vocabulary = self.head.out_features
-        if not isinstance(self._processed, Tensor) or self._processed.numel() != vocabulary:
+        processed = self._processed
+        if not isinstance(processed, Tensor) or processed.numel() != vocabulary or not processed.is_floating_point():
             return "the model returns something else than the logits of its output layer"
         expected = scale * _probe(vocabulary, self.result)
         if softcap is not None:
             expected = softcap * torch.tanh(expected / softcap)
-        got = self._processed.detach().flatten()
+        got = processed.detach().flatten()
         rounding = torch.finfo(got.dtype).eps  # of wrappers that hand outputs on in a narrower type, FSDP2's for one
         if not torch.allclose(got[1:].to(expected.dtype), expected[1:], rtol=max(1e-4, 2 * rounding), atol=1e-4):
             return "the model changes its logits after the head in a way that its config does not name"

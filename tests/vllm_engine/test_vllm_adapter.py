@@ -108,6 +108,14 @@ def test_merged_weights_are_those_of_peft(changes: dict[str, Any]) -> None:
         torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=1e-6)
 
 
+def test_an_adapter_merged_by_somebody_else_is_refused() -> None:
+    """Taking it out again for the hand-over would leave the trainer another model."""
+    model = with_adapter(build_model(3))
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"adapters \['default'\] are merged .* call model.unmerge_adapter\(\) first"):
+        list(checkpoint_weights(model))
+
+
 def test_base_weights_are_those_without_the_adapter() -> None:
     plain = build_model(3).state_dict()
     base = dict(base_weights(with_adapter(build_model(3))))

@@ -27,6 +27,10 @@ class Layer(nn.Module):
         self.quant_method: Any = Unquantized()
 
 
+class VocabParallelEmbedding(Layer):
+    """Named as vLLM's."""
+
+
 class Engine(nn.Module):
     """Embeddings of 10 rows padded to 16, the head tied to them, packed projections, a norm."""
 
@@ -37,8 +41,8 @@ class Engine(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed = Layer(16, 8)
-        self.lm_head = Layer(16, 8)
+        self.embed = VocabParallelEmbedding(16, 8)
+        self.lm_head = VocabParallelEmbedding(16, 8)
         self.lm_head.weight = self.embed.weight
         self.attn = nn.ModuleDict({"qkv_proj": Layer(16, 8), "o_proj": Layer(8, 8)})
         self.mlp = nn.ModuleDict({"gate_up_proj": Layer(12, 8)})
@@ -104,19 +108,45 @@ def spoil(engine: Engine, how: str) -> None:
         engine.other, engine.norm = engine.norm, nn.Identity()
     elif how == "half of a layer":
         engine.mlp["gate_up_proj"].weight = nn.Parameter(engine.mlp["gate_up_proj"].weight[:6].detach().clone())
+    elif how == "sinks":
+        engine.attn.impl = type("Impl", (), {"sinks": torch.ones(2)})()
+    elif how == "a parameter from elsewhere":
+        engine.attn["qkv_proj"].scale = nn.Parameter(torch.ones(1))
+    elif how == "padding of another layer":
+        engine.attn["o_proj"].weight = nn.Parameter(torch.cat([engine.attn["o_proj"].weight.detach()] * 2))
     elif how == "one number":
         with torch.no_grad():
             engine.attn["o_proj"].weight[3, 3] += 1
 
 
 @pytest.mark.parametrize(
-    "how", ["another order of rows", "quantised", "derived", "another name", "half of a layer", "one number"]
+    "how",
+    [
+        "another order of rows",
+        "quantised",
+        "derived",
+        "sinks",
+        "another name",
+        "a parameter from elsewhere",
+        "half of a layer",
+        "padding of another layer",
+        "one number",
+    ],
 )
 def test_no_place_is_believed_without_the_numbers(how: str) -> None:
     engine = Engine()
     samples = reloaded(engine)
     assert Placement.found(engine, samples) is not None
     spoil(engine, how)
+    assert Placement.found(engine, samples) is None
+
+
+def test_tied_weights_that_differ_in_the_trainer_are_left_to_vllm() -> None:
+    """As of an adapter on the embeddings alone; at its first step both are still equal."""
+    engine, values = Engine(), checkpoint(1)
+    values["lm_head.weight"] = values["embed.weight"].clone()
+    samples: dict[str, Sample] = {}
+    engine.reload(sampled(values.items(), samples))
     assert Placement.found(engine, samples) is None
 
 

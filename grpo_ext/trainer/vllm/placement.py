@@ -3,8 +3,8 @@
 vLLM's own way of taking over weights rebuilds the model layer by layer, with a pass over each tensor that only counts:
 for a small model that takes longer than a training step. It stays the way of the first hand-over, which leaves every
 number in its place. A tensor's place is then looked up by its name and vLLM's table of packed layers, and believed only
-where the numbers are there. One tensor without a place, or a layer that computes something else from its weights after
-loading, and vLLM's own way stays the only one.
+where the numbers are there. One tensor without a place, a parameter that none of them fills, or a layer that computes
+something else from its weights after loading, and vLLM's own way stays the only one.
 """
 
 from __future__ import annotations
@@ -23,20 +23,25 @@ AS_LOADED = {"UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"}
 #: Attention whose matrices are made from others.
 DERIVING = {"MLAAttention", "MultiHeadLatentAttentionWrapper"}
 
+#: Layers whose parameters have rows beyond the checkpoint's.
+PADDED = {"VocabParallelEmbedding", "ParallelLMHead"}
+
 #: Elements of a tensor that are compared; bytes that are copied at a time.
 COMPARED, BATCH = 4096, 2**28
 
 
 class Sample(NamedTuple):
-    """A few elements of a tensor that was handed over, and its shape."""
+    """A few elements of a tensor that was handed over, its shape, and where it lay."""
 
     shape: torch.Size
     elements: Tensor
+    address: int
 
     @classmethod
     def of(cls, tensor: Tensor) -> Sample:
         # An odd stride walks through columns as well as rows.
-        return cls(tensor.shape, tensor.detach().reshape(-1)[:: max(1, tensor.numel() // COMPARED) | 1].clone())
+        picked = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // COMPARED) | 1].clone()
+        return cls(tensor.shape, picked, tensor.data_ptr())
 
 
 def sampled(weights: Weights, samples: dict[str, Sample]) -> Iterator[tuple[str, Tensor]]:
@@ -68,11 +73,16 @@ class Placement:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         packing = getattr(model, "packed_modules_mapping", {})
         places: dict[str, Tensor] = {}
-        for name in samples:
-            place = _place(name, samples, parameters, packing)
-            if place is None:
-                return None
-            places[name] = place
+        tensors: dict[int, int] = {}  # by the address of a place: that of the tensor that belongs there
+        filled: set[int] = set()
+        for name, sample in samples.items():
+            found = _place(name, samples, parameters, packing, model)
+            if found is None or tensors.setdefault(found[0].data_ptr(), sample.address) != sample.address:
+                return None  # also where tied weights differ in the trainer: vLLM's loader knows which it takes
+            places[name], parameter = found
+            filled.add(parameter.data_ptr())
+        if any(parameter.data_ptr() not in filled for parameter in parameters.values()):
+            return None
         same = [_holds(places[name], sample) for name, sample in samples.items()]
         return cls(places) if bool(torch.stack(same).all()) else None
 
@@ -107,19 +117,26 @@ class Placement:
 
 def _derives(module: nn.Module) -> bool:
     """Whether a layer of vLLM's keeps something that it computes from its weights once they are loaded."""
+    if type(module).__name__ in DERIVING or getattr(getattr(module, "impl", None), "sinks", None) is not None:
+        return True  # of sinks some kinds of attention keep a copy in fp32
     method = getattr(module, "quant_method", None)
-    return type(module).__name__ in DERIVING or (method is not None and type(method).__name__ not in AS_LOADED)
+    return method is not None and type(method).__name__ not in AS_LOADED
 
 
 def _place(
-    name: str, samples: dict[str, Sample], parameters: dict[str, nn.Parameter], packing: dict[str, list[str]]
-) -> Tensor | None:
+    name: str,
+    samples: dict[str, Sample],
+    parameters: dict[str, nn.Parameter],
+    packing: dict[str, list[str]],
+    model: nn.Module,
+) -> tuple[Tensor, nn.Parameter] | None:
+    """Rows of a parameter, and the parameter."""
     shape = samples[name].shape
     own = parameters.get(name)
     if own is not None:
-        # Embeddings are padded to whole blocks of rows.
-        fits = own.dim() == len(shape) and own.shape[1:] == shape[1:] and own.shape[0] >= shape[0]
-        return own.detach()[: shape[0]] if fits and shape else None
+        rows_fit = own.shape[:1] == shape[:1] or type(model.get_submodule(name.rpartition(".")[0])).__name__ in PADDED
+        fits = rows_fit and own.dim() == len(shape) > 0 and own.shape[1:] == shape[1:] and own.shape[0] >= shape[0]
+        return (own.detach()[: shape[0]], own) if fits else None
     owner, _, leaf = name.rpartition(".")
     owner, _, part = owner.rpartition(".")
     for packed, parts in packing.items():
@@ -133,7 +150,7 @@ def _place(
         if sum(rows) != parameter.shape[0]:
             return None
         start = sum(rows[: parts.index(part)])
-        return parameter.detach()[start : start + shape[0]]
+        return parameter.detach()[start : start + shape[0]], parameter
     return None
 
 

@@ -117,6 +117,10 @@ def _prompt_learning(model: Any) -> bool:
 @torch.no_grad()
 def _merged(layer: Any) -> Tensor:
     """The weight of one layer with its active adapters added, rounded once."""
+    if layer.merged_adapters:
+        raise ValueError(
+            f"adapters {layer.merged_adapters} are merged into the base weights: call model.unmerge_adapter() first"
+        )
     if layer.disable_adapters or not layer.active_adapters:
         return whole(layer.get_base_layer().weight)
     if _is_plain(layer):
@@ -143,7 +147,6 @@ def _is_plain(layer: Any) -> bool:
 
     return (
         type(layer) is Linear
-        and not layer.merged_adapters
         and not layer.fan_in_fan_out
         and not any(name in layer.lora_variant or layer.lora_bias.get(name) for name in layer.active_adapters)
         and type(layer.base_layer) is nn.Linear
