@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import time
+from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -179,10 +181,9 @@ def test_every_table_is_drawn(bench: ModuleType, tmp_path: Path) -> None:
 
 
 def test_learning_in_both_trainers(bench: ModuleType, tmp_path: Path) -> None:
-    """A random model, two steps: points before the first step and after each, on a clock that goes forward."""
+    """A random model, two seeds at once: points before the first step and after each, on a clock that goes forward."""
     pytest.importorskip("trl", reason="the benchmark beside TRL needs TRL")
     import training_case
-    import training_learn
     import training_workload
 
     case = training_case.Case(model="tiny", dtype="fp32")
@@ -192,16 +193,28 @@ def test_learning_in_both_trainers(bench: ModuleType, tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path / "model")
     pairs = [[f"t{i} t{i + 1} ?", str(i)] for i in range(2, 60)]
     (tmp_path / "pairs.json").write_text(json.dumps(pairs))
-    for trainer in ("ours", "trl"):
-        command = (
-            f"learn --steps 2 --every 1 --samples 1 --batch 16 --tokens 4 --engine transformers --trainer {trainer} "
-            f"--model {tmp_path / 'model'} --questions {tmp_path / 'pairs.json'} --threads 1 --output {tmp_path}"
-        )
-        assert bench.main(command.split()) == 0
-    training_learn.merge(tmp_path, SimpleNamespace(candidates=["ours", "trl"], seeds=1, device="cpu"))
+    command = (
+        "learn --steps 2 --every 1 --samples 1 --batch 16 --tokens 4 --engine transformers --seeds 2 --together 2 "
+        f"--model {tmp_path / 'model'} --questions {tmp_path / 'pairs.json'} --threads 1 --output {tmp_path}"
+    )
+    assert bench.main(command.split()) == 0
     rows = rows_of(tmp_path / "training_learn_cpu.csv")
     for trainer in ("ours", "trl"):
-        mine = [row for row in rows if row["candidate"] == trainer]
-        assert [(row["step"], row["samples"]) for row in mine] == [("0", "0"), ("1", "16"), ("2", "32")]
-        seconds = [float(row["seconds"]) for row in mine]
-        assert 0 == seconds[0] < seconds[1] < seconds[2]
+        for seed in ("0", "1"):
+            mine = [row for row in rows if (row["candidate"], row["seed"]) == (trainer, seed)]
+            assert [(row["step"], row["samples"]) for row in mine] == [("0", "0"), ("1", "16"), ("2", "32")]
+            seconds = [float(row["seconds"]) for row in mine]
+            assert 0 == seconds[0] < seconds[1] < seconds[2]
+
+
+@pytest.mark.timeout(60)
+def test_one_learning_run_that_dies_ends_the_others(bench: ModuleType) -> None:
+    """Even where it cannot say so: killed, with the others waiting for it."""
+    import training_learn
+
+    context = get_context("spawn")
+    processes = [context.Process(target=time.sleep, args=(1000,)), context.Process(target=os.abort)]
+    for process in processes:
+        process.start()
+    assert not training_learn.all_end_well(processes)
+    assert all(process.exitcode for process in processes)
