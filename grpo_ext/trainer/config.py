@@ -172,7 +172,9 @@ class GRPOConfig(TrainingArguments):
         "apart and the fused head is in use; the trainer says so where not.",
     )
     share_prompts: bool = _field(
-        True, "Compute the keys and values of a prompt once for all its completions in a micro-batch."
+        True,
+        "Compute the keys and values of a prompt once for all its completions in a micro-batch; on a GPU only where "
+        "that saves more than a pass of its own costs the host.",
     )
 
     # vLLM (the importance sampling fields act whenever an engine reports log probabilities)

@@ -11,7 +11,7 @@ from torch import nn
 from toys import EOS, PAD, build_model
 
 from grpo_ext import LossConfig, grpo_loss
-from grpo_ext.trainer.forward import CompletionForward
+from grpo_ext.trainer.forward import CompletionForward, positions_that_pay
 from grpo_ext.trainer.models import keep_logits_dtype
 from grpo_ext.trainer.rollout import MicroBatch, Rollout
 
@@ -109,6 +109,23 @@ def test_each_distinct_prompt_is_computed_once() -> None:
     seen.clear()
     CompletionForward(model, False)(model, batch)
     assert sum(seen) == 4 * (4 + 2)
+
+
+def test_on_a_gpu_few_positions_do_not_pay_for_a_pass_of_their_own() -> None:
+    model = build_model()
+    body = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name and "lm_head" not in name)
+    assert positions_that_pay(model) == int(3e10 * 2 / body)
+    batch = rollout().micro_batch(0, PAD, "cpu")
+    forward = CompletionForward(model, True)
+    spared = 2 * 3  # two repeated prompts of three positions
+    seen: list[int] = []
+    model.get_input_embeddings().register_forward_hook(lambda _m, args, _o: seen.append(args[0].numel()))
+    for pays, passes in ((0, 2), (spared, 2), (spared + 1, 1)):
+        forward._pays["cpu"] = pays
+        forward(model, batch)
+        assert len(seen) == passes
+        seen.clear()
+    assert forward.share_prompts is True
 
 
 def test_sliding_window_falls_back_to_whole_rows() -> None:
