@@ -193,7 +193,11 @@ class GRPOConfig(TrainingArguments):
         "max_completion_length, or the model's context.",
     )
     vllm_enable_sleep_mode: bool = _field(False, "Give vLLM's GPU memory back between generations.")
-    vllm_sleep_level: int = _field(1, "1 keeps its weights in host memory meanwhile, 2 drops them and loads them anew.")
+    vllm_sleep_level: int = _field(
+        1,
+        "1 keeps its weights in host memory meanwhile, 2 drops them and takes over all of them anew; not with "
+        "vllm_lora_mode='adapter'.",
+    )
     vllm_enforce_eager: bool | None = _field(
         None, "No CUDA graphs and no compilation in vLLM (colocate); None = on the CPU only."
     )

@@ -47,7 +47,7 @@ class CompletionForward:
         self.takes_positions = "position_ids" in names
         self.takes_cache = "use_cache" in names
         self.share_prompts = share_prompts and self.keeps_logits and self.takes_positions and self.takes_cache
-        self._pays = {"cpu": 0, "cuda": positions_that_pay(base)}
+        self._pays = {"cuda": positions_that_pay(base)}  # by kind of device
         self.tokens = 0
         self.padding_free = padding_free
         self.padded_because: str | None = None

@@ -31,7 +31,7 @@ class FusedLayers:
         kind, owner, option: the layers, whose forward is replaced, and the trainer's argument, in words.
         wanted: that argument. None takes the other forward where it is possible, False never, True always.
         compiled: whether the model is going to be wrapped by ``torch.compile``.
-        sharded: whether its weights are going to be spread over processes, and the layers cannot take that.
+        sharded: whether FSDP or DeepSpeed is going to hold its weights, and the layers cannot take that.
 
     Attributes:
         reason: why the layers' own forward is taken everywhere; None where `attached` replaces it.
@@ -66,7 +66,7 @@ class FusedLayers:
         elif compiled:
             self.reason = "torch.compile fuses them itself"
         elif sharded:
-            self.reason = "the weights are sharded"
+            self.reason = "FSDP or DeepSpeed holds the weights"
         if wanted and self.reason is not None:
             raise ValueError(f"{option}=True, but {self.reason}: leave it None")
 

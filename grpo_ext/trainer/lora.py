@@ -40,7 +40,7 @@ class FusedLora(FusedLayers):
         model: with LoRA layers of PEFT or not.
         wanted: None takes the fused layers where it is possible, False never, True always.
         compiled: whether the model is going to be wrapped by ``torch.compile``.
-        sharded: whether FSDP or DeepSpeed ZeRO is going to spread its weights. Its layers are PEFT's then: with FSDP2
+        sharded: whether FSDP or DeepSpeed is going to hold its weights. Its layers are PEFT's then: with FSDP2
             on two H100s the fused ones computed other values than on one process, in most runs and not in all. On the
             CPU they never did; why is not known.
 

@@ -58,29 +58,6 @@ def test_stale_adapter_is_caught(client: ColocatedClient, tmp_path: Path, monkey
         engine.generate(model, PROMPTS, GREEDY)
 
 
-@needs_vllm
-def test_base_weights_are_read_again_after_a_sleep_that_dropped_them(
-    client: ColocatedClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Level 2 as the engine drives it; the CPU has no sleep, so the weights are spoilt by hand instead."""
-    calls: list[Any] = []
-
-    def sleep(level: int) -> None:
-        calls.append(level)
-        client.load_weights((name, torch.zeros_like(t)) for name, t in base_weights(build_model()))
-
-    monkeypatch.setattr(client, "sleep", sleep)
-    monkeypatch.setattr(client, "wake", calls.append)
-    model = with_adapter(build_model())
-    engine = engine_around(client, tmp_path, "adapter")
-    engine.sleep_level = 2
-    expected = TransformersEngine([EOS], PAD).generate(model, PROMPTS, GREEDY).ids
-    for _ in range(2):
-        assert engine.generate(model, PROMPTS, GREEDY).ids == expected
-    assert calls == [2, ["weights"], ["kv_cache"], 2]
-    client.restore_base()
-
-
 def test_adapter_folder_is_what_peft_writes(tmp_path: Path) -> None:
     model = with_adapter(build_model(), use_rslora=True)
     write_adapter(model, tmp_path / "ours")
@@ -95,7 +72,8 @@ def test_adapter_folder_is_what_peft_writes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}]
+    "changes",
+    [{}, {"use_rslora": True}, {"use_dora": True}, {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}],
 )
 def test_merged_weights_are_those_of_peft(changes: dict[str, Any]) -> None:
     model = with_adapter(build_model(3, tied=False), **changes)
@@ -136,12 +114,14 @@ def test_what_vllm_cannot_hot_load_says_so(changes: dict[str, Any], reason: str)
         check_adapter(with_adapter(build_model(tied=False), **changes))
 
 
-def test_a_server_that_drops_its_weights_needs_all_of_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["server", "colocate"])
+def test_an_engine_that_drops_its_weights_needs_all_of_them(tmp_path: Path, mode: str) -> None:
     model = with_adapter(build_model())
-    fields: dict[str, Any] = {"use_vllm": True, "vllm_mode": "server", "vllm_enable_sleep_mode": True, "use_cpu": True}
-    with pytest.raises(ValueError, match="vllm_sleep_level=2 makes the server drop the base weights"):
-        adapter_update(GRPOConfig(str(tmp_path), vllm_sleep_level=2, **fields), model)
-    assert adapter_update(GRPOConfig(str(tmp_path), vllm_sleep_level=1, **fields), model) == "adapter"
+    fields: dict[str, Any] = {"use_vllm": True, "vllm_mode": mode, "vllm_enable_sleep_mode": True, "use_cpu": True}
+    with pytest.raises(ValueError, match=r"vllm_sleep_level=2 makes vLLM drop .* or vllm_lora_mode='merged'"):
+        adapter_update(GRPOConfig(str(tmp_path), vllm_sleep_level=2, vllm_lora_mode="adapter", **fields), model)
+    kept = GRPOConfig(str(tmp_path), vllm_sleep_level=1, vllm_lora_mode="adapter", **fields)
+    assert adapter_update(kept, model) == "adapter"
     merged = GRPOConfig(str(tmp_path), vllm_sleep_level=2, vllm_lora_mode="merged", **fields)
     assert adapter_update(merged, model) == "weights"
 

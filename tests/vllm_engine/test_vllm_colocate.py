@@ -185,6 +185,26 @@ def test_an_engine_that_stands_still_is_caught(
         engine.generate(model, PROMPTS, GREEDY)
 
 
+def test_a_sleep_that_drops_the_weights_is_followed_by_all_of_them(
+    client: ColocatedClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Level 2 as the engine drives it; the CPU has no sleep, so the weights are spoilt by hand instead."""
+    calls: list[Any] = []
+
+    def sleep(level: int) -> None:
+        calls.append(level)
+        client.load_weights((name, torch.zeros_like(t)) for name, t in build_model().state_dict().items())
+
+    monkeypatch.setattr(client, "sleep", sleep)
+    monkeypatch.setattr(client, "wake", calls.append)
+    model, engine = build_model(6), engine_around(client, tmp_path)
+    engine.sleep_level = 2
+    expected = TransformersEngine([EOS], PAD).generate(model, PROMPTS, GREEDY).ids
+    for _ in range(2):
+        assert engine.generate(model, PROMPTS, GREEDY).ids == expected
+    assert calls == [2, ["weights"], ["kv_cache"], 2]
+
+
 def test_merged_adapter(client: ColocatedClient, tmp_path: Path) -> None:
     model, engine = with_adapter(build_model(7)), engine_around(client, tmp_path)
     for _ in range(2):

@@ -107,7 +107,7 @@ def adapter_update(args: GRPOConfig, model: nn.Module) -> Literal["weights", "ad
     """What is handed over after an update.
 
     Raises:
-        ValueError: ``vllm_lora_mode="adapter"`` for a model without one, or beside a server that forgets its weights.
+        ValueError: ``vllm_lora_mode="adapter"`` for a model without one, or where vLLM forgets its weights.
     """
     if not is_peft_model(model):
         if args.vllm_lora_mode == "adapter":
@@ -116,11 +116,10 @@ def adapter_update(args: GRPOConfig, model: nn.Module) -> Literal["weights", "ad
             )
         return "weights"
     mode = args.vllm_lora_mode or ("adapter" if args.vllm_mode == "server" else "merged")
-    drops_weights = args.vllm_enable_sleep_mode and args.vllm_sleep_level == 2
-    if mode == "adapter" and args.vllm_mode == "server" and drops_weights:
+    if mode == "adapter" and args.vllm_enable_sleep_mode and args.vllm_sleep_level == 2:
         raise ValueError(
-            "vllm_sleep_level=2 makes the server drop the base weights, and a hot-loaded adapter does not bring them "
-            "back: set vllm_sleep_level=1 or vllm_lora_mode='merged'"
+            "vllm_sleep_level=2 makes vLLM drop the base weights, and a hot-loaded adapter does not bring them back: "
+            "set vllm_sleep_level=1 or vllm_lora_mode='merged'"
         )
     return "adapter" if mode == "adapter" else "weights"
 

@@ -205,12 +205,6 @@ class ColocatedClient:
         get_model = getattr(worker, "get_model", None)
         return get_model() if callable(get_model) else None
 
-    def restore_base(self) -> None:
-        """Read the folder's weights again, after a sleep that dropped them."""
-        with self._failing("reading its weights again"):
-            self.llm.collective_rpc("reload_weights")
-        self._adapter = None
-
     def load_adapter(self, folder: Path) -> None:
         """See `Client.load_adapter`."""
         from vllm.lora.request import LoRARequest

@@ -88,9 +88,7 @@ class VllmEngine:
         changed = version != self._held
         if self._asleep:
             self.ranks.jointly(lambda: self.client.wake(["weights"]))
-            if self.sleep_level == 2:
-                self.ranks.jointly(self._restore)
-                changed = True
+            changed = changed or self.sleep_level == 2
         if changed:
             start = time.perf_counter()
             self._hand_over(model)
@@ -159,11 +157,6 @@ class VllmEngine:
 
     def _adapter_folder(self) -> Path:
         return self.folder / f"adapter-{self._adapters}"
-
-    def _restore(self) -> None:
-        restore = getattr(self.client, "restore_base", None)
-        if self.update == "adapter" and restore is not None:
-            restore()
 
     def _probe(self, prompts: Sequence[Sequence[int]]) -> list[Answer]:
         # An engine in this process draws from torch's generators: the check takes no number away from the training.
