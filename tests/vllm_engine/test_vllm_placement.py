@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from grpo_ext.trainer.vllm.colocate import ColocatedClient
 from grpo_ext.trainer.vllm.placement import Placement, Sample, sampled
 
 ROWS = {"q_proj": 8, "k_proj": 4, "v_proj": 4, "gate_proj": 6, "up_proj": 6}
@@ -174,3 +176,52 @@ def test_a_tensor_that_does_not_come_or_changes_its_shape_is_an_error() -> None:
         placement.copy(values.items())
     with pytest.raises(KeyError, match="extra"):
         placement.copy([("extra", torch.ones(1))])
+
+
+def client_of(engine: Engine, calls: list[str], may_place: bool = True) -> ColocatedClient:
+    """A client as it is on a GPU, around something that answers as vLLM does."""
+
+    def collective_rpc(method: str, kwargs: dict[str, Any]) -> None:
+        calls.append(method)
+        engine.reload(kwargs["weights_iterator"])
+
+    worker = SimpleNamespace(get_model=lambda: engine)
+    inner = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker))
+    client = object.__new__(ColocatedClient)
+    llm = SimpleNamespace(collective_rpc=collective_rpc, llm_engine=inner, sleep=lambda level: calls.append("sleep"))
+    client.__dict__.update(llm=llm, _placement=None, _may_place=may_place)
+    return client
+
+
+def hand_over(client: ColocatedClient, engine: Engine, seed: int) -> None:
+    expected = Engine()
+    expected.reload(checkpoint(seed).items())
+    client.load_weights(checkpoint(seed).items())
+    state = expected.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in engine.state_dict().items())
+
+
+def test_the_client_reloads_once_and_copies_from_then_on() -> None:
+    engine, calls = Engine(), list[str]()
+    client = client_of(engine, calls)
+    for seed in (1, 2, 3):
+        hand_over(client, engine, seed)
+    assert calls == ["reload_weights"]
+    client.sleep(1)
+    hand_over(client, engine, 4)
+    assert calls == ["reload_weights", "sleep"]
+    client.sleep(2)  # drops what vLLM has made itself
+    hand_over(client, engine, 5)
+    hand_over(client, engine, 6)
+    assert calls == ["reload_weights", "sleep", "sleep", "reload_weights", "reload_weights"]
+
+
+@pytest.mark.parametrize("may_place", [True, False])
+def test_the_client_goes_on_reloading_where_there_are_no_places(may_place: bool) -> None:
+    engine, calls = Engine(), list[str]()
+    client = client_of(engine, calls, may_place)
+    if may_place:
+        spoil(engine, "quantised")
+    for seed in (1, 2, 3):
+        hand_over(client, engine, seed)
+    assert calls == ["reload_weights"] * 3
