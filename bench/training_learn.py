@@ -6,6 +6,7 @@ meets the same company. The clock stands still while the held-out questions are 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -148,6 +149,8 @@ def run(args: Any, kind: str, seed: int, company: Company) -> list[dict[str, Any
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with company.turn:
+            # For TRL's engine, which opens a process group; ours takes a port of its own.
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
             if kind == "ours":
                 from grpo_ext.trainer import GRPOConfig, GRPOTrainer
 
@@ -176,7 +179,7 @@ def learn(args: Any) -> bool:
         for first in range(0, args.seeds, args.together):
             seeds = range(first, min(first + args.together, args.seeds))
             company = Company(context.Lock(), context.Barrier(len(seeds)))
-            processes = [context.Process(target=work, args=(args, kind, seed, free_port(), company)) for seed in seeds]
+            processes = [context.Process(target=work, args=(args, kind, seed, company)) for seed in seeds]
             for process in processes:
                 process.start()
             good &= all_end_well(processes)
@@ -197,17 +200,19 @@ def all_end_well(processes: list[Any]) -> bool:
     return all(process.exitcode == 0 for process in processes)
 
 
-def work(args: Any, kind: str, seed: int, port: int, company: Company) -> None:
-    """A process of its own, with a port of its own: TRL's engine opens a process group at a fixed one."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def work(args: Any, kind: str, seed: int, company: Company) -> None:
+    """A process of its own."""
     torch.set_num_threads(args.threads)
     common.write_csv(Path(args.output) / f"training_learn_{kind}_{seed}.csv", run(args, kind, seed, company))
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+    """A port that nobody listens at, below those that the system gives to whoever asks for any."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32768)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("", port))
+            return port
 
 
 def merge(output: Path, args: Any) -> None:

@@ -28,24 +28,28 @@ def skip_fp64_on_gpu(dtype: str, device: torch.device) -> None:
         pytest.skip("fp64 is for the CPU")
 
 
-def assert_as_exact_as_torch(name: str, ours: Tensor, same_dtype: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
+def assert_as_exact_as_torch(
+    name: str, ours: Tensor, same_dtype: Tensor, truth: Tensor, dtype: torch.dtype, units: int = 8
+) -> None:
     """At most twice the error of plain torch in the same dtype, plus a unit of the dtype's rounding.
 
-    The floor is for quantities that torch happens to hit exactly, and for the element that its rounding favours.
+    The floor is for quantities that torch happens to hit exactly, and for the element that its rounding favours; it has
+    so many ``units`` of fp32's rounding.
     """
     truth = truth.double()
     scale = truth.abs().max().item() if truth.numel() else 0.0
     error = (ours.double() - truth).abs().max().item() if truth.numel() else 0.0
     torch_error = (same_dtype.double() - truth).abs().max().item() if truth.numel() else 0.0
-    units = 64 if name == "kl" else 8  # a far old policy multiplies the rounding of logp by a ratio of 20 and more
+    if name == "kl":
+        units = 64  # a far old policy multiplies the rounding of logp by a ratio of 20 and more
     floor = torch.finfo(dtype).eps * scale + units * torch.finfo(torch.float32).eps * scale + 1e-9
     if dtype == torch.float16:
         floor += torch.finfo(dtype).smallest_normal
     assert error <= 2 * torch_error + floor, f"{name}: {error:.3g} against torch's {torch_error:.3g}"
 
 
-def compare(ours: Result, same_dtype: Result | None, truth: Result, dtype: torch.dtype) -> None:
-    """Loss, per-token outputs, metrics and gradients."""
+def compare(ours: Result, same_dtype: Result | None, truth: Result, dtype: torch.dtype, units: int = 8) -> None:
+    """Loss, per-token outputs, metrics and gradients; ``units`` as of `assert_as_exact_as_torch`."""
     assert ours.grads.keys() == truth.grads.keys()
     peer = same_dtype or truth
     fields: list[tuple[str, Any, Any, Any]] = [
@@ -64,7 +68,7 @@ def compare(ours: Result, same_dtype: Result | None, truth: Result, dtype: torch
             torch.testing.assert_close(a, exact, msg=lambda m, n=name: f"{n}: {m}", **TIGHT)
         else:
             assert a.dtype == b.dtype, name
-            assert_as_exact_as_torch(name, a, b, exact, dtype)
+            assert_as_exact_as_torch(name, a, b, exact, dtype, units)
     assert tuple(ours.out.metrics) == METRIC_NAMES
     if dtype in (torch.float32, torch.float64):
         loose = 1e-9 if same_dtype is None else 2e-3
@@ -113,7 +117,9 @@ def test_sequence_ratios_and_zeros(
         batch.options["importance_weights"][2] = 0
     truth = run(reference.linear_grpo_loss, batch, torch.float64)
     same_dtype = None if case["dtype"] == "fp64" else run(reference.linear_grpo_loss, batch)
-    compare(run(grpo_ext.linear_grpo_loss, batch, **batch.ours_only), same_dtype, truth, batch.hidden.dtype)
+    # Powers of a completion's summed log ratios: over eight seeds vespo's loss is off by up to 169 units here and 185 in
+    # torch, and which of the two is closer changes from seed to seed.
+    compare(run(grpo_ext.linear_grpo_loss, batch, **batch.ours_only), same_dtype, truth, batch.hidden.dtype, units=64)
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
