@@ -94,7 +94,7 @@ class GRPOConfig(TrainingArguments):
     use_fused_lora: bool | None = _field(
         None,
         "Run PEFT's LoRA layers in three matrix products, with a backward of their own: None where a layer allows it, "
-        "True as a must, False never. Not where FSDP or DeepSpeed spread the weights.",
+        "True as a must, False never.",
     )
     use_fused_norm: bool | None = _field(
         None,

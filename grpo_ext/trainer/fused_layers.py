@@ -31,13 +31,12 @@ class FusedLayers:
         kind, owner, option: the layers, whose forward is replaced, and the trainer's argument, in words.
         wanted: that argument. None takes the other forward where it is possible, False never, True always.
         compiled: whether the model is going to be wrapped by ``torch.compile``.
-        sharded: whether FSDP or DeepSpeed is going to hold its weights, and the layers cannot take that.
 
     Attributes:
         reason: why the layers' own forward is taken everywhere; None where `attached` replaces it.
 
     Raises:
-        ValueError: ``wanted`` is True and there are no such layers, or the model is compiled or sharded.
+        ValueError: ``wanted`` is True and there are no such layers, or the model is compiled.
     """
 
     def __init__(
@@ -52,7 +51,6 @@ class FusedLayers:
         option: str,
         wanted: bool | None = None,
         compiled: bool = False,
-        sharded: bool = False,
     ) -> None:
         self.layers = layers
         self.wanted = wanted
@@ -65,8 +63,6 @@ class FusedLayers:
             self.reason = f"the model has no {kind}"
         elif compiled:
             self.reason = "torch.compile fuses them itself"
-        elif sharded:
-            self.reason = "FSDP or DeepSpeed holds the weights"
         if wanted and self.reason is not None:
             raise ValueError(f"{option}=True, but {self.reason}: leave it None")
 

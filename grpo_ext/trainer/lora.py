@@ -40,28 +40,15 @@ class FusedLora(FusedLayers):
         model: with LoRA layers of PEFT or not.
         wanted: None takes the fused layers where it is possible, False never, True always.
         compiled: whether the model is going to be wrapped by ``torch.compile``.
-        sharded: whether FSDP or DeepSpeed is going to hold its weights. Its layers are PEFT's then: with FSDP2
-            on two H100s the fused ones computed other values than on one process, in most runs and not in all. On the
-            CPU they never did; why is not known.
 
     Raises:
-        ValueError: ``wanted`` is True and the model has no such layers, or is compiled or sharded.
+        ValueError: ``wanted`` is True and the model has no such layers, or is compiled.
     """
 
-    def __init__(
-        self, model: nn.Module, wanted: bool | None = None, *, compiled: bool = False, sharded: bool = False
-    ) -> None:
+    def __init__(self, model: nn.Module, wanted: bool | None = None, *, compiled: bool = False) -> None:
+        names = {"kind": "LoRA layers", "owner": "PEFT", "option": "use_fused_lora"}
         super().__init__(
-            lora_layers(model),
-            forward,
-            _is_plain,
-            "lora.Linear",
-            kind="LoRA layers",
-            owner="PEFT",
-            option="use_fused_lora",
-            wanted=wanted,
-            compiled=compiled,
-            sharded=sharded,
+            lora_layers(model), forward, _is_plain, "lora.Linear", **names, wanted=wanted, compiled=compiled
         )
 
     @contextlib.contextmanager

@@ -61,6 +61,7 @@ from grpo_ext.trainer.records import (
 from grpo_ext.trainer.rewards import RewardFunction, RewardFunctions
 from grpo_ext.trainer.rollout import MicroBatch, Rollout, Sample
 from grpo_ext.trainer.rollout_maker import RolloutMaker, gather, timed
+from grpo_ext.trainer.shards import prefetch_in_order
 from grpo_ext.trainer.update import Updates
 from grpo_ext.trainer.vllm import EngineError, build_engine
 
@@ -164,8 +165,7 @@ class GRPOTrainer(Trainer):
         )
         compiled = bool(args.torch_compile)
         self.fused_head = FusedHead(module, args.use_fused_head, compiled=compiled)
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        self.fused_lora = FusedLora(module, args.use_fused_lora, compiled=compiled, sharded=sharded)
+        self.fused_lora = FusedLora(module, args.use_fused_lora, compiled=compiled)
         self.fused_norms = FusedNorms(module, args.use_fused_norm, compiled=compiled)
         over_ranks = args.top_entropy_quantile != 1.0 and not one_process
         self.policy = Policy(
@@ -473,6 +473,7 @@ class GRPOTrainer(Trainer):
             check_processes(Path(resume_from_checkpoint), self.accelerator.process_index, self.plan)
         result = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         keep_logits_dtype(self.accelerator.unwrap_model(self.model_wrapped), self.accelerator.autocast)
+        prefetch_in_order(self.model_wrapped)
         return result
 
     def _save_rng_state(self, output_dir: str) -> None:

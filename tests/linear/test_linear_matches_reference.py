@@ -117,8 +117,8 @@ def test_sequence_ratios_and_zeros(
         batch.options["importance_weights"][2] = 0
     truth = run(reference.linear_grpo_loss, batch, torch.float64)
     same_dtype = None if case["dtype"] == "fp64" else run(reference.linear_grpo_loss, batch)
-    # Powers of a completion's summed log ratios: over eight seeds vespo's loss is off by up to 169 units here and 185 in
-    # torch, and which of the two is closer changes from seed to seed.
+    # Powers of a completion's summed log ratios: over eight seeds vespo's loss is off by up to 169 units here, by up to
+    # 185 in torch, and which of the two is closer changes from seed to seed.
     compare(run(grpo_ext.linear_grpo_loss, batch, **batch.ours_only), same_dtype, truth, batch.hidden.dtype, units=64)
 
 

@@ -132,11 +132,6 @@ def test_no_layers() -> None:
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
     with pytest.raises(ValueError, match=r"use_fused_lora=True, but torch.compile fuses them itself: leave it None"):
         FusedLora(adapted, True, compiled=True)
-    with pytest.raises(
-        ValueError, match=r"use_fused_lora=True, but FSDP or DeepSpeed holds the weights: leave it None"
-    ):
-        FusedLora(adapted, True, sharded=True)
-    assert FusedLora(adapted, sharded=True).describe() == "PEFT's own, FSDP or DeepSpeed holds the weights"
 
 
 # ---- around the layers -------------------------------------------------------------------------------------

@@ -40,5 +40,8 @@ def test_two_gpus_equal_one_process(tmp_path: Path) -> None:
         one = worker.run(tmp_path, case, 1)
         for kind in (kind for kind in kinds if case in worker.CASES[kind]):
             compare(one, two[kind][case], case, tolerance=1e-3)
+    first = [line["loss"] for line in two["fsdp2"]["lora"]["logs"]]
+    for logs in two["fsdp2"]["again"]:
+        assert [line["loss"] for line in logs] == pytest.approx(first, rel=1e-5, abs=1e-6)
     for kind in kinds:
         check_the_rest(two[kind])

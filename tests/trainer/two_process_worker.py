@@ -8,12 +8,13 @@ last three run on them, else all on the CPU.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, gather_object
 from peft import LoraConfig
 from torch import nn
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from toys import EOS, WORDS, GradientCatcher, build_model, build_tokenizer, reward_number
 from transformers import TrainerCallback
 
@@ -149,13 +151,42 @@ def weights_of(trainer: GRPOTrainer) -> dict[str, torch.Tensor]:
     return {name: whole(p).cpu().clone() for name, p in model.named_parameters()}
 
 
+class Served(TrainerCallback):
+    """What served the LoRA layers in the last step."""
+
+    def __init__(self) -> None:
+        self.trainer: Any = None
+        self.latest = ""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.latest = self.trainer.fused_lora.describe()
+
+
+@contextlib.contextmanager
+def counted_drops() -> Iterator[list[int]]:
+    """How many all-gathers of FSDP2 a backward has begun and nobody has taken. On GPUs they spoil what comes next."""
+    finalize, dropped = FSDPParamGroup.finalize_backward, [0]
+
+    def counting(group: FSDPParamGroup) -> None:
+        dropped[0] += group._all_gather_result is not None
+        finalize(group)
+
+    FSDPParamGroup.finalize_backward = counting  # type: ignore[method-assign]
+    try:
+        yield dropped
+    finally:
+        FSDPParamGroup.finalize_backward = finalize  # type: ignore[method-assign]
+
+
 def run(
     folder: Path, case: str, world_size: int, kind: str = "ddp", resume: Any = None, **changes: Any
 ) -> dict[str, Any]:
     """Gradients of each step (flat; none under DeepSpeed), the logs, the weights in the end, and what it generates."""
-    catcher = GradientCatcher()
-    trainer = make_trainer(folder, case, world_size, kind, [catcher], **changes)
-    trainer.train(resume_from_checkpoint=resume)
+    catcher, served = GradientCatcher(), Served()
+    trainer = make_trainer(folder, case, world_size, kind, [catcher, served], **changes)
+    served.trainer = trainer
+    with counted_drops() as dropped:
+        trainer.train(resume_from_checkpoint=resume)
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     result = {
         "gradients": [torch.cat([whole(g).cpu().flatten() for g in step.values()]) for step in catcher.steps if step],
@@ -163,7 +194,9 @@ def run(
         "eval_reward": trainer.evaluate()["eval_reward"],
         "weights": weights_of(trainer),
         "handed over": {name: tensor.cpu().clone() for name, tensor in checkpoint_weights(model)},
-        "lora layers": trainer.fused_lora.describe() if case == "lora" else None,
+        "kind": kind,
+        "dropped all-gathers": dropped[0],
+        "lora layers": served.latest,
         "sharded": any(is_sharded(p) for p in model.parameters()),
     }
     # Greedy completions of the model itself, which end at different steps: a rank that is done has to go on.
@@ -267,6 +300,8 @@ def main(folder: Path, kinds: Sequence[str]) -> None:
     results: dict[str, Any] = {}
     for kind in kinds:
         results[kind] = {case: run(folder, case, 2, kind) for case in CASES[kind]}
+        if kind == "fsdp2" and torch.cuda.is_available():  # what two streams spoil they do not spoil each time
+            results[kind]["again"] = [run(folder / f"again-{i}", "lora", 2, kind)["logs"] for i in range(8)]
         results[kind]["nonfinite"] = nonfinite(folder / f"nonfinite-{kind}", kind)
         results[kind]["resumed"] = resumed(folder / f"resumed-{kind}", kind, folder / "of-one")
     if "zero3" in kinds:
