@@ -47,8 +47,11 @@ def main() -> None:
     plain = TransformersEngine(end_token_ids(model, tokenizer), trainer.pad_id)
     engine = trainer.rollouts.engine
     results = []
-    for block in range(-1, options.blocks):
-        for name, chosen in (("vllm", engine), ("transformers", plain)):
+    turns = [
+        (block, *turn) for block in range(-1, options.blocks) for turn in (("vllm", engine), ("transformers", plain))
+    ]
+    with trainer.fused_lora.attached(), trainer.fused_norms.attached():  # as in training
+        for block, name, chosen in turns:
             with torch.no_grad():  # an update: the engine has to take over the weights
                 next(p for p in trainer.model.parameters() if p.requires_grad).add_(1e-4)
             start = time.perf_counter()

@@ -22,6 +22,16 @@ def _field(default: Any, help_text: str) -> Any:
     return field(default=default, metadata={"help": help_text})
 
 
+#: What ``generation_kwargs`` may not have, and what to do instead.
+NOT_IN_GENERATION_KWARGS = {
+    "temperature": "set temperature, by which the loss divides too, and eval_temperature",
+    "seed": "set seed; with one in each request all completions of a prompt would be the same",
+    "num_return_sequences": "set num_generations",
+    "n": "set num_generations",
+    "num_beams": "completions have to be drawn from the policy",
+}
+
+
 @dataclasses.dataclass
 class GRPOConfig(TrainingArguments):
     """Arguments of `GRPOTrainer`: all of `transformers.TrainingArguments`, and the fields below.
@@ -145,7 +155,11 @@ class GRPOConfig(TrainingArguments):
     )
     repetition_penalty: float = _field(1.0, "Penalty of tokens that already occurred; 1 = none.")
     generation_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "More fields of transformers.GenerationConfig; they win over the ones above."}
+        default=None,
+        metadata={
+            "help": "More fields of transformers.GenerationConfig; top_p, top_k, min_p and repetition_penalty among "
+            "them win over the ones above. Not temperature, seed, beams: what the trainer has to know."
+        },
     )
     steps_per_generation: int | None = _field(
         None, "Micro-batches one generation batch is cut into; None = gradient_accumulation_steps."
@@ -252,6 +266,7 @@ class GRPOConfig(TrainingArguments):
         if str(fsdp).lower() in ("true", "false"):  # a command line has words only
             self.fsdp: Any = str(fsdp).lower() == "true"
         super().__post_init__()
+        self._read_generation_kwargs()
         self.loss_config()
         if self.use_vllm and self.world_size % self.vllm_tensor_parallel_size:
             raise ValueError(
@@ -309,6 +324,21 @@ class GRPOConfig(TrainingArguments):
                 "greedy completion: raise eval_temperature or leave num_generations_eval at 1",
                 stacklevel=4,
             )
+
+    def _read_generation_kwargs(self) -> None:
+        """Take over what has a field of its own, and refuse what the trainer would know nothing of."""
+        given: dict[str, Any] = dict(self.generation_kwargs or {})  # type: ignore[arg-type]
+        for name, remedy in NOT_IN_GENERATION_KWARGS.items():
+            if given.get(name) is not None:
+                raise ValueError(f"generation_kwargs has {name}={given[name]!r}: {remedy}")
+        if given.pop("do_sample", True) is False:
+            raise ValueError("generation_kwargs has do_sample=False: greedy completions of a prompt are all alike")
+        for name in ("top_p", "top_k", "min_p", "repetition_penalty"):
+            value = given.pop(name, None)
+            if value is not None:
+                setattr(self, name, value)
+        self._check_generation()
+        self.generation_kwargs = given or None
 
     def _check_vllm(self) -> None:
         for name, allowed in (

@@ -20,6 +20,9 @@ from grpo_ext.trainer.shards import acts_jointly
 
 Prompt = str | list[dict[str, Any]]
 
+#: Fields of ``transformers.GenerationConfig``, which takes any others without a word.
+KNOWN = frozenset(vars(GenerationConfig()))
+
 #: Called with the index of a prompt and the ids of its completion as soon as they are known.
 Done = Callable[[int, list[int]], None]
 
@@ -275,6 +278,8 @@ class TransformersEngine:
         ids, mask = left_pad(prompt_ids, self.pad_id, device)
         width = ids.shape[1]
         config = self._config(sampling)
+        ends: Any = config.eos_token_id  # generation_kwargs may have others than ours
+        end_ids = [ends] if isinstance(ends, int) else list(ends or ())
         # Where the weights are spread over processes all of them go on until the last has its end token, and none has
         # a pass of its own for prompts that it alone sees twice.
         jointly = acts_jointly(model)
@@ -285,13 +290,13 @@ class TransformersEngine:
                 cache = shared_prompt_cache(model, ids[rows], mask[rows], torch.tensor(which, device=device))
                 self.share_prompts = cache is not None
             kwargs: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
-            watch = None if done is None else _Ended(len(prompt_ids), width, self.end_ids, done)
+            watch = None if done is None else _Ended(len(prompt_ids), width, end_ids, done)
             if watch is not None:
                 kwargs["stopping_criteria"] = [watch]
             tokens = model.generate(
                 input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=jointly, **kwargs
             )
-        completions, finished = cut_after_end(tokens[:, width:], self.end_ids)
+        completions, finished = cut_after_end(tokens[:, width:], end_ids)
         if watch is not None:
             watch.tell_rest(completions)
         return Completions(completions, finished)
@@ -313,6 +318,11 @@ class TransformersEngine:
             }
             if sampling.min_p:
                 fields["min_p"] = sampling.min_p
+        unknown = [name for name in sampling.extra if name not in KNOWN]
+        if unknown:
+            raise ValueError(
+                f"generation_kwargs has {unknown[0]!r}, which transformers' GenerationConfig does not know"
+            )
         return GenerationConfig(**(fields | sampling.extra))
 
 

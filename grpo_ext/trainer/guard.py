@@ -85,7 +85,7 @@ class NonfiniteGuard:
                 f"step {step}: the {what} is not finite, and this version of DeepSpeed took the step all the same: go "
                 f"on from the checkpoint before. The batch is in {self._save(step, slices, wrong)}"
             )
-        if taken is None and not scaled:
+        if taken is None and (bad_loss or not scaled):  # a scaler looks at gradients, not at losses
             for parameter in model.parameters():
                 parameter.grad = None  # the optimizer leaves such parameters and their state alone
         if self.in_a_row >= self.limit:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from transformers import (
     TrainerState,
 )
 
-from grpo_ext.trainer.shards import made_whole, whole
+from grpo_ext.trainer.shards import is_sharded, made_whole, whole
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -143,7 +144,15 @@ class Reference:
 
     def __init__(self, model: nn.Module) -> None:
         self._frozen: nn.Module | None = None
-        if not is_peft_model(model):
+        if is_peft_model(model):
+            # B starts at 0; the adapter of a model that has been trained before does not.
+            if any(p.any() for name, p in model.named_parameters() if ".lora_B." in name and not is_sharded(p)):
+                warnings.warn(
+                    "the model comes with an adapter that changes it, and the reference of the KL term (beta > 0) is "
+                    "the model without the adapter: merge it first (model.merge_and_unload()) to stay near it",
+                    stacklevel=4,
+                )
+        else:
             with made_whole(model):
                 self._frozen = copy.deepcopy(model).eval().requires_grad_(False)
 

@@ -272,7 +272,8 @@ class GRPOTrainer(Trainer):
         now, place = self._place(inputs["micro_step"])
         with self.fused_lora.cast_once(AUTOCAST.get(self.accelerator.mixed_precision)):
             if self._rollout is None or self._rollout.key != place.generation_key:
-                self._rollout = self._make_rollout(model, place.generation_key, now)
+                at_start = place.slice_index == place.iteration == 0
+                self._rollout = self._make_rollout(model, place.generation_key, now, at_start)
             rollout, index = self._rollout, place.slice_index
             keep = self.updates.rows(rollout, index)
             loss = (
@@ -303,6 +304,8 @@ class GRPOTrainer(Trainer):
         """Called by transformers between backward and step: the place to refuse the step."""
         norm = super()._get_grad_norm(model, grad_norm)
         scaled, taken = self.accelerator.scaler is not None, None
+        if scaled and not self.args.max_grad_norm:  # a scaler wants to have seen gradients, which clipping shows it
+            self.accelerator.unscale_gradients()
         if self.is_deepspeed_enabled:
             engine: Any = model
             scaled, taken = engine.fp16_enabled(), engine.was_step_applied()
@@ -370,12 +373,16 @@ class GRPOTrainer(Trainer):
         now = self.state.global_step // steps_per_epoch * len(self.schedule) + micro_step
         return now, self.schedule.locate(now)
 
-    def _make_rollout(self, model: nn.Module, key: tuple[int, int], start: int) -> Rollout:
-        """Generate, score and prepare one generation batch: this rank's rows of it."""
+    def _make_rollout(self, model: nn.Module, key: tuple[int, int], start: int, at_start: bool = True) -> Rollout:
+        """Generate, score and prepare one generation batch: this rank's rows of it.
+
+        Args:
+            at_start: its first slice comes next; not where a run is resumed inside it and what was saved is of no use.
+        """
         unwrapped = self.accelerator.unwrap_model(model)
         rollout, sample, rewards = self.rollouts.make(unwrapped, key, start)
         with timed(self.window, "time/logps"):
-            self.updates.add_logps(model, unwrapped, rollout)
+            self.updates.add_logps(model, unwrapped, rollout, at_start)
         self.state.num_input_tokens_seen += rollout.tokens_seen
         self.window.add("num_tokens", float(self.state.num_input_tokens_seen), reduce="last")
         self._record_completions(sample, rewards, rollout.advantages)

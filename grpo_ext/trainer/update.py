@@ -86,15 +86,18 @@ class Updates:
         batch.weight = remaining_weight(self.args.loss_type, count, len(keep), total, kept)
         return batch
 
-    def add_logps(self, model: nn.Module, unwrapped: nn.Module, rollout: Rollout) -> None:
+    def add_logps(self, model: nn.Module, unwrapped: nn.Module, rollout: Rollout, at_start: bool = True) -> None:
         """Log probabilities that must be fixed before the first update of a generation batch.
 
         Old ones only for slices first used after an optimizer step: for the others the update's own forward
         is the sampling policy, and replays reuse what that forward computed (where dropout would be in it, they are
         computed here, too). Reference ones only when beta is not 0.
+
+        Args:
+            at_start: the slices are used from the first one on; else in an order not known here, and all get old ones.
         """
         for index in range(self.plan.steps_per_generation):
-            late = self.noisy_replays or not self.plan.is_on_policy(rollout.start, index)
+            late = self.noisy_replays or not at_start or not self.plan.is_on_policy(rollout.start, index)
             keep = self.rows(rollout, index)
             if not keep or (not late and self.reference is None):
                 continue

@@ -174,3 +174,28 @@ def test_fsdp_from_a_command_line(tmp_path: Path) -> None:
     assert args.fsdp is True
     assert args.fsdp_plugin_args["fsdp_version"] == 2
     assert GRPOConfig(str(tmp_path), fsdp="false", use_cpu=True).fsdp_plugin_args is None
+
+
+def test_generation_kwargs_with_fields_of_their_own(make_config: Make) -> None:
+    config = make_config(
+        top_p=0.5, generation_kwargs={"top_p": 0.9, "min_p": 0.1, "do_sample": True, "min_new_tokens": 2}
+    )
+    assert (config.top_p, config.min_p, config.generation_kwargs) == (0.9, 0.1, {"min_new_tokens": 2})
+    assert make_config(generation_kwargs='{"top_k": 3}').top_k == 3
+    with pytest.raises(ValueError, match=r"top_p must be in \(0, 1\], got 2"):
+        make_config(generation_kwargs={"top_p": 2})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"temperature": 0.5}, "has temperature=0.5: set temperature, by which the loss divides too"),
+        ({"seed": 1}, "has seed=1: set seed; with one in each request all completions of a prompt would be the same"),
+        ({"num_return_sequences": 2}, "set num_generations"),
+        ({"num_beams": 2}, "completions have to be drawn from the policy"),
+        ({"do_sample": False}, "greedy completions of a prompt are all alike"),
+    ],
+)
+def test_generation_kwargs_that_the_trainer_must_know(make_config: Make, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_config(generation_kwargs=given)

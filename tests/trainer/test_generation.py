@@ -161,3 +161,28 @@ def test_completion_lengths() -> None:
     cut = TransformersEngine([10_000], PAD).generate(build_model(), PROMPTS, GREEDY)
     assert [len(ids) for ids in cut.ids] == [6] * 6
     assert not any(cut.finished)
+
+
+def test_end_tokens_of_the_generation_kwargs() -> None:
+    """Rows that end at them are cut there, and are finished: what follows is padding."""
+    ends, told = list(range(2, 12)), {}
+    sampling = SamplingParams(12, extra={"eos_token_id": ends})
+    done = TransformersEngine([EOS], PAD).generate(
+        build_model(), [[5, 8, 6]] * 8, sampling, lambda row, ids: told.update({row: ids})
+    )
+    assert sum(done.finished) >= 4
+    for row, (ids, finished) in enumerate(zip(done.ids, done.finished, strict=True)):
+        assert finished == (ids[-1] in ends)
+        assert not any(i in ends for i in ids[:-1])
+        assert told[row] == ids
+    one = TransformersEngine([EOS], PAD).generate(
+        build_model(), [[5, 8, 6]] * 8, SamplingParams(3, extra={"eos_token_id": 7})
+    )
+    assert all(len(ids) == 3 or ids[-1] == 7 for ids in one.ids)
+
+
+def test_a_field_that_transformers_does_not_know() -> None:
+    with pytest.raises(
+        ValueError, match="generation_kwargs has 'min_tokens', which transformers' GenerationConfig does"
+    ):
+        TransformersEngine([EOS], PAD).generate(build_model(), [[5]], SamplingParams(3, extra={"min_tokens": 2}))

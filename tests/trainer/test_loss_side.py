@@ -7,11 +7,11 @@ import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from toys import EOS, PAD, FixedEngine, GradientCatcher, build_model
 
 from grpo_ext import LossConfig, reference
@@ -19,8 +19,10 @@ from grpo_ext.config import LOSS_TYPES
 from grpo_ext.trainer import GRPOTrainer
 from grpo_ext.trainer.batching import plan_batches
 from grpo_ext.trainer.forward import CompletionForward
-from grpo_ext.trainer.guard import NonfiniteError
+from grpo_ext.trainer.guard import NonfiniteError, NonfiniteGuard
 from grpo_ext.trainer.head import FusedHead
+from grpo_ext.trainer.metrics import MetricWindow
+from grpo_ext.trainer.models import Reference
 from grpo_ext.trainer.policy import Policy, _companions
 from grpo_ext.trainer.rollout import MicroBatch, Rollout
 from grpo_ext.trainer.rollout_maker import sorted_order
@@ -394,6 +396,28 @@ def test_fp16_with_the_trainers_own_scaler(make_trainer: Make) -> None:
     assert all(math.isfinite(log["loss"]) for log in trainer.state.log_history[:3])
 
 
+def test_a_reference_without_an_adapter_that_is_trained_already_warns(make_trainer: Make) -> None:
+    model = get_peft_model(build_model(), LoraConfig(r=2, target_modules="all-linear"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Reference(model)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.ones_(parameter)
+    with pytest.warns(UserWarning, match="reference of the KL term .* is the model without the adapter"):
+        Reference(model)
+
+
+def test_a_generation_batch_made_inside_itself_has_old_logps(make_trainer: Make) -> None:
+    """After a resume that found none: slice 0 comes last then, behind optimizer steps."""
+    changes: dict[str, Any] = {"gradient_accumulation_steps": 1, "steps_per_generation": 2, "num_iterations": 2}
+    trainer = make_trainer(engine=FixedEngine(), **changes)
+    for at_start in (True, False):
+        rollout = trainer._make_rollout(trainer.model, (0, 0), 0, at_start)
+        known = [rollout.old_logps[index] is not None for index in range(2)]
+        assert known == [not at_start, True]
+
+
 def test_reference_moves_towards_the_policy(make_trainer: Make) -> None:
     """Every second step, by 0.75: three quarters of the policy of that moment and a quarter of what was there."""
     trainer = make_trainer(
@@ -429,6 +453,26 @@ def test_reference_that_cannot_move(make_trainer: Make) -> None:
 
 
 # ---- steps that are not finite
+
+
+def test_an_infinite_loss_under_a_scaler_takes_no_step(tmp_path: Path) -> None:
+    """The scaler sees gradients, and these are finite."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    model = torch.nn.ParameterList([weight])
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    guard = NonfiniteGuard(9, MetricWindow(), lambda value: value, tmp_path, 0)
+    for number, extra in enumerate((0.0, math.inf, 0.0)):
+        before = weight.detach().clone()
+        loss = weight.square().sum() + extra
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        guard.watch(loss.detach(), cast(Rollout, None), 0)
+        guard.before_step(model, weight.grad.norm(), number + 1, scaled=True, taken=None)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert torch.equal(before, weight) == (extra > 0)
 
 
 def test_nonfinite_steps_are_skipped_and_then_an_error(make_trainer: Make) -> None:

@@ -86,6 +86,14 @@ def test_merged_weights_are_those_of_peft(changes: dict[str, Any]) -> None:
         torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=1e-6)
 
 
+def test_an_adapter_with_biases_is_refused(tmp_path: Path) -> None:
+    model = with_adapter(build_model(3), lora_bias=True)
+    for mode in ("merged", "adapter"):
+        args = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", vllm_lora_mode=mode)
+        with pytest.raises(ValueError, match="lora_bias=True, which does not reach vLLM"):
+            adapter_update(args, model)
+
+
 def test_an_adapter_merged_by_somebody_else_is_refused() -> None:
     """Taking it out again for the hand-over would leave the trainer another model."""
     model = with_adapter(build_model(3))

@@ -181,7 +181,7 @@ def test_an_engine_that_stands_still_is_caught(
     engine.generate(model, PROMPTS, GREEDY)
     monkeypatch.setattr(client, "load_weights", lambda weights: list(weights))
     change_weights(model, 1e-5)
-    with pytest.raises(WeightMismatchError, match="still holds the weights of the step before"):
+    with pytest.raises(WeightMismatchError, match="still holds weights from before"):
         engine.generate(model, PROMPTS, GREEDY)
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from vllm_toys import CONTEXT, VOCABULARY, build_model, change_weights
+from accelerate import Accelerator
+from vllm_toys import CONTEXT, EOS, VOCABULARY, build_model, build_tokenizer, change_weights, needs_vllm
 
+from grpo_ext.trainer import GRPOConfig
 from grpo_ext.trainer.generation import SamplingParams
-from grpo_ext.trainer.vllm import WeightMismatchError
+from grpo_ext.trainer.vllm import EngineError, WeightMismatchError
+from grpo_ext.trainer.vllm.build import build_engine
 from grpo_ext.trainer.vllm.check import LENGTH, TOP, WeightCheck
 from grpo_ext.trainer.vllm.client import Answer
 from grpo_ext.trainer.vllm.sampling import sampling_fields, warn_of_bias
@@ -60,6 +64,16 @@ def test_a_penalty_warns_and_plain_sampling_does_not() -> None:
         warn_of_bias(SamplingParams(7, 0.7))
 
 
+@needs_vllm
+def test_the_engine_is_built_with_the_warning(tmp_path: Path) -> None:
+    args = GRPOConfig(
+        output_dir=str(tmp_path), use_cpu=True, report_to="none", use_vllm=True, vllm_mode="server", top_p=0.9,
+        vllm_server_base_url="http://127.0.0.1:1", vllm_server_timeout=0.1,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match=r"top_p=0.9 cuts off the tail"), pytest.raises(EngineError):
+        build_engine(args, build_model(), build_tokenizer(), Accelerator(cpu=True), [EOS], lambda: 0)
+
+
 class FakeEngine:
     """Answers from a model of its own, with noise."""
 
@@ -106,8 +120,30 @@ def test_bf16_sees_an_engine_that_stands_still() -> None:
     check = WeightCheck(IDS, CONTEXT, torch.bfloat16)
     check(model, FakeEngine(other))
     change_weights(model, 0.01)
-    with pytest.raises(WeightMismatchError, match=r"still holds the weights of the step before"):
+    with pytest.raises(WeightMismatchError, match=r"still holds weights from before"):
         check(model, FakeEngine(other))
+
+
+def test_bf16_sees_an_engine_that_stands_still_while_steps_are_small() -> None:
+    """Each step moves less than rounding does; ten together do not."""
+    model, other = build_model(), build_model()
+    check = WeightCheck(IDS, CONTEXT, torch.bfloat16)
+
+    def train() -> None:
+        for _ in range(60):
+            check(model, FakeEngine(other))
+            change_weights(model, 5e-4)
+
+    with pytest.raises(WeightMismatchError, match=r"still holds weights from before"):
+        train()
+
+
+def test_an_engine_that_follows_small_steps_passes() -> None:
+    model = build_model()
+    check = WeightCheck(IDS, CONTEXT, torch.bfloat16)
+    for _ in range(60):
+        check(model, FakeEngine(model, 0.01))
+        change_weights(model, 5e-4)
 
 
 def test_a_bound_of_the_user() -> None:

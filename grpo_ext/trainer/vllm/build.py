@@ -107,7 +107,8 @@ def adapter_update(args: GRPOConfig, model: nn.Module) -> Literal["weights", "ad
     """What is handed over after an update.
 
     Raises:
-        ValueError: ``vllm_lora_mode="adapter"`` for a model without one, or where vLLM forgets its weights.
+        ValueError: ``vllm_lora_mode="adapter"`` for a model without one, or where vLLM forgets its weights; an adapter
+            with biases.
     """
     if not is_peft_model(model):
         if args.vllm_lora_mode == "adapter":
@@ -115,6 +116,9 @@ def adapter_update(args: GRPOConfig, model: nn.Module) -> Literal["weights", "ad
                 "vllm_lora_mode='adapter' needs an adapter: pass peft_config, or leave vllm_lora_mode None"
             )
         return "weights"
+    configs: dict[str, Any] = getattr(model, "peft_config")  # noqa: B009
+    if any(getattr(config, "lora_bias", False) for config in configs.values()):
+        raise ValueError("the adapter has lora_bias=True, which does not reach vLLM: leave it, or set use_vllm=False")
     mode = args.vllm_lora_mode or ("adapter" if args.vllm_mode == "server" else "merged")
     if mode == "adapter" and args.vllm_enable_sleep_mode and args.vllm_sleep_level == 2:
         raise ValueError(

@@ -33,7 +33,8 @@ Ask = Callable[[Sequence[Sequence[int]]], list[Answer]]
 
 
 class WeightCheck:
-    """Compares engine and trainer after each update; remembers one step, so that it sees an engine standing still.
+    """Compares engine and trainer after each update, and remembers both from when they were last seen to move, so that
+    it sees an engine standing still, however small the steps.
 
     Args:
         vocabulary: ids to build the prompt from.
@@ -70,7 +71,8 @@ class WeightCheck:
         difference = _differences(answers, rows)
         figure = float(difference.abs().mean())
         moved, followed = self._changes(answers, rows)
-        self._rows, self._answers = rows, answers
+        if self._rows is None or moved > self.noise or len(self._answers) != len(answers):
+            self._rows, self._answers = rows, answers
         if math.isinf(self.bound):
             return figure
         if not figure <= self.bound:
@@ -80,8 +82,8 @@ class WeightCheck:
             )
         if moved > self.noise and followed < 0.25 * moved:
             raise WeightMismatchError(
-                f"the last update moved the trainer's log probabilities of a fixed prompt by {moved:.3g} nats, and "
-                f"vLLM's by {followed:.3g}: the engine still holds the weights of the step before. {REMEDY}"
+                f"updates moved the trainer's log probabilities of a fixed prompt by {moved:.3g} nats, and "
+                f"vLLM's by {followed:.3g}: the engine still holds weights from before. {REMEDY}"
             )
         return figure
 
@@ -96,7 +98,7 @@ class WeightCheck:
         return logits[wanted].float().log_softmax(dim=-1).cpu()
 
     def _changes(self, answers: Sequence[Answer], rows: Tensor) -> tuple[float, float]:
-        """Root mean square of what the last update changed in the trainer, and in the engine."""
+        """Root mean square of what has changed since then in the trainer, and in the engine."""
         if self._rows is None or len(self._answers) != len(answers):
             return 0.0, 0.0
         mine, theirs = [], []
