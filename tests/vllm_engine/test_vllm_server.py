@@ -123,9 +123,19 @@ def test_server(
     greedy = SamplingParams(6, temperature=0.0)
     expected = TransformersEngine([EOS], PAD).generate(trainer.model, prompts, greedy)
     assert engine.generate(trainer.model, prompts, greedy).ids == expected.ids
+    start = engine.client.started()
+    assert float(start) > 0  # what tells a server that was started anew
+    assert engine.client.started() == start
     engine.close()
     assert adapters(port) == []
     assert not engine.folder.exists()
+
+    merged = make(LORA, vllm_lora_mode="merged")
+    merged.train()
+    check_run(merged)
+    assert adapters(port) == []
+    expected = TransformersEngine([EOS], PAD).generate(merged.model, prompts, greedy)
+    assert merged.rollouts.engine.generate(merged.model, prompts, greedy).ids == expected.ids
 
     full = make(score_while_generating=True)
     full.train()

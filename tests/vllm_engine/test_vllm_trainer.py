@@ -69,7 +69,7 @@ def test_training_full_weights_dies_and_resumes(
 
     def dying(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
-        if len(calls) == 6:  # a check and a generation per step
+        if len(calls) == 7:  # a check and a generation per step, and once a question for the temperature
             raise RuntimeError("engine core died")
         return generate(*args, **kwargs)
 
@@ -85,6 +85,13 @@ def test_training_full_weights_dies_and_resumes(
     rewards = [line["reward"] for line in third.state.log_history if "loss" in line]
     # The engine in this process draws from torch's generator, which a checkpoint keeps: the same completions.
     assert rewards == [line["reward"] for line in logs]
+
+
+def test_log_probabilities_from_before_the_temperature(make: Callable[..., GRPOTrainer]) -> None:
+    """vLLM's default, which the engine in this process is told to leave: at temperature 1 they are the same."""
+    trainer = make(vllm_engine_kwargs={"logprobs_mode": "raw_logprobs"}, temperature=0.7)
+    with pytest.raises(EngineError, match=r"--logprobs-mode processed_logprobs(.|\n)*No step was taken"):
+        trainer.train()
 
 
 def test_sleep_needs_a_gpu(make: Callable[..., GRPOTrainer]) -> None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import time
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
-from grpo_ext.trainer.errors import PromptLengthError
+from grpo_ext.trainer.errors import EngineError, PromptLengthError
 from grpo_ext.trainer.generation import Completions, Done, SamplingParams
 from grpo_ext.trainer.vllm.check import TOP, WeightCheck
 from grpo_ext.trainer.vllm.client import Answer, Answered, Client
@@ -24,13 +25,26 @@ from grpo_ext.trainer.vllm.weights import checkpoint_weights, trainable_version,
 #: One new token, from the whole distribution: what the check asks for.
 PROBE_FIELDS: dict[str, Any] = {"max_tokens": 1, "temperature": 1.0, "ignore_eos": True}
 
+#: Spread of log probabilities, in nats, below which two temperatures cannot be told apart. In bf16 two requests for the
+#: same one differ by up to 0.1; over the probe's 160 values that moves the ratio of the spreads by 0.08.
+SPREAD = 0.1
+
+
+@runtime_checkable
+class Restartable(Protocol):
+    """A `Client` whose vLLM someone else may start anew between two calls: it then holds other weights."""
+
+    def started(self) -> str | None:
+        """Another value after each start, and on rank 0 at least; None when the vLLM does not say."""
+        ...
+
 
 class VllmEngine:
     """A `GenerationEngine`.
 
     Before it generates it compares a version of the model's parameters with that of the last hand-over. When they
-    differ it hands over the weights (or the adapter), empties the prefix cache and checks the engine's log
-    probabilities against the trainer's.
+    differ, or when a server was started anew or does not say whether it was, it hands over the weights (or the
+    adapter), empties the prefix cache and checks the engine's log probabilities against the trainer's.
 
     Args:
         client: the vLLM.
@@ -65,7 +79,9 @@ class VllmEngine:
         self.ranks = Ranks() if ranks is None else ranks
         self.sleep_level = sleep_level
         self.writes = writes
-        self._held: tuple[int, int] | None = None
+        self._held: tuple[str | None, int, int] | None = None
+        self._start: str | None = None
+        self._follows_temperature = False
         self._asleep = False
         self._adapters = 0
         self._metrics: dict[str, list[float]] = {}
@@ -79,13 +95,13 @@ class VllmEngine:
         Raises:
             ValueError: for a sampling field vLLM does not have.
             PromptLengthError: for a prompt that leaves no room for a completion, on every rank.
-            EngineError: when vLLM fails, on every rank.
+            EngineError: when vLLM fails, or reports other log probabilities than those it draws from, on every rank.
             WeightMismatchError: when it does not hold the trainer's weights.
         """
         fields = sampling_fields(sampling, self.end_ids)
         self.ranks.jointly(lambda: self._check_lengths(prompt_ids, fields["max_tokens"]))
-        version = (self.step(), trainable_version(model))
-        changed = version != self._held
+        engine_start = self._started()
+        changed = engine_start is None or (engine_start, self.step(), trainable_version(model)) != self._held
         if self._asleep:
             self.ranks.jointly(lambda: self.client.wake(["weights"]))
             changed = changed or self.sleep_level == 2
@@ -104,7 +120,7 @@ class VllmEngine:
             self._record("vllm/weight_check", figure)
             self._record("time/vllm_check", time.perf_counter() - start)
             # Merging writes into weights and restores them: only now is the version that of what is held.
-            self._held = (self.step(), trainable_version(model))
+            self._held = (engine_start, self.step(), trainable_version(model))
         prompts, own = self.ranks.gather_prompts(prompt_ids)
         with self.ranks.same_draws():
             answers = self.ranks.jointly(lambda: self.client.complete(prompts, fields, 0, _told(done, own)))[own]
@@ -143,6 +159,14 @@ class VllmEngine:
                     "max_completion_length"
                 )
 
+    def _started(self) -> str | None:
+        """See `Restartable.started`; the same on every rank, and in this process no restart goes unseen."""
+        client = self.client
+        start = self.ranks.shared(self.ranks.jointly(client.started)) if isinstance(client, Restartable) else ""
+        if start is None or start != self._start:
+            self._start, self._follows_temperature = start, False
+        return start
+
     def _hand_over(self, model: nn.Module) -> None:
         if self.update == "weights":
             self.ranks.jointly(lambda: self.client.load_weights(checkpoint_weights(model)))
@@ -161,7 +185,41 @@ class VllmEngine:
     def _probe(self, prompts: Sequence[Sequence[int]]) -> list[Answer]:
         # An engine in this process draws from torch's generators: the check takes no number away from the training.
         with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
-            return self.client.complete(prompts, PROBE_FIELDS, top=TOP)
+            answers = self.client.complete(prompts, PROBE_FIELDS, top=TOP)
+            if not self._follows_temperature:  # once for each start of vLLM
+                warm = self.client.complete(prompts, PROBE_FIELDS | {"temperature": 2.0}, top=TOP)
+                self._follows_temperature = _follows_temperature(answers, warm)
+            return answers
+
+
+def _follows_temperature(answers: Sequence[Answer], warm: Sequence[Answer]) -> bool:
+    """Whether log probabilities are those of the distribution that was drawn from; False = too even to say.
+
+    Temperature 2 halves the differences between log probabilities. vLLM's default reports them as they were before.
+
+    Args:
+        answers: at temperature 1.
+        warm: to the same prompts, at temperature 2.
+
+    Raises:
+        EngineError: when they are not.
+    """
+    squares, products, count = 0.0, 0.0, 0
+    for one, two in zip(answers, warm, strict=True):
+        tokens = [token for token in one.first.keys() & two.first.keys() if math.isfinite(one.first[token])]
+        mean = sum(one.first[token] for token in tokens) / max(len(tokens), 1)
+        squares += sum((one.first[token] - mean) ** 2 for token in tokens)
+        products += sum((one.first[token] - mean) * two.first[token] for token in tokens)
+        count += len(tokens)
+    if not squares > count * SPREAD**2:
+        return False
+    if products / squares > 0.75:
+        raise EngineError(
+            "vLLM reports log probabilities as they are before temperature and cuts, not those it draws from: "
+            "importance weights at a temperature other than 1 would be wrong. Start the server with "
+            "`--logprobs-mode processed_logprobs` (in this process: leave logprobs_mode out of vllm_engine_kwargs)"
+        )
+    return True
 
 
 def _told(done: Done | None, own: slice) -> Answered | None:

@@ -15,9 +15,11 @@ import contextlib
 import http.client
 import itertools
 import json
+import re
 import shutil
 import time
 import urllib.parse
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,31 @@ class ServerClient:
         self.max_model_len = int(card["max_model_len"])
         self._adapters = 0
         self._run = run
+        self._start: str | None = None
+        self._sleep_level = 0
+        if pushes and self._is_sleeping():  # a run that was killed left it so
+            self.wake(["weights"])
+            self.wake(["kv_cache"])
+
+    def started(self) -> str | None:
+        """When the server's process started: another value after a restart, which brings back its own weights.
+
+        None where it does not say: on ranks that push nothing, behind a proxy that hides ``/metrics``, and with
+        ``--api-server-count`` above 1.
+        """
+        if not self.pushes:
+            return None
+        status, text = self._exchange("GET", "/metrics")
+        found = re.search(r"^process_start_time_seconds (\S+)", text, re.MULTILINE) if status == 200 else None
+        start = found[1] if found else None
+        if start is not None and self._start not in (None, start):
+            warnings.warn(
+                f"the vLLM server at {self.url} was started anew: it is given the trainer's weights again",
+                stacklevel=2,
+            )
+            self.name, self._sleep_level = self.model, 0  # it knows no adapter of ours, and it is awake
+        self._start = start or self._start
+        return start
 
     def complete(
         self,
@@ -123,8 +150,7 @@ class ServerClient:
         folder = self.folder / "weights"
         write_weights(iter(weights), folder, write=self.pushes)
         if self.pushes:
-            body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-            self._call("POST", "/collective_rpc", body, missing="VLLM_SERVER_DEV_MODE=1")
+            self._reload(folder)
 
     def load_adapter(self, folder: Path) -> None:
         """See `Client.load_adapter`."""
@@ -155,21 +181,43 @@ class ServerClient:
         """See `Client.sleep`."""
         if self.pushes:
             self._call("POST", f"/sleep?level={level}", missing="VLLM_SERVER_DEV_MODE=1 and --enable-sleep-mode")
+            self._sleep_level = level
 
     def wake(self, tags: list[str]) -> None:
         """See `Client.wake`."""
         if self.pushes:
             query = urllib.parse.urlencode([("tags", tag) for tag in tags])
             self._call("POST", f"/wake_up?{query}", missing="VLLM_SERVER_DEV_MODE=1 and --enable-sleep-mode")
+            if "kv_cache" in tags:
+                self._sleep_level = 0
 
     def close(self) -> None:
-        """See `Client.close`; the server goes on, without this run's adapter."""
+        """See `Client.close`; the server goes on, awake and without this run's adapter."""
         if self.pushes:
+            with contextlib.suppress(EngineError):
+                self._leave_awake()
             if self.name != self.model:
                 with contextlib.suppress(EngineError):  # the server may be gone already, which is as well
                     self._call("POST", "/v1/unload_lora_adapter", {"lora_name": self.name})
             shutil.rmtree(self.folder, ignore_errors=True)
         self.name = self.model
+
+    def _is_sleeping(self) -> bool:
+        status, text = self._exchange("GET", "/is_sleeping")
+        return status == 200 and bool(json.loads(text)["is_sleeping"])  # 404: no one can have put it to sleep
+
+    def _leave_awake(self) -> None:
+        if not self._sleep_level:
+            return
+        self.wake(["weights"])
+        last = self.folder / "weights"
+        if self._sleep_level == 2 and last.exists():  # else it would answer from memory that holds nothing
+            self._reload(last)
+        self.wake(["kv_cache"])
+
+    def _reload(self, folder: Path) -> None:
+        body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        self._call("POST", "/collective_rpc", body, missing="VLLM_SERVER_DEV_MODE=1")
 
     def _wait(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -196,8 +244,21 @@ class ServerClient:
             missing: what the server was started without when it does not know the path.
         """
         where = f"{method} {self.url}{path.split('?')[0]}"
+        status, text = self._exchange(method, path, body)
+        if status == 404 and missing is not None and '"Not Found"' in text:
+            raise EngineError(f"the vLLM server does not offer {where}: start it with {missing}. {RESUME}")
+        if status != 200:
+            raise EngineError(f"the vLLM server answered {where} with {status}: {text[:2000]} {RESUME}")
         try:
-            status, text = self._request(method, path, body, self.request_timeout)
+            return json.loads(text)
+        except json.JSONDecodeError:
+            return text
+
+    def _exchange(self, method: str, path: str, body: Any = None) -> tuple[int, str]:
+        """Status and text of the answer, whatever they say."""
+        where = f"{method} {self.url}{path.split('?')[0]}"
+        try:
+            return self._request(method, path, body, self.request_timeout)
         except TimeoutError as error:
             raise EngineError(
                 f"the vLLM server did not answer {where} within {self.request_timeout:g} s (vllm_request_timeout): "
@@ -208,14 +269,6 @@ class ServerClient:
                 f"the vLLM server does not answer {where} ({type(error).__name__}: {error}). Its log says why it "
                 f"stopped; start it again with: {COMMAND}. {RESUME}"
             ) from error
-        if status == 404 and missing is not None and '"Not Found"' in text:
-            raise EngineError(f"the vLLM server does not offer {where}: start it with {missing}. {RESUME}")
-        if status != 200:
-            raise EngineError(f"the vLLM server answered {where} with {status}: {text[:2000]} {RESUME}")
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError:
-            return text
 
     def _request(self, method: str, path: str, body: Any, timeout: float) -> tuple[int, str]:
         kind = http.client.HTTPSConnection if self.scheme == "https" else http.client.HTTPConnection
