@@ -163,7 +163,12 @@ class Reference:
             self._frozen.to(next(model.parameters()).device)
             yield self._frozen
             return
+        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         with evaluating(model), model.disable_adapter():  # type: ignore[operator]
+            # PEFT freezes an adapter that is off, and its way back knows one form of a weight, FSDP2 has two: a weight
+            # that this pass puts together would stay frozen.
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
             yield model
 
     def check_can_move(self) -> None:

@@ -61,7 +61,7 @@ from grpo_ext.trainer.records import (
 from grpo_ext.trainer.rewards import RewardFunction, RewardFunctions
 from grpo_ext.trainer.rollout import MicroBatch, Rollout, Sample
 from grpo_ext.trainer.rollout_maker import RolloutMaker, gather, timed
-from grpo_ext.trainer.shards import prefetch_in_order
+from grpo_ext.trainer.shards import prefetch_in_order, wait_for_gathers
 from grpo_ext.trainer.update import Updates
 from grpo_ext.trainer.vllm import EngineError, build_engine
 
@@ -298,6 +298,7 @@ class GRPOTrainer(Trainer):
                 self.accelerator.backward(self.guard.spoilt_by_others(loss), scale_wrt_gas=False)
             else:
                 self.accelerator.backward(loss)
+                wait_for_gathers(model)
         return loss.detach()
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:

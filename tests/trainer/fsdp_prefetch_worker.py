@@ -4,13 +4,16 @@
 
 A round is three passes without gradient and two micro-batches, sharded as accelerate does it. Prints a line of JSON for
 each case: ``wrong`` counts, on this rank, reads of weights other than those that were there first, ``dropped`` the
-all-gathers that a backward has begun for nobody. Nothing of it is the trainer's but `prefetch_in_order`.
+all-gathers that a backward has begun for nobody, ``ahead`` those that were begun before they were needed. Nothing of it
+is the trainer's but `prefetch_in_order` and `wait_for_gathers`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,10 +21,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from toys import build_model
 from two_process_worker import counted_drops
 
-from grpo_ext.trainer.shards import prefetch_in_order
+from grpo_ext.trainer.shards import prefetch_in_order, wait_for_gathers
 
 ROUNDS = 30
 
@@ -52,17 +56,34 @@ def watch(model: nn.Module) -> Tensor:
     return wrong
 
 
+@contextlib.contextmanager
+def counted_prefetches() -> Iterator[list[int]]:
+    """How many all-gathers are begun ahead."""
+    prefetch, begun = FSDPParamGroup._prefetch_unshard, [0]
+
+    def counting(group: FSDPParamGroup, *arguments: Any) -> None:
+        before = group._all_gather_result
+        prefetch(group, *arguments)
+        begun[0] += group._all_gather_result is not before
+
+    FSDPParamGroup._prefetch_unshard = staticmethod(counting)  # type: ignore[assignment]
+    try:
+        yield begun
+    finally:
+        FSDPParamGroup._prefetch_unshard = staticmethod(prefetch)  # type: ignore[assignment]
+
+
 def run(device: torch.device, in_order: bool, frozen: bool) -> dict[str, Any]:
     model: Any = build_model().to(device)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not frozen or "q_proj" in name)
+        parameter.requires_grad_(not frozen or "layers.1.self_attn.q_proj" in name)
     wrong = watch(model)
     shard(model, device)
     if in_order:
         prefetch_in_order(model)
     generator = torch.Generator().manual_seed(dist.get_rank())
     ids = [torch.randint(2, 32, (4, 8), generator=generator).to(device) for _ in range(5)]
-    with counted_drops() as dropped:
+    with counted_drops() as dropped, counted_prefetches() as ahead:
         for _ in range(ROUNDS):
             for batch in ids[:3]:
                 with torch.no_grad():
@@ -71,8 +92,11 @@ def run(device: torch.device, in_order: bool, frozen: bool) -> dict[str, Any]:
                 model.set_requires_gradient_sync(number == 1)
                 logits = model(input_ids=batch, use_cache=False).logits
                 logits.log_softmax(-1).gather(-1, batch.unsqueeze(-1)).mean().backward()
+                if in_order:
+                    assert wait_for_gathers(model)
             model.zero_grad()
-    return {"in_order": in_order, "frozen": frozen, "wrong": int(wrong), "dropped": dropped[0]}
+    found = {"wrong": int(wrong), "dropped": dropped[0], "ahead": ahead[0]}
+    return {"in_order": in_order, "frozen": frozen, **found}
 
 
 def main() -> None:

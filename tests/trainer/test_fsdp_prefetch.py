@@ -38,6 +38,7 @@ def check(lines: list[dict[str, Any]]) -> None:
     for line in lines:
         if line["in_order"]:
             assert line["dropped"] == line["wrong"] == 0
+            assert (line["ahead"] > 0) == (not line["frozen"])  # with one layer trained there is none before it
 
 
 @pytest.mark.timeout(240)

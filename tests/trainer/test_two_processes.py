@@ -29,6 +29,9 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
             compare(one, two[kind][case], case)
     for kind in ("ddp", "fsdp2"):
         check_the_rest(two[kind])
+    one = worker.run(tmp_path / "bf16", "lora", 1, bf16=True)["logs"]
+    for mine, theirs in zip(one, two["fsdp2"]["bf16"], strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=2e-2)
     checkpoint = tmp_path / "resumed-ddp" / "first" / "run-dapo-2-ddp" / "checkpoint-1"
     with pytest.raises(ValueError, match=r"was written by 2 process\(es\), this run has 1: use 2"):
         worker.run(tmp_path / "last", "dapo", 1, resume=str(checkpoint))

@@ -39,7 +39,16 @@ from grpo_ext.trainer.vllm.weights import checkpoint_weights
 ENDS = [EOS, 2, 3, 4]
 LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo")
 #: What runs with each kind; FSDP2 has its part in every `make test`, so it takes the two that divide differently.
-CASES = dict.fromkeys(("ddp", "zero2", "zero3"), (*LOSSES, "skipped", "lora")) | {"fsdp2": ("bnpo", "skipped", "lora")}
+CASES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("zero2", "zero3"), (*LOSSES, "skipped", "lora")),
+    "ddp": (*LOSSES, "skipped", "lora", "lora and head"),
+    "fsdp2": ("bnpo", "skipped", "lora", "lora and head"),
+}
+#: What is trained, where that is not all of the model.
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora": {"target_modules": "all-linear"},
+    "lora and head": {"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["lm_head"]},
+}
 ROWS = [{"prompt": f"add {i} " + "= " * (i % 3 + 1)} for i in range(20)]
 
 
@@ -105,7 +114,7 @@ def make_trainer(
     """Three steps of plain descent, two per generation, with a KL term (not for ``skipped``).
 
     Args:
-        case: a loss type, ``skipped`` (many rows without a gradient) or ``lora`` (an adapter; both with dapo).
+        case: a loss type, ``skipped`` (many rows without a gradient) or one of `ADAPTERS` (all of them with dapo).
     """
     skipped = case == "skipped"
     # bnpo averages over a rank's own micro-batch: one process equals two where it takes theirs one after the other.
@@ -136,7 +145,7 @@ def make_trainer(
         eval_dataset=ROWS[:5],
         processing_class=build_tokenizer(),
         callbacks=callbacks,
-        peft_config=LoraConfig(r=2, lora_alpha=16, target_modules="all-linear") if case == "lora" else None,
+        peft_config=LoraConfig(r=2, lora_alpha=16, **ADAPTERS[case]) if case in ADAPTERS else None,
     )
     real: Any = trainer.rollouts.engine
     real.end_ids = ENDS
@@ -300,6 +309,8 @@ def main(folder: Path, kinds: Sequence[str]) -> None:
     results: dict[str, Any] = {}
     for kind in kinds:
         results[kind] = {case: run(folder, case, 2, kind) for case in CASES[kind]}
+        if kind == "fsdp2":
+            results[kind]["bf16"] = run(folder / "bf16", "lora", 2, kind, bf16=True)["logs"]
         if kind == "fsdp2" and torch.cuda.is_available():  # what two streams spoil they do not spoil each time
             results[kind]["again"] = [run(folder / f"again-{i}", "lora", 2, kind)["logs"] for i in range(8)]
         results[kind]["nonfinite"] = nonfinite(folder / f"nonfinite-{kind}", kind)
