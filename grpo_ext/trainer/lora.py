@@ -46,9 +46,16 @@ class FusedLora(FusedLayers):
     """
 
     def __init__(self, model: nn.Module, wanted: bool | None = None, *, compiled: bool = False) -> None:
-        names = {"kind": "LoRA layers", "owner": "PEFT", "option": "use_fused_lora"}
         super().__init__(
-            lora_layers(model), forward, _is_plain, "lora.Linear", **names, wanted=wanted, compiled=compiled
+            lora_layers(model),
+            forward,
+            _is_plain,
+            "lora.Linear",
+            kind="LoRA layers",
+            owner="PEFT",
+            option="use_fused_lora",
+            wanted=wanted,
+            compiled=compiled,
         )
 
     @contextlib.contextmanager

@@ -34,7 +34,6 @@ class FusedNorms(FusedLayers):
     """
 
     def __init__(self, model: nn.Module, wanted: bool | None = None, *, compiled: bool = False) -> None:
-        names = {"kind": "RMSNorm layers", "owner": "the model", "option": "use_fused_norm"}
         layers = [module for module in model.modules() if "RMSNorm" in type(module).__name__]
         # Once, since a run may leave weights sharded; of each layer, since a class may have several kinds of them, as
         # Gemma's with and without a weight.
@@ -45,7 +44,17 @@ class FusedNorms(FusedLayers):
                 known[layer] = is_rms_norm(layer)
             return known[layer]
 
-        super().__init__(layers, forward, fits, "RMSNorm", **names, wanted=wanted, compiled=compiled)
+        super().__init__(
+            layers,
+            forward,
+            fits,
+            "RMSNorm",
+            kind="RMSNorm layers",
+            owner="the model",
+            option="use_fused_norm",
+            wanted=wanted,
+            compiled=compiled,
+        )
 
 
 def epsilon_of(layer: Any) -> float | None:

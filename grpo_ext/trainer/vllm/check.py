@@ -113,7 +113,8 @@ class WeightCheck:
 
 REMEDY = (
     "Where it happens again after a restart, set vllm_lora_mode='merged' if an adapter was being hot-loaded, try "
-    "another version of vLLM, or set use_vllm=False; a server must have been started on the same model. "
+    "another version of vLLM, or set use_vllm=False; a server must have been started on the same model and with "
+    "--logprobs-mode processed_logprobs. "
     "vllm_weight_check_bound raises the bound where the difference is known to be rounding."
 )
 
