@@ -7,7 +7,7 @@ from typing import Any
 
 from grpo_ext.cli.convert import SettingsError
 from grpo_ext.cli.data import load_datasets, load_reward
-from grpo_ext.cli.prepare import make_config
+from grpo_ext.cli.prepare import make_config, on_one_process
 from grpo_ext.cli.run_files import ADAPTER_FOLDER, MODEL_FOLDER, write_json, write_samples
 from grpo_ext.cli.settings import read_run
 from grpo_ext.cli.train import measure_heldout
@@ -27,10 +27,13 @@ def eval_command(folder: str, samples: int | None = None, seed: int | None = Non
         heldout_reward, stderr, best_constant_reward, questions, samples, seed.
 
     Raises:
-        SettingsError: not a run folder, no held-out questions, or no trained weights in it.
+        SettingsError: several processes, not a run folder, no held-out questions, or no trained weights in it.
     """
     settings = read_run(folder)
+    on_one_process(settings)
     args = make_config(settings, folder)
+    if args.world_size > 1:
+        raise SettingsError("eval measures in one process: start it without torchrun or accelerate launch")
     rewards = [load_reward(name) for name in settings.reward_funcs]
     _, heldout = load_datasets(settings.dataset, settings.seed)
     if heldout is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -80,14 +81,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         own, extra = _split(sys.argv[1:] if argv is None else list(argv))
         _run(build_parser().parse_args(own), extra)
     except SettingsError as error:
-        print(f"grpo-ext: error: {error}", file=sys.stderr)
+        print(f"grpo-ext{_process()}: error: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in EXTRAS:
             raise
-        print(f"grpo-ext: error: {error}; install it with: pip install 'grpo-ext[train]'", file=sys.stderr)
+        print(f"grpo-ext{_process()}: error: {error}; install it with: pip install 'grpo-ext[train]'", file=sys.stderr)
         return 2
     return 0
+
+
+def _process() -> str:
+    """Which process an error is of, where there are several: torchrun ends the others at the first, so all speak."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f" (process {rank})"
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -103,7 +110,9 @@ def _run(arguments: argparse.Namespace, extra: Sequence[str]) -> None:
     if arguments.command == "train":
         from grpo_ext.cli.train import final_line, train_command
 
-        print(final_line(train_command(arguments.config, arguments.fields)))
+        summary = train_command(arguments.config, arguments.fields)
+        if summary:  # the main process
+            print(final_line(summary))
     elif arguments.command == "eval":
         from grpo_ext.cli.eval import eval_command
 

@@ -67,9 +67,14 @@ def choose_dtype(settings: RunSettings, resumed: str | None) -> str | None:
 def make_config(settings: RunSettings, folder: str) -> Any:
     """The `GRPOConfig` of the run, with a TensorBoard log unless ``report_to`` says otherwise.
 
+    Several processes on a machine without an accelerator train together on the CPU: left to itself accelerate would let
+    each train alone.
+
     Raises:
-        SettingsError: a value that GRPOConfig refuses.
+        SettingsError: a value that GRPOConfig refuses, or processes that would not train together.
     """
+    import torch
+
     from grpo_ext.trainer import GRPOConfig
 
     values: dict[str, Any] = {
@@ -77,10 +82,27 @@ def make_config(settings: RunSettings, folder: str) -> Any:
         "report_to": ["tensorboard"],
         "save_strategy": "no",
     } | settings.trainer
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started > 1 and not torch.accelerator.is_available():
+        if not values.get("deepspeed"):
+            values.setdefault("use_cpu", True)
+        elif "accelerator_config" not in values:  # by which a program may have set up its processes
+            raise SettingsError("deepspeed needs GPUs, and torch sees none: its processes would wait for ever")
     try:
-        return GRPOConfig(**values | {"output_dir": folder})
-    except (ValueError, TypeError) as error:
+        args = GRPOConfig(**values | {"output_dir": folder})
+    except (ImportError, ValueError, TypeError) as error:
         raise SettingsError(str(error)) from error
+    if args.world_size < started:
+        raise SettingsError(
+            f"{started} processes were started, but each would train by itself: torch sees no GPU for them"
+        )
+    return args
+
+
+def on_one_process(settings: RunSettings) -> None:
+    """Take out of the settings what fits only the processes that trained: a measurement needs one, and any will do."""
+    for name in ("fsdp", "fsdp_config", "deepspeed", "vllm_tensor_parallel_size", "generation_batch_size"):
+        settings.trainer.pop(name, None)
 
 
 def lora_config(settings: LoraSettings | None) -> Any:

@@ -18,6 +18,7 @@ from grpo_ext.cli.data import load_datasets, load_reward
 from grpo_ext.cli.info import versions
 from grpo_ext.cli.plot import plot_run
 from grpo_ext.cli.prepare import choose_dtype, lora_config, make_config, resume_from, run_folder
+from grpo_ext.cli.processes import WhenTrainingStarts, agreed, measured_when_training_starts, unscored
 from grpo_ext.cli.run_files import (
     ADAPTER_FOLDER,
     CONFIG_FILE,
@@ -33,6 +34,7 @@ from grpo_ext.cli.settings import RunSettings, read_settings
 from grpo_ext.tasks import load_model
 from grpo_ext.tasks.heldout import HeldoutResult, best_constant_reward, heldout_reward
 from grpo_ext.trainer.generation import SamplingParams
+from grpo_ext.trainer.shards import acts_jointly
 
 
 def train_command(config: str, arguments: Sequence[str]) -> dict[str, Any]:
@@ -41,6 +43,12 @@ def train_command(config: str, arguments: Sequence[str]) -> dict[str, Any]:
     The run folder then holds: config.yaml (the settings in full), adapter/ (or model/ without LoRA),
     metrics.jsonl, completions/, the TensorBoard log, heldout_before.jsonl and heldout_after.jsonl (sampled
     answers), reward.png and summary.json.
+
+    On several processes every one of them calls this. The main process alone writes and prints, and measures the
+    held-out questions while the others wait; a model in pieces answers them on all processes together.
+
+    Returns:
+        The summary; empty on the other processes.
 
     Raises:
         SettingsError: the run is described wrongly.
@@ -54,52 +62,71 @@ def train_command(config: str, arguments: Sequence[str]) -> dict[str, Any]:
         )
     dtype_line = choose_dtype(settings, folder if resume is not None else None)
     args = make_config(settings, folder)
+    # Other machines may have other folders. And nothing is written before all have looked.
+    folder, summary = agreed((folder, read_summary(folder) if resume is not None else {}))
+    args.output_dir = os.path.expanduser(folder)
+    is_main = args.process_index == 0
     rewards = [load_reward(name) for name in settings.reward_funcs]
     train_set, heldout = load_datasets(settings.dataset, settings.seed)
     try:
         model, tokenizer = load_model(settings.model, settings.dtype)
     except (FileNotFoundError, ImportError, ValueError) as error:
         raise SettingsError(str(error)) from error
-    os.makedirs(folder, exist_ok=True)
     # The folder's own copy says all that was in force: it alone is enough for `eval` and to train again.
     settings.trainer["output_dir"] = folder
-    with open(os.path.join(folder, CONFIG_FILE), "w", encoding="utf-8") as file:
-        yaml.safe_dump(settings.to_dict(), file, sort_keys=False)
     questions = 0 if heldout is None else len(heldout)
-    _say(f"{settings.model}: {len(train_set)} rows to train on, {questions} held out; run folder {folder}")
-    if dtype_line is not None:
-        _say(dtype_line)
+    if is_main:
+        os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, CONFIG_FILE), "w", encoding="utf-8") as file:
+            yaml.safe_dump(settings.to_dict(), file, sort_keys=False)
+        _say(f"{settings.model}: {len(train_set)} rows to train on, {questions} held out; run folder {folder}")
+        if dtype_line is not None:
+            _say(dtype_line)
 
     def measure(policy: Any, name: str) -> HeldoutResult | None:
-        if heldout is None:
+        if heldout is None or not (is_main or acts_jointly(policy)):
             return None
-        result = measure_heldout(policy, tokenizer, settings, args, heldout, rewards)
+        scored = rewards if is_main else [unscored] * len(rewards)
+        result = measure_heldout(policy, tokenizer, settings, args, heldout, scored)
+        if not is_main:
+            return None
         write_samples(os.path.join(folder, f"heldout_{name}.jsonl"), result.samples)
         _say(f"held-out reward {name} training: {result.reward:.3f} ± {result.stderr:.3f}")
         return result
 
-    summary = read_summary(folder) if resume is not None else {}
-    if "heldout_reward_before" not in summary:
-        # Without the adapter, whose effect is zero before the first step: the same answers in less time.
-        before = measure(model.to(args.device), "before")
-        constant = None
-        if heldout is not None:
-            constant = best_constant_reward(heldout, rewards, reward_weights=args.reward_weights)
-        summary = {
-            "model": settings.model,
-            "dtype": settings.dtype,
-            "seed": args.seed,
-            "heldout_questions": questions,
-            "heldout_samples": settings.heldout_samples,
-            "heldout_reward_before": before and round(before.reward, 4),
-            "best_constant_reward": constant and round(constant, 4),
-        }
-        write_json(os.path.join(folder, SUMMARY_FILE), summary)
+    def measure_before(policy: Any) -> None:
+        before = measure(policy, "before")
+        if is_main:
+            constant = None
+            if heldout is not None:
+                constant = best_constant_reward(heldout, rewards, reward_weights=args.reward_weights)
+            summary.update(
+                model=settings.model,
+                dtype=settings.dtype,
+                seed=args.seed,
+                processes=args.world_size,
+                heldout_questions=questions,
+                heldout_samples=settings.heldout_samples,
+                heldout_reward_before=before and round(before.reward, 4),
+                best_constant_reward=constant and round(constant, 4),
+            )
+            write_json(os.path.join(folder, SUMMARY_FILE), summary)
+        agreed(None)
 
-    started = time.monotonic()
-    trainer = run_trainer(settings, args, model, tokenizer, train_set, heldout, rewards, resume)
-    train_seconds = time.monotonic() - started
+    at_start = None
+    if "heldout_reward_before" not in summary:
+        if measured_when_training_starts(args):
+            at_start = measure_before
+        else:
+            # Without the adapter, whose effect is zero before the first step: the same answers in less time.
+            measure_before(model.to(args.device))
+
+    trainer, train_seconds = run_trainer(
+        settings, args, model, tokenizer, train_set, heldout, rewards, resume, at_start
+    )
     after = measure(trainer.model, "after")
+    if not is_main:
+        return {}
     summary |= {
         "heldout_reward_after": after and round(after.reward, 4),
         "heldout_stderr_after": after and round(after.stderr, 4),
@@ -126,12 +153,21 @@ def run_trainer(
     heldout: Any,
     rewards: Sequence[Callable[..., Any]],
     resume: str | bool | None,
-) -> Any:
-    """Train, save the adapter (or the model) into the run folder, and return the trainer."""
+    at_start: Callable[[Any], None] | None = None,
+) -> tuple[Any, float]:
+    """Train, and save the adapter (or the model) into the run folder.
+
+    Args:
+        at_start: called with the model as training has laid it out, before the first step.
+
+    Returns:
+        The trainer, and the seconds it took, `at_start` left out.
+    """
     from transformers import set_seed
 
     from grpo_ext.trainer import GRPOTrainer
 
+    started = time.monotonic()
     set_seed(args.seed)  # the adapter's first values come from it
     with _tensorboard_folder(os.path.join(args.output_dir, TENSORBOARD_FOLDER)):
         trainer = GRPOTrainer(
@@ -143,13 +179,23 @@ def run_trainer(
             processing_class=tokenizer,
             peft_config=lora_config(settings.lora),
         )
+    waited = 0.0
+    if at_start is not None:
+
+        def start() -> None:
+            nonlocal waited
+            began = time.monotonic()
+            at_start(trainer.model)
+            waited = time.monotonic() - began
+
+        trainer.add_callback(WhenTrainingStarts(start))
     with warnings.catch_warnings():
         # peft looks for the base model's config.json at every save; a packaged model has none.
         warnings.filterwarnings("ignore", message="Could not find a config file in")
         trainer.train(resume_from_checkpoint=resume)
         folder = MODEL_FOLDER if settings.lora is None else ADAPTER_FOLDER
         trainer.save_model(os.path.join(args.output_dir, folder))
-    return trainer
+    return trainer, time.monotonic() - started - waited
 
 
 def measure_heldout(

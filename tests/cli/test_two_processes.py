@@ -1,0 +1,157 @@
+"""`grpo-ext train` started by torchrun on two processes: one run, whose files are written once."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from grpo_ext.cli.main import main
+from grpo_ext.cli.settings import read_settings
+from grpo_ext.trainer import GRPOConfig
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+REWARD = """
+def digits(completions):
+    return [sum(c in "0123456789" for c in reply[0]["content"]) / 6 for reply in completions]
+"""
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory, toy_model: Path) -> Path:
+    """The toy model's tokenizer and another architecture."""
+    folder = tmp_path_factory.mktemp("qwen")
+    shutil.copytree(toy_model, folder, dirs_exist_ok=True)
+    llama = AutoConfig.from_pretrained(toy_model).to_dict()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "max_position_embeddings", "eos_token_id", "pad_token_id", "bos_token_id")
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(Qwen2Config(**{name: llama[name] for name in names})).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path: Path, qwen: Path, toy_settings: dict[str, Any], write_yaml: Any) -> str:
+    """Two steps with rewards that differ."""
+    (tmp_path / "mine.py").write_text(REWARD, encoding="utf-8")
+    changes = {"model": str(qwen), "reward_funcs": [f"{tmp_path / 'mine.py'}:digits"], "learning_rate": "3e-2"}
+    return write_yaml({k: v for k, v in (toy_settings | changes).items() if k != "use_cpu"})
+
+
+def on_two(folder: Path, *runs: tuple[str, list[str]]) -> str:
+    """Run the command on two processes, once for each kind and arguments; what they printed."""
+    (folder / "runs.json").write_text(json.dumps(runs), encoding="utf-8")
+    worker = Path(__file__).with_name("two_process_worker.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launch, str(worker), str(folder / "runs.json")],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    return done.stdout
+
+
+def check(run: Path, one: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One set of files, the same answers before training as in a run of one process, and the trained model's after."""
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    assert (summary["processes"], summary["steps"]) == (2, 2)
+    assert summary["step_seconds"] > 0
+    assert len(list((run / "tensorboard").glob("events.out.tfevents.*"))) == 1
+    assert (run / "reward.png").stat().st_size > 0
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["step"] for line in lines if "reward" in line] == [1, 2]
+    for step in (1, 2):
+        made = (run / "completions" / f"step-00000{step}.jsonl").read_text(encoding="utf-8").splitlines()
+        assert len(made) == 16  # of both processes
+    before, after = ((run / f"heldout_{name}.jsonl").read_text(encoding="utf-8") for name in ("before", "after"))
+    assert before == (one / "heldout_before.jsonl").read_text(encoding="utf-8")
+    mean = sum(json.loads(line)["reward"] for line in after.splitlines()) / 8
+    assert summary["heldout_reward_after"] == pytest.approx(mean, abs=1e-4)
+    of_one = json.loads((one / "summary.json").read_text(encoding="utf-8"))
+    for name in ("heldout_reward_before", "best_constant_reward", "heldout_questions"):
+        assert summary[name] == of_one[name], name
+    weights = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert len(weights) == 28
+    assert all(weight.abs().max() > 0 for weight in weights.values())
+    # One process finds in the folder what the two left.
+    capsys.readouterr()
+    assert main(["eval", str(run)]) == 0, capsys.readouterr().err
+    assert (run / "eval.jsonl").read_text(encoding="utf-8") == after
+    assert after != before
+
+
+def test_one_run_of_two_processes(tmp_path: Path, config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", config, "--output_dir", str(tmp_path / "one"), "--use_cpu", "true"]) == 0
+    sharded = ["--fsdp", "true", "--fsdp_config", str(EXAMPLES / "fsdp2.json"), "--output_dir", "runs/sharded"]
+    said = on_two(tmp_path, ("ddp", ["train", config]), ("fsdp2", ["train", config, *sharded]))
+    # Without output_dir the folder has a number where its name is taken: the processes must not take each other's.
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["sharded", "toy"]
+    for line in ("run folder", "held-out reward before training", "held-out reward after training", " 2 steps, "):
+        assert said.count(line) == 2, f"{line}: once for each run\n{said}"
+    assert said.count("ddp: in pieces False") == said.count("fsdp2: in pieces True") == 2  # the second process asks
+    for name in ("toy", "sharded"):
+        check(tmp_path / "runs" / name, tmp_path / "one", capsys)
+
+
+@pytest.mark.skipif(not HAS_DEEPSPEED, reason="DeepSpeed is not installed: make peers installs it beside .venv")
+def test_weights_in_pieces_before_training(tmp_path: Path, config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", config, "--output_dir", str(tmp_path / "one"), "--use_cpu", "true"]) == 0
+    values = json.loads((EXAMPLES / "zero3.json").read_text(encoding="utf-8"))
+    # Its own Adam would have to be compiled.
+    values |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    (tmp_path / "zero3.json").write_text(json.dumps(values), encoding="utf-8")
+    said = on_two(tmp_path, ("zero3", ["train", config, "--deepspeed", str(tmp_path / "zero3.json")]))
+    assert said.count("held-out reward before training") == said.count("held-out reward after training") == 1
+    assert said.count("zero3: in pieces True") == 2
+    check(tmp_path / "runs" / "toy", tmp_path / "one", capsys)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma2", "mistral", "gpt2", "phi3", "qwen3_moe"])
+def test_fsdp2_finds_the_layers_of_any_architecture(architecture: str, write_yaml: Any) -> None:
+    arguments = ["--model", "m", "--dataset", "products", "--fsdp", "true", "--fsdp_config"]
+    fields = read_settings(write_yaml({}), [*arguments, str(EXAMPLES / "fsdp2.json")]).trainer
+    plugin = FullyShardedDataParallelPlugin(**GRPOConfig(output_dir="unused", use_cpu=True, **fields).fsdp_plugin_args)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, num_hidden_layers=2))
+    divided = fsdp2_prepare_auto_wrap_policy(plugin, model)
+    assert divided is not None
+    assert sum(divided(module) for module in model.modules()) == 2
+
+
+def test_processes_that_would_train_alone_are_an_error(
+    config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)  # then nobody turns to the CPU by himself
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["train", config]) == 2
+    assert "2 processes were started, but each would train by itself" in capsys.readouterr().err
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    assert main(["train", config, "--deepspeed", str(EXAMPLES / "zero3.json")]) == 2
+    assert "deepspeed needs GPUs" in capsys.readouterr().err
+
+
+def test_zero3_is_a_config_that_leaves_the_numbers_to_the_run() -> None:
+    values = json.loads((EXAMPLES / "zero3.json").read_text(encoding="utf-8"))
+    assert values["zero_optimization"]["stage"] == 3
+    # Else save_model leaves no weights of a run without LoRA.
+    assert values["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
+    numbers = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    assert all(values[name] == "auto" for name in numbers)
