@@ -8,6 +8,7 @@ each: the log probabilities that vLLM reports *of* a prompt bypass that cache.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -92,10 +93,12 @@ class WeightCheck:
         """``(prefixes, V)`` fp32 log probabilities of the token after each prefix, on the CPU."""
         device = next(model.parameters()).device
         ids = torch.tensor([self.prompt], device=device)
+        rows = len(self.lengths)  # of the last tokens
+        base = getattr(model, "get_base_model", lambda: model)()
+        keep = {"logits_to_keep": rows} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
         with evaluating(model):
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
-        wanted = torch.tensor([n - 1 for n in self.lengths], device=device)
-        return logits[wanted].float().log_softmax(dim=-1).cpu()
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **keep).logits[0]
+        return logits[-rows:].float().log_softmax(dim=-1).cpu()
 
     def _changes(self, answers: Sequence[Answer], rows: Tensor) -> tuple[float, float]:
         """Root mean square of what has changed since then in the trainer, and in the engine."""
