@@ -13,7 +13,16 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from grpo_ext.trainer.errors import PromptLengthError
 from grpo_ext.trainer.shards import acts_jointly
@@ -277,7 +286,7 @@ class TransformersEngine:
         first, which = unique_rows(prompt_ids)
         ids, mask = left_pad(prompt_ids, self.pad_id, device)
         width = ids.shape[1]
-        config = self._config(sampling)
+        config, cuts = self._config(sampling)
         ends: Any = config.eos_token_id  # generation_kwargs may have others than ours
         end_ids = [ends] if isinstance(ends, int) else list(ends or ())
         # Where the weights are spread over processes all of them go on until the last has its end token, and none has
@@ -289,7 +298,7 @@ class TransformersEngine:
                 rows = torch.tensor(first, device=device)
                 cache = shared_prompt_cache(model, ids[rows], mask[rows], torch.tensor(which, device=device))
                 self.share_prompts = cache is not None
-            kwargs: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+            kwargs: dict[str, Any] = {"logits_processor": cuts} | ({} if cache is None else {"past_key_values": cache})
             watch = None if done is None else _Ended(len(prompt_ids), width, end_ids, done)
             if watch is not None:
                 kwargs["stopping_criteria"] = [watch]
@@ -301,7 +310,8 @@ class TransformersEngine:
             watch.tell_rest(completions)
         return Completions(completions, finished)
 
-    def _config(self, sampling: SamplingParams) -> GenerationConfig:
+    def _config(self, sampling: SamplingParams) -> tuple[GenerationConfig, LogitsProcessorList]:
+        """What to give to ``model.generate``: settings, and cuts that come in another order than its own."""
         fields: dict[str, Any] = {
             "max_new_tokens": sampling.max_new_tokens,
             "do_sample": sampling.temperature > 0,
@@ -323,7 +333,17 @@ class TransformersEngine:
             raise ValueError(
                 f"generation_kwargs has {unknown[0]!r}, which transformers' GenerationConfig does not know"
             )
-        return GenerationConfig(**(fields | sampling.extra))
+        fields |= sampling.extra
+        cuts = LogitsProcessorList()
+        min_p, top_k, top_p = fields.get("min_p"), fields.get("top_k"), fields.get("top_p", 1.0)
+        if fields["do_sample"] and min_p and (top_k or top_p < 1):  # vLLM's order: transformers cuts by min_p last, which keeps fewer tokens
+            cuts += [TemperatureLogitsWarper(float(fields["temperature"])), MinPLogitsWarper(min_p)]
+            if top_k:
+                cuts.append(TopKLogitsWarper(top_k))
+            if top_p < 1:
+                cuts.append(TopPLogitsWarper(top_p))
+            fields |= {"temperature": 1.0, "min_p": None, "top_k": 0, "top_p": 1.0}
+        return GenerationConfig(**fields), cuts
 
 
 class _Ended(StoppingCriteria):

@@ -38,11 +38,11 @@ from grpo_ext.trainer.vllm.weights import checkpoint_weights
 #: Words that end a greedy completion here, so that some are short and some are long.
 ENDS = [EOS, 2, 3, 4]
 LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo")
-#: What runs with each kind; FSDP2 has its part in every `make test`, so it takes the two that divide differently.
+#: What runs with each kind.
 CASES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("zero2", "zero3"), (*LOSSES, "skipped", "lora")),
     "ddp": (*LOSSES, "skipped", "lora", "lora and head"),
-    "fsdp2": ("bnpo", "skipped", "lora", "lora and head"),
+    "fsdp2": (*LOSSES, "skipped", "lora", "lora and head"),
 }
 #: What is trained, where that is not all of the model.
 ADAPTERS: dict[str, dict[str, Any]] = {

@@ -79,6 +79,7 @@ CUTS = {
     "min_p": SamplingParams(1, 1.3, min_p=0.2),
     "penalty": SamplingParams(1, 1.3, repetition_penalty=1.7),
     "all": SamplingParams(1, 0.8, 0.9, 20, 0.01, 1.2),
+    "several": SamplingParams(1, 1.3, top_p=0.9, top_k=20, min_p=0.1),
 }
 
 
@@ -87,9 +88,10 @@ def test_a_cut_means_the_same_to_both_engines(client: ColocatedClient, tmp_path:
     """400 draws: the same tokens can come, and vLLM reports what transformers' processed scores say."""
     model, sampling, prompt = build_model(2), CUTS[name], [5, 9, 5, 30, 9, 12]
     done = engine_around(client, tmp_path).generate(model, [prompt] * 400, sampling)
-    config = TransformersEngine([EOS], PAD)._config(sampling)
+    config, cuts = TransformersEngine([EOS], PAD)._config(sampling)
     config.output_scores = config.return_dict_in_generate = True
-    scores = model.generate(input_ids=torch.tensor([prompt]), generation_config=config).scores[0][0]
+    ids = torch.tensor([prompt])
+    scores = model.generate(input_ids=ids, generation_config=config, logits_processor=cuts).scores[0][0]
     expected = scores.float().log_softmax(-1)
     assert done.sampling_logps is not None
     for ids, logps in zip(done.ids, done.sampling_logps, strict=True):

@@ -31,8 +31,7 @@ def sampling_fields(sampling: SamplingParams, end_ids: Sequence[int]) -> dict[st
     """Fields of vLLM's SamplingParams, the same for the engine in this process and the server.
 
     A completion ends at ``end_ids`` and nothing else: vLLM's own idea of the end token is switched off, so both
-    engines end where the trainer says. Where several cuts are on, vLLM applies ``min_p`` before ``top_p`` and
-    transformers after it; each of them alone keeps the same tokens.
+    engines end where the trainer says.
 
     Raises:
         ValueError: for a field of ``generation_kwargs`` that vLLM does not have.
