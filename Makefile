@@ -105,7 +105,7 @@ $(VENV)/deepspeed: requirements-deepspeed.txt $(VENV)/tools
 test-all: test peers
 	$(BIN)/python -m pytest -m grid --junitxml=build/grid.xml $(ARGS)
 	PYTHONPATH=$(CURDIR)/$(VENV)/deepspeed $(BIN)/python -m pytest tests/trainer/test_two_processes_sharded.py \
-	  tests/cli/test_two_processes.py
+	  tests/cli/test_cli_processes.py
 	PYTHONPATH=$(VENV)/peers $(BIN)/python -m pytest tests/integrations/test_liger_dropins.py \
 	  tests/integrations/test_verl_functions.py tests/integrations/test_unsloth_seam.py tests/cli/test_bench_integrations.py
 

@@ -336,7 +336,8 @@ class TransformersEngine:
         fields |= sampling.extra
         cuts = LogitsProcessorList()
         min_p, top_k, top_p = fields.get("min_p"), fields.get("top_k"), fields.get("top_p", 1.0)
-        if fields["do_sample"] and min_p and (top_k or top_p < 1):  # vLLM's order: transformers cuts by min_p last, which keeps fewer tokens
+        # In vLLM's order: transformers cuts by min_p last, which keeps others.
+        if fields["do_sample"] and min_p and (top_k or top_p < 1):
             cuts += [TemperatureLogitsWarper(float(fields["temperature"])), MinPLogitsWarper(min_p)]
             if top_k:
                 cuts.append(TopKLogitsWarper(top_k))

@@ -1,6 +1,6 @@
-"""`grpo-ext` runs one after the other on however many processes this is started on; see test_two_processes.py.
+"""`grpo-ext` runs one after the other on however many processes this is started on; see test_cli_processes.py.
 
-    torchrun --nproc_per_node 2 two_process_worker.py RUNS.json
+    torchrun --nproc_per_node 2 cli_processes_worker.py RUNS.json
 
 The file lists the runs, each a KIND and the arguments of the command. KIND says how the weights are spread: ``ddp``
 (not at all), ``fsdp2`` or ``zero3``. Without GPUs the last two need the help of this file.

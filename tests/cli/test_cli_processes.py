@@ -54,7 +54,7 @@ def config(tmp_path: Path, qwen: Path, toy_settings: dict[str, Any], write_yaml:
 def on_two(folder: Path, *runs: tuple[str, list[str]]) -> str:
     """Run the command on two processes, once for each kind and arguments; what they printed."""
     (folder / "runs.json").write_text(json.dumps(runs), encoding="utf-8")
-    worker = Path(__file__).with_name("two_process_worker.py")
+    worker = Path(__file__).with_name("cli_processes_worker.py")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
         [*launch, str(worker), str(folder / "runs.json")],
