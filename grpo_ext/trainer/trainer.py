@@ -132,6 +132,11 @@ class GRPOTrainer(Trainer):
             processing_class=tokenizer,
             callbacks=callbacks,
         )
+        if args.fsdp and not self.is_fsdp_enabled:
+            raise ValueError(
+                f"fsdp={args.fsdp!r}, but accelerate spreads weights over GPUs only and the device is "
+                f"{args.device.type}: each process would hold them all; leave fsdp, or train on GPUs"
+            )
         if self.accelerator.num_processes > 1:
             # Ranks may hold completions of the same prompt: on one stream they would draw the same tokens.
             set_seed(args.seed, device_specific=True)

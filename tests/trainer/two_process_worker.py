@@ -90,6 +90,16 @@ def sharding(kind: str) -> dict[str, Any]:
     return {"use_cpu": True}
 
 
+def without_gpus(folder: Path) -> str:
+    """What is said of FSDP where accelerate would take DDP instead."""
+    args = GRPOConfig(output_dir=str(folder), per_device_train_batch_size=8, report_to="none", **sharding("fsdp2"))
+    try:
+        GRPOTrainer(build_model(), reward_number, args, ROWS, processing_class=build_tokenizer())
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def make_config(kind: str, **fields: Any) -> GRPOConfig:
     """A config on this machine, with or without GPUs."""
     if kind.startswith("zero") and not torch.cuda.is_available():
@@ -320,6 +330,7 @@ def main(folder: Path, kinds: Sequence[str]) -> None:
     if "ddp" in kinds:
         results["sampled"] = sampled(folder)
         results["too long"] = too_long(folder / "too-long")
+        results["fsdp without GPUs"] = without_gpus(folder / "without-gpus")
     if torch.distributed.get_rank() == 0:
         torch.save(results, folder / "two.pt")
 
