@@ -253,7 +253,6 @@ class GRPOConfig(TrainingArguments):
     save_completions: bool = _field(True, "Write every generation batch to output_dir/completions/ as JSON lines.")
 
     def __post_init__(self) -> None:
-        self._check_generation()
         self._check_vllm()
         self._check_rewards()
         self._check_reference()
@@ -267,6 +266,7 @@ class GRPOConfig(TrainingArguments):
             self.fsdp: Any = str(fsdp).lower() == "true"
         super().__post_init__()
         self._read_generation_kwargs()
+        self._check_generation()
         self.loss_config()
         if self.use_vllm and self.world_size % self.vllm_tensor_parallel_size:
             raise ValueError(
@@ -337,7 +337,6 @@ class GRPOConfig(TrainingArguments):
             value = given.pop(name, None)
             if value is not None:
                 setattr(self, name, value)
-        self._check_generation()
         self.generation_kwargs = given or None
 
     def _check_vllm(self) -> None:

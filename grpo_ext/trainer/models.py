@@ -163,12 +163,12 @@ class Reference:
             self._frozen.to(next(model.parameters()).device)
             yield self._frozen
             return
-        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         with evaluating(model), model.disable_adapter():  # type: ignore[operator]
             # PEFT freezes an adapter that is off, and its way back knows one form of a weight, FSDP2 has two: a weight
             # that this pass puts together would stay frozen.
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
+            for parameter in trained:
+                parameter.requires_grad_(True)
             yield model
 
     def check_can_move(self) -> None:

@@ -105,9 +105,6 @@ def wait_for_gathers(model: nn.Module) -> bool:
 
 
 def _bare(layer: nn.Module) -> nn.Module:
-    for name in WRAPPED:
-        while name in layer._modules:
-            inner = layer._modules[name]
-            assert inner is not None
-            layer = inner
+    while (inner := next((layer._modules[name] for name in WRAPPED if name in layer._modules), None)) is not None:
+        layer = inner
     return layer

@@ -146,8 +146,9 @@ def test_few_prompts_warn(make_config: Make) -> None:
 
 
 def test_greedy_repeats_warn(make_config: Make) -> None:
-    with pytest.warns(UserWarning, match="num_generations_eval=2 with eval_temperature=0 repeats"):
+    with pytest.warns(UserWarning, match="num_generations_eval=2 with eval_temperature=0 repeats") as caught:
         make_config(num_generations_eval=2)
+    assert sum("repeats" in str(warning.message) for warning in caught) == 1
 
 
 @pytest.mark.parametrize(("given", "kept"), [(True, "group"), (False, "none"), ("batch", "batch")])

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+from grpo_ext.trainer.shards import _bare
 
 WORKER = Path(__file__).parent / "fsdp_prefetch_worker.py"
 
@@ -39,6 +42,13 @@ def check(lines: list[dict[str, Any]]) -> None:
         if line["in_order"]:
             assert line["dropped"] == line["wrong"] == 0
             assert (line["ahead"] > 0) == (not line["frozen"])  # with one layer trained there is none before it
+
+
+def test_layers_behind_wrappers_are_found() -> None:
+    layer = torch.nn.Linear(2, 2)
+    assert _bare(layer) is layer
+    assert _bare(checkpoint_wrapper(layer)) is layer
+    assert _bare(torch.compile(checkpoint_wrapper(layer))) is layer
 
 
 @pytest.mark.timeout(240)

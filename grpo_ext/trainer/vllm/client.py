@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -76,4 +76,13 @@ class Client(Protocol):
 
     def close(self) -> None:
         """Stop the engine, if it is this process's, and remove what was written for it."""
+        ...
+
+
+@runtime_checkable
+class Restartable(Protocol):
+    """A `Client` whose vLLM someone else may start anew between two calls: it then holds other weights."""
+
+    def started(self) -> str | None:
+        """Another value after each start, and on rank 0 at least; None when the vLLM does not say."""
         ...

@@ -9,7 +9,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from torch import nn
 from grpo_ext.trainer.errors import EngineError, PromptLengthError
 from grpo_ext.trainer.generation import Completions, Done, SamplingParams
 from grpo_ext.trainer.vllm.check import TOP, WeightCheck
-from grpo_ext.trainer.vllm.client import Answer, Answered, Client
+from grpo_ext.trainer.vllm.client import Answer, Answered, Client, Restartable
 from grpo_ext.trainer.vllm.parallel import Ranks
 from grpo_ext.trainer.vllm.sampling import sampling_fields
 from grpo_ext.trainer.vllm.weights import checkpoint_weights, trainable_version, write_adapter
@@ -28,15 +28,6 @@ PROBE_FIELDS: dict[str, Any] = {"max_tokens": 1, "temperature": 1.0, "ignore_eos
 #: Spread of log probabilities, in nats, below which two temperatures cannot be told apart. In bf16 two requests for the
 #: same one differ by up to 0.1; over the probe's 160 values that moves the ratio of the spreads by 0.08.
 SPREAD = 0.1
-
-
-@runtime_checkable
-class Restartable(Protocol):
-    """A `Client` whose vLLM someone else may start anew between two calls: it then holds other weights."""
-
-    def started(self) -> str | None:
-        """Another value after each start, and on rank 0 at least; None when the vLLM does not say."""
-        ...
 
 
 class VllmEngine:
