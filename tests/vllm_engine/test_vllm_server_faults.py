@@ -179,8 +179,8 @@ def test_a_server_asleep_that_is_started_anew(connect: Connect) -> None:
     assert fake.asleep
 
 
-def test_adapters_need_no_development_mode(connect: Connect) -> None:
-    """There is no /is_sleeping then, and no way to have put it to sleep."""
+def test_a_server_without_development_mode(connect: Connect) -> None:
+    """There is no /is_sleeping then, so connecting works; what the caches need is named."""
     engine = connect(FakeServer(build_model(), dev_mode=False), "adapter")
     with pytest.raises(EngineError, match=r"does not offer POST .*/reset_prefix_cache: start it with VLLM_SERVER_DEV"):
         engine.generate(with_adapter(build_model()), PROMPTS, GREEDY)
