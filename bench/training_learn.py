@@ -177,7 +177,7 @@ def learn(args: Any) -> bool:
     good = True
     for kind in args.candidates:
         for first in range(0, args.seeds, args.together):
-            seeds = range(first, min(first + args.together, args.seeds))
+            seeds = seeds_of(args)[first : first + args.together]
             company = Company(context.Lock(), context.Barrier(len(seeds)))
             processes = [context.Process(target=work, args=(args, kind, seed, company)) for seed in seeds]
             for process in processes:
@@ -185,6 +185,10 @@ def learn(args: Any) -> bool:
             good &= all_end_well(processes)
     merge(Path(args.output), args)
     return good
+
+
+def seeds_of(args: Any) -> range:
+    return range(args.first_seed, args.first_seed + args.seeds)
 
 
 def all_end_well(processes: list[Any]) -> bool:
@@ -221,7 +225,7 @@ def merge(output: Path, args: Any) -> None:
 
     rows: list[dict[str, Any]] = []
     for trainer in args.candidates:
-        for seed in range(args.seeds):
+        for seed in seeds_of(args):
             path = output / f"training_learn_{trainer}_{seed}.csv"
             if path.is_file():
                 with path.open(newline="") as file:
@@ -232,7 +236,7 @@ def merge(output: Path, args: Any) -> None:
     common.write_csv(output / f"training_learn_{args.device}.csv", rows)
     for trainer in args.candidates:
         last = [max((r for r in rows if r["candidate"] == trainer and int(r["seed"]) == seed),
-                    key=lambda r: float(r["step"]), default=None) for seed in range(args.seeds)]  # fmt: skip
+                    key=lambda r: float(r["step"]), default=None) for seed in seeds_of(args)]  # fmt: skip
         done = [r for r in last if r is not None]
         rewards = ", ".join(r["reward"] for r in done)
         seconds = ", ".join(r["seconds"] for r in done)

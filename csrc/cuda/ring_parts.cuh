@@ -23,34 +23,74 @@ __device__ __forceinline__ bool is_over(uint64_t* barrier, uint32_t parity) {
   return __all_sync(~0u, ptx::mbarrier_test_wait(ptx::shared_address(barrier), parity));
 }
 
-// The rows of one cluster or CTA: every `step`-th, with the masks of 32 of them read ahead.
+// The rows of one cluster or CTA, in ascending order: every `step`-th live row, so that all have as
+// much to do, and every `step`-th masked one, counted from the other end. A warp walks over the
+// mask in windows of 32 rows, with those of the next 128 read ahead.
 class RowCursor {
  public:
   __device__ RowCursor(const uint8_t* mask, uint32_t count, uint32_t first, uint32_t step)
-      : mask_(mask), row_(first), step_(step), count_(count) {
-    ahead_ = peek(first + (threadIdx.x & 31) * step_);
-    refill();
+      : mask_(mask), count_(count), first_(first), step_(step), row_(first) {
+    if (!mask_) return;
+    read_ahead(0);
+    settle();
   }
   __device__ bool more() const { return row_ < count_; }
   __device__ uint32_t row() const { return row_; }
-  __device__ bool live() const { return window_ >> at_ & 1; }
+  __device__ bool live() const { return live_ >> (row_ & 31) & 1; }
   __device__ void advance() {
-    row_ += step_;
-    if (++at_ == 32) refill();
+    if (!mask_) {
+      row_ += step_;
+    } else {
+      own_ &= own_ - 1;
+      settle();
+    }
   }
 
  private:
-  __device__ bool peek(uint32_t row) const { return row < count_ && (!mask_ || mask_[row]); }
-  __device__ void refill() {
-    window_ = __ballot_sync(~0u, ahead_);
-    at_ = 0;
-    ahead_ = peek(row_ + (32 + (threadIdx.x & 31)) * step_);
+  static constexpr int kAheadWindows = 4;
+
+  // To the next own row, in this window or behind it.
+  __device__ void settle() {
+    while (own_ == 0) {
+      window_ += 32;
+      if (window_ >= count_) {
+        row_ = count_;
+        return;
+      }
+      open_window();
+    }
+    row_ = window_ + __ffs(own_) - 1;
+  }
+  __device__ void open_window() {
+    const uint32_t lane = threadIdx.x & 31, turn = window_ / 32 % kAheadWindows;
+    if (turn == 0) {
+      masks_ = 0;
+#pragma unroll
+      for (int i = 0; i < kAheadWindows; ++i) masks_ |= uint32_t(ahead_[i] != 0) << i;
+      read_ahead(window_ + 32 * kAheadWindows);
+    }
+    const bool live = masks_ >> turn & 1;
+    live_ = __ballot_sync(~0u, live);
+    const uint32_t below = __popc(live_ & ((1u << lane) - 1));
+    // Congruent to 0: the number among the live rows to `first`, among the masked to -1 - first.
+    const uint32_t number = live ? live_before_ + below + step_ - first_
+                                 : window_ - live_before_ + lane - below + first_ + 1;
+    own_ = __ballot_sync(~0u, window_ + lane < count_ && number % step_ == 0);
+    live_before_ += __popc(live_);
+  }
+  __device__ void read_ahead(uint32_t from) {
+#pragma unroll
+    for (int i = 0; i < kAheadWindows; ++i) {
+      const uint32_t row = from + 32 * i + (threadIdx.x & 31);
+      ahead_[i] = row < count_ ? mask_[row] : 0;
+    }
   }
   const uint8_t* mask_;
-  uint32_t row_, step_, count_;
-  uint32_t window_;
-  int at_;
-  bool ahead_;
+  uint32_t count_, first_, step_, row_;
+  uint32_t window_ = 0u - 32, own_ = 0, live_ = ~0u;  // its first row; bits of its rows
+  uint32_t live_before_ = 0;
+  uint32_t masks_ = 0;  // of this lane, a bit for each window
+  uint8_t ahead_[kAheadWindows];
 };
 
 // A place in the ring, moved on row by row.

@@ -177,7 +177,7 @@ class GRPOConfig(TrainingArguments):
     fill_micro_batches: bool = _field(
         False,
         "Sort by length, too, and put short completions into fewer micro-batches, none larger in padded tokens than "
-        "one of per_device_train_batch_size of the longest; in one process, otherwise like length_sorted_batches "
+        "one of per_device_train_batch_size of the longest; as many on all processes, and with DeepSpeed only sorted "
         "(bnpo then divides by the mean number of tokens of the generation batch's micro-batches).",
     )
     padding_free: bool = _field(

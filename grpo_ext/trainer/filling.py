@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from grpo_ext.trainer.batching import BatchPlan
 
+#: What all processes make of the numbers of slices that each of them needs, one for each optimizer step.
+Agree = Callable[[list[int]], list[int]]
 
-def filled_slices(lengths: Sequence[int], trained: Sequence[bool], plan: BatchPlan) -> tuple[list[int], list[int]]:
+
+def filled_slices(
+    lengths: Sequence[int], trained: Sequence[bool], plan: BatchPlan, agree: Agree | None = None
+) -> tuple[list[int], list[int]]:
     """Rows of one process in the order of its slices, and the number of rows of each slice.
 
     An optimizer step keeps its rows. The longest come first, and a slice takes rows while their number times the
@@ -20,22 +25,46 @@ def filled_slices(lengths: Sequence[int], trained: Sequence[bool], plan: BatchPl
         trained: whether a row goes through the model; the others are put to the step's last slice, where nobody
             computes them.
         plan: the batch numbers.
+        agree: where a backward of this process waits for the others': then the same slices hold a row on all of them.
     """
     count = min(plan.gradient_accumulation_steps, plan.steps_per_generation)
     window = count * plan.per_device_batch_size
+    steps = [range(start, min(start + window, len(lengths))) for start in range(0, len(lengths), window)]
+    filled = [_fill([row for row in rows if trained[row]], lengths, plan.per_device_batch_size) for rows in steps]
+    full = agree([len(slices) for slices in filled]) if agree else [1] * len(filled)
     order: list[int] = []
     sizes: list[int] = []
-    for start in range(0, len(lengths), window):
-        rows = range(start, min(start + window, len(lengths)))
-        waiting = sorted((row for row in rows if trained[row]), key=lambda row: -lengths[row])
-        budget = plan.per_device_batch_size * lengths[waiting[0]] if waiting else 0
-        slices: list[list[int]] = []
-        while waiting:
-            fitting = budget // lengths[waiting[0]]
-            slices.append(waiting[:fitting])
-            waiting = waiting[fitting:]
+    for rows, slices, at_least in zip(steps, filled, full, strict=True):
+        idle = [row for row in rows if not trained[row]]
+        if agree:
+            _spread(slices, idle, lengths, at_least)
         slices = [[] for _ in range(count - len(slices))] + slices
-        slices[-1] = slices[-1] + [row for row in rows if not trained[row]]
+        slices[-1] = slices[-1] + idle
         order += [row for part in slices for row in part]
         sizes += [len(part) for part in slices]
     return order, sizes
+
+
+def _fill(rows: list[int], lengths: Sequence[int], per_slice: int) -> list[list[int]]:
+    waiting = sorted(rows, key=lambda row: -lengths[row])
+    budget = per_slice * lengths[waiting[0]] if waiting else 0
+    slices: list[list[int]] = []
+    while waiting:
+        fitting = budget // lengths[waiting[0]]
+        slices.append(waiting[:fitting])
+        waiting = waiting[fitting:]
+    return slices
+
+
+def _spread(slices: list[list[int]], idle: list[int], lengths: Sequence[int], count: int) -> None:
+    """At least ``count`` slices with a row: the largest are halved, and where all are single rows, idle ones serve."""
+    while len(slices) < count:
+        parted = [i for i, rows in enumerate(slices) if len(rows) > 1]
+        if parted:
+            largest = max(parted, key=lambda i: len(slices[i]) * lengths[slices[i][0]])
+            rows = slices[largest]
+            slices[largest : largest + 1] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+        else:
+            shortest = min(idle, key=lambda row: lengths[row])
+            idle.remove(shortest)
+            slices.append([shortest])

@@ -127,18 +127,24 @@ class RolloutMaker:
         """``order`` and ``sizes`` of the rollout."""
         args, accelerator = self.args, self.accelerator
         completions = [len(ids) for ids in sample.completions.ids]
-        # An empty slice has no backward, and other processes or a gradient scaler count on one.
-        alone = accelerator.num_processes == 1 and getattr(accelerator, "scaler", None) is None
-        if args.fill_micro_batches and alone and not args.deepspeed:
+        # Without an empty slice: DeepSpeed counts the backwards.
+        if args.fill_micro_batches and not args.deepspeed:
             kept = set(range(len(trained)))
             if args.skip_zero_gradient_sequences:
                 kept = set(rows_with_gradient(args.loss_config(), advantages.tolist(), trained))
             through = [row in kept for row in range(len(trained))]
             lengths = [len(p) + c for p, c in zip(sample.prompt_ids, completions, strict=True)]
-            return filled_slices(lengths, through, self.plan)
+            # Other processes and a gradient scaler count on a backward.
+            alone = accelerator.num_processes == 1 and getattr(accelerator, "scaler", None) is None
+            return filled_slices(lengths, through, self.plan, None if alone else self._most)
         if args.fill_micro_batches or args.length_sorted_batches:
             return sorted_order(completions, self.plan), None
         return None, None
+
+    def _most(self, slices: list[int]) -> list[int]:
+        """For each optimizer step the most slices that any process needs, and at least one."""
+        most = gather(self.accelerator, torch.tensor([slices]), self.args.device).amax(dim=0)
+        return [max(count, 1) for count in most.tolist()]
 
     def generate_and_score(self, model: nn.Module, rows: list[int]) -> tuple[Sample, Tensor]:
         """Completions for rows of the training prompts, and their ``(n, functions)`` rewards."""

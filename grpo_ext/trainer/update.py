@@ -31,7 +31,8 @@ class Updates:
         pad_id: id of padding.
         autocast: context in which the reference runs as the policy does.
         may_skip_all: whether a micro-batch without any gradient may pass without a backward. Other processes and a
-            gradient scaler count on one; then its shortest row is kept.
+            gradient scaler count on one; then its shortest row is kept. One without rows, which is so on all
+            processes, passes in any case.
         noisy: whether two passes in train mode differ (dropout): what a replay compares with is then computed without.
     """
 
@@ -66,7 +67,7 @@ class Updates:
             return list(range(len(rows)))
         advantages = [float(rollout.advantages[row]) for row in rows]
         keep = rows_with_gradient(self.policy.config, advantages, [rollout.trained[row] for row in rows])
-        if keep or self.may_skip_all:
+        if keep or not rows or self.may_skip_all:
             return keep
         lengths = [len(rollout.prompt_ids[row]) + len(rollout.completion_ids[row]) for row in rows]
         return [lengths.index(min(lengths))]
@@ -113,9 +114,10 @@ class Updates:
 
     def without_gradient(self, model: nn.Module, rollout: Rollout) -> Tensor:
         """A loss of 0 whose gradient is 0 everywhere, without the model."""
-        for parameter in model.parameters():
+        # Else the optimizer would pass over a parameter; where not all may be skipped, a backward of this step follows.
+        for parameter in model.parameters() if self.may_skip_all else ():
             if parameter.requires_grad and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)  # else the optimizer would pass over it
+                parameter.grad = torch.zeros_like(parameter)
         sampled = rollout.sampling_logps is not None
         self.window.add_loss(dict.fromkeys(METRIC_NAMES, 0.0), self.args.beta != 0, sampled)
         for name in ("time/forward", "time/backward"):

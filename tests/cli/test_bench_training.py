@@ -157,7 +157,7 @@ def test_learning_runs_become_one_table_and_a_picture(bench: ModuleType, tmp_pat
                  "seconds": speed * s, "reward": 0.1 * s, "device": "cpu"} for s in range(3)
             ]  # fmt: skip
             training_learn.common.write_csv(tmp_path / f"training_learn_{trainer}_{seed}.csv", points)
-    training_learn.merge(tmp_path, SimpleNamespace(candidates=["ours", "trl"], seeds=2, device="cpu"))
+    training_learn.merge(tmp_path, SimpleNamespace(candidates=["ours", "trl"], seeds=2, first_seed=0, device="cpu"))
     assert len(rows_of(tmp_path / "training_learn_cpu.csv")) == 12
     (path,) = plot_training.draw(tmp_path, tmp_path / "plots")
     assert path.read_bytes().startswith(b"\x89PNG")

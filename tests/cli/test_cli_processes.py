@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from safetensors.torch import load_file
@@ -51,7 +52,7 @@ def config(tmp_path: Path, qwen: Path, toy_settings: dict[str, Any], write_yaml:
     return write_yaml({k: v for k, v in (toy_settings | changes).items() if k != "use_cpu"})
 
 
-def on_two(folder: Path, *runs: tuple[str, list[str]]) -> str:
+def on_two(folder: Path, *runs: tuple[str, list[str]], **environment: str) -> str:
     """Run the command on two processes, once for each kind and arguments; what they printed."""
     (folder / "runs.json").write_text(json.dumps(runs), encoding="utf-8")
     worker = Path(__file__).with_name("cli_processes_worker.py")
@@ -62,7 +63,7 @@ def on_two(folder: Path, *runs: tuple[str, list[str]]) -> str:
         text=True,
         timeout=240,
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "OMP_NUM_THREADS": "1"} | environment,
     )
     assert done.returncode == 0, done.stderr[-6000:]
     return done.stdout
@@ -97,17 +98,40 @@ def check(run: Path, one: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert after != before
 
 
-def test_one_run_of_two_processes(tmp_path: Path, config: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", config, "--output_dir", str(tmp_path / "one"), "--use_cpu", "true"]) == 0
+def check_ddp_and_fsdp2(folder: Path, config: str, capsys: pytest.CaptureFixture[str], **environment: str) -> None:
     sharded = ["--fsdp", "true", "--fsdp_config", str(EXAMPLES / "fsdp2.json"), "--output_dir", "runs/sharded"]
-    said = on_two(tmp_path, ("ddp", ["train", config]), ("fsdp2", ["train", config, *sharded]))
+    said = on_two(folder, ("ddp", ["train", config]), ("fsdp2", ["train", config, *sharded]), **environment)
     # Without output_dir the folder has a number where its name is taken: the processes must not take each other's.
-    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["sharded", "toy"]
+    assert sorted(path.name for path in (folder / "runs").iterdir()) == ["sharded", "toy"]
     for line in ("run folder", "held-out reward before training", "held-out reward after training", " 2 steps, "):
         assert said.count(line) == 2, f"{line}: once for each run\n{said}"
     assert said.count("ddp: in pieces False") == said.count("fsdp2: in pieces True") == 2  # the second process asks
     for name in ("toy", "sharded"):
-        check(tmp_path / "runs" / name, tmp_path / "one", capsys)
+        check(folder / "runs" / name, folder / "one", capsys)
+
+
+def test_one_run_of_two_processes(tmp_path: Path, config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", config, "--output_dir", str(tmp_path / "one"), "--use_cpu", "true"]) == 0
+    check_ddp_and_fsdp2(tmp_path, config, capsys, CUDA_VISIBLE_DEVICES="")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.timeout(300)
+def test_one_run_of_two_gpus(tmp_path: Path, config: str, write_yaml: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """As on the CPU, with questions of its own: reasoning-gym need not be there."""
+    rows = [
+        {"prompt": [{"role": "user", "content": f"What is {a} * {b}?"}], "answer": str(a * b)}
+        for a in range(2, 10)
+        for b in range(2, 10)
+    ]
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    settings = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    config = write_yaml(settings | {"dataset": {"path": str(questions), "heldout": 4}})
+    train = [sys.executable, "-m", "grpo_ext.cli.main", "train", config, "--output_dir", str(tmp_path / "one")]
+    subprocess.run(train, check=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": "0"})
+    check_ddp_and_fsdp2(tmp_path, config, capsys)
 
 
 @pytest.mark.skipif(not HAS_DEEPSPEED, reason="DeepSpeed is not installed: make peers installs it beside .venv")
@@ -117,7 +141,8 @@ def test_weights_in_pieces_before_training(tmp_path: Path, config: str, capsys: 
     # Its own Adam would have to be compiled.
     values |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     (tmp_path / "zero3.json").write_text(json.dumps(values), encoding="utf-8")
-    said = on_two(tmp_path, ("zero3", ["train", config, "--deepspeed", str(tmp_path / "zero3.json")]))
+    arguments = ["train", config, "--deepspeed", str(tmp_path / "zero3.json")]
+    said = on_two(tmp_path, ("zero3", arguments), CUDA_VISIBLE_DEVICES="")
     assert said.count("held-out reward before training") == said.count("held-out reward after training") == 1
     assert said.count("zero3: in pieces True") == 2
     check(tmp_path / "runs" / "toy", tmp_path / "one", capsys)

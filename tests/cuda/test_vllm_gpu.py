@@ -2,13 +2,19 @@
 by `make test` of a machine without one.
 
 Needs the package vllm in the same environment: python -m pytest -x -s tests/cuda/test_vllm_gpu.py
-Six engines start, one after the other, without compilation, each in a process of its own.
+Six engines and two servers start, one after the other, without compilation, each in a process of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Callable
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,6 +30,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from grpo_ext.trainer import GRPOConfig, GRPOTrainer
 from grpo_ext.trainer.vllm.engine import close_quietly
+from grpo_ext.trainer.vllm.weights import write_config, write_weights
 
 pytestmark = [
     pytest.mark.gpu,
@@ -162,3 +169,81 @@ def test_share_of_the_memory_and_sleep(tmp_path: Path) -> None:
     assert asleep
     assert taken < 0.13
     assert freed > 2**30
+
+
+@contextlib.contextmanager
+def serving(folder: Path, *options: str) -> Iterator[tuple[int, Path]]:
+    """Port and log of a server, started by the documented command with sleep mode and a tenth of the GPU's memory."""
+    folder.mkdir()
+    model, tokenizer = build()
+    write_config(model, folder, tokenizer)
+    write_weights(iter(model.state_dict().items()), folder)
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = int(found.getsockname()[1])
+    command = f"-m vllm.entrypoints.openai.api_server --model {folder} --host 127.0.0.1 --port {port} --dtype bfloat16"
+    command += " --logprobs-mode processed_logprobs --generation-config vllm"
+    command += " --max-model-len 1024 --gpu-memory-utilization 0.1 --enforce-eager --enable-sleep-mode"
+    environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1"}
+    log = folder / "server.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, *command.split(), *options],
+            env=os.environ | environment,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+    try:
+        yield port, log
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    ("options", "runs"),
+    [
+        (("--enable-lora", "--max-lora-rank", "16"), [(LORA, "adapter", 1)]),
+        ((), [(LORA, "merged", 1), (None, None, 2)]),
+    ],
+    ids=["lora", "weights"],
+)
+def test_server_follows_the_training_and_sleeps(tmp_path: Path, options: tuple[str, ...], runs: list[Any]) -> None:
+    with serving(tmp_path / "served", *options) as (port, log):
+        for peft_config, mode, level in runs:
+            try:
+                follow_server(tmp_path / f"{mode}{level}", port, peft_config, mode, level)
+            except BaseException:
+                print(log.read_text()[-5000:])
+                raise
+
+
+def follow_server(folder: Path, port: int, peft_config: Any, mode: str | None, sleep_level: int) -> None:
+    trainer = make(
+        folder,
+        peft_config,
+        vllm_mode="server",
+        vllm_server_port=port,
+        vllm_server_timeout=200,
+        vllm_lora_mode=mode,
+        vllm_enable_sleep_mode=True,
+        vllm_sleep_level=sleep_level,
+        learning_rate=1e-3 if peft_config is None else 3e-2,
+    )
+    engine: Any = trainer.rollouts.engine
+    try:
+        before = engine.check.trainer_rows(trainer.model)
+        trainer.train()
+        figures = [line["vllm/weight_check"] for line in trainer.state.log_history if "loss" in line]
+        moved = float((engine.check.trainer_rows(trainer.model) - before).abs().mean())
+        print(f"server, {mode}, level {sleep_level}: moved {moved:.3f} nats, check {figures}")
+        assert engine._asleep
+        assert engine.client._is_sleeping()
+        assert len(figures) == 4
+        assert max(figures) < 0.1, figures
+        assert moved > 3 * max(figures)
+    finally:
+        close_quietly(engine)

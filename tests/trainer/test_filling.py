@@ -33,14 +33,39 @@ def test_example() -> None:
     assert filled_slices([3, 8], [False, False], BatchPlan(2, 1, 1, 1, 2)) == ([0, 1], [2])
 
 
+def test_several_processes_fill_as_many() -> None:
+    plan = BatchPlan(2, 2, 3, 3, 2)
+    lengths, all_of_them = [3, 8, 2, 4, 2, 1], [True] * 6
+    asked: list[list[int]] = []
+
+    def agree(counts: list[int]) -> list[int]:
+        asked.append(counts)
+        return [3]
+
+    order, sizes = filled_slices(lengths, all_of_them, plan, agree)
+    assert asked == [[2]]
+    assert parts_of(order, sizes) == [[1], [3], [0, 2, 4, 5]]  # of 16 and 12 padded tokens the first is halved
+    # Rows that nobody computes serve where there are not enough others, the shortest first.
+    order, sizes = filled_slices(lengths, [False, True, False, False, False, False], plan, agree)
+    assert parts_of(order, sizes) == [[1], [5], [2, 0, 3, 4]]
+    order, sizes = filled_slices(lengths, [False] * 6, plan, lambda counts: [1])
+    assert parts_of(order, sizes) == [[], [], [5, 0, 1, 2, 3, 4]]
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_never_more_and_never_larger(seed: int) -> None:
     draw = random.Random(seed)
     accumulated = draw.randint(1, 4)
-    plan = BatchPlan(draw.randint(1, 5), 1, accumulated, accumulated * draw.randint(1, 3), 2)
-    lengths = [draw.randint(1, 40) for _ in range(plan.generation_batch_size)]
+    world_size = draw.randint(1, 2)
+    plan = BatchPlan(draw.randint(1, 5), world_size, accumulated, accumulated * draw.randint(1, 3), 2)
+    lengths = [draw.randint(1, 40) for _ in range(plan.generation_batch_size // world_size)]
     trained = [draw.random() < 0.8 for _ in lengths]
-    order, sizes = filled_slices(lengths, trained, plan)
+    others = [draw.randint(1, accumulated) for _ in range(plan.steps_per_generation // accumulated)]
+
+    def agree(counts: list[int]) -> list[int]:
+        return [max(pair) for pair in zip(counts, others, strict=True)]
+
+    order, sizes = filled_slices(lengths, trained, plan, agree if world_size > 1 else None)
     assert sorted(order) == list(range(len(lengths)))
     assert len(sizes) == plan.steps_per_generation
     window = min(plan.gradient_accumulation_steps, plan.steps_per_generation)
@@ -49,6 +74,10 @@ def test_never_more_and_never_larger(seed: int) -> None:
         rows = range(first * plan.per_device_batch_size, (first + window) * plan.per_device_batch_size)
         assert sorted(row for part in parts for row in part) == list(rows)
         longest = max((lengths[row] for row in rows if trained[row]), default=0)
+        if world_size > 1:
+            full = sum(size > 0 for size in sizes[first : first + window])
+            assert full >= others[first // window]
+            assert all(size > 0 for size in sizes[first + window - full : first + window])
         for part in parts:
             through = [lengths[row] for row in part if trained[row]]
             assert len(through) * max(through, default=0) <= plan.per_device_batch_size * longest

@@ -1,4 +1,4 @@
-"""The runs of test_two_processes.py with DeepSpeed ZeRO-2 and 3 on the CPU, and with FSDP2 and ZeRO on two GPUs."""
+"""The runs of test_two_processes.py with DeepSpeed ZeRO-2 and 3 on the CPU; DDP, FSDP2 and ZeRO on two GPUs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_deepspeed_equals_one_process(tmp_path: Path) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.timeout(300)
 def test_two_gpus_equal_one_process(tmp_path: Path) -> None:
-    kinds = ["fsdp2", *(["zero2", "zero3"] if HAS_DEEPSPEED else [])]
+    kinds = ["ddp", "fsdp2", *(["zero2", "zero3"] if HAS_DEEPSPEED else [])]
     two = on_two(tmp_path, kinds, timeout=280)
     for case in worker.CASES["ddp"]:
         one = worker.run(tmp_path, case, 1)

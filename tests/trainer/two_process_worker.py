@@ -40,10 +40,12 @@ ENDS = [EOS, 2, 3, 4]
 LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo")
 #: What runs with each kind.
 CASES: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("zero2", "zero3"), (*LOSSES, "skipped", "lora")),
-    "ddp": (*LOSSES, "skipped", "lora", "lora and head"),
-    "fsdp2": (*LOSSES, "skipped", "lora", "lora and head"),
+    **dict.fromkeys(("zero2", "zero3"), (*LOSSES, "skipped", "filled", "lora")),
+    "ddp": (*LOSSES, "skipped", "filled", "lora", "lora and head"),
+    "fsdp2": (*LOSSES, "skipped", "filled", "lora", "lora and head"),
 }
+#: Cases in which many rows have no gradient.
+SKIPPED = ("skipped", "filled")
 #: What is trained, where that is not all of the model.
 ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": {"target_modules": "all-linear"},
@@ -87,7 +89,8 @@ def sharding(kind: str) -> dict[str, Any]:
         other_optimizer = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
         config = {**automatic, **other_optimizer, "zero_optimization": {"stage": int(kind[-1])}}
         return {"deepspeed": config, "accelerator_config": {"use_configured_state": not torch.cuda.is_available()}}
-    return {"use_cpu": True}
+    # What one process does alone is the same on all machines: it stays on the CPU.
+    return {"use_cpu": not (torch.cuda.is_available() and "WORLD_SIZE" in os.environ)}
 
 
 def without_gpus(folder: Path) -> str:
@@ -121,14 +124,15 @@ def make_config(kind: str, **fields: Any) -> GRPOConfig:
 def make_trainer(
     folder: Path, case: str, world_size: int, kind: str, callbacks: Any = None, model: Any = None, **changes: Any
 ) -> GRPOTrainer:
-    """Three steps of plain descent, two per generation, with a KL term (not for ``skipped``).
+    """Three steps of plain descent, two per generation, with a KL term (not for ``skipped`` and ``filled``).
 
     Args:
-        case: a loss type, ``skipped`` (many rows without a gradient) or one of `ADAPTERS` (all of them with dapo).
+        case: a loss type, ``skipped`` (many rows without a gradient), ``filled`` (the same in micro-batches that are
+            filled) or one of `ADAPTERS` (all of them with dapo).
     """
-    skipped = case == "skipped"
+    skipped = case in SKIPPED
     # bnpo averages over a rank's own micro-batch: one process equals two where it takes theirs one after the other.
-    in_turn = 2 if case == "bnpo" and world_size == 1 else 1
+    in_turn = 2 if case == "filled" or (case == "bnpo" and world_size == 1) else 1
     fields: dict[str, Any] = {
         "output_dir": str(folder / f"run-{case}-{world_size}-{kind}"),
         "per_device_train_batch_size": 8 // world_size // in_turn,
@@ -139,6 +143,7 @@ def make_trainer(
         "max_steps": 3,
         "loss_type": case if case in LOSSES else "dapo",
         "beta": 0.0 if skipped else 0.05,
+        "fill_micro_batches": case == "filled",
         "learning_rate": 1e-2,
         "optim": "sgd",
         "max_grad_norm": 0.0,
@@ -307,8 +312,8 @@ def sampled(folder: Path) -> list[list[int]]:
         per_device_train_batch_size=4,
         num_generations=8,
         max_completion_length=5,
-        use_cpu=True,
         report_to="none",
+        **sharding("ddp"),
     )
     trainer = GRPOTrainer(build_model(), reward_number, args, [{"prompt": "add 1"}], processing_class=build_tokenizer())
     rollout, _, _ = trainer.rollouts.make(trainer.model, (0, 0), 0)
@@ -330,6 +335,7 @@ def main(folder: Path, kinds: Sequence[str]) -> None:
     if "ddp" in kinds:
         results["sampled"] = sampled(folder)
         results["too long"] = too_long(folder / "too-long")
+    if "ddp" in kinds and not torch.cuda.is_available():
         results["fsdp without GPUs"] = without_gpus(folder / "without-gpus")
     if torch.distributed.get_rank() == 0:
         torch.save(results, folder / "two.pt")

@@ -25,7 +25,8 @@ from vllm_toys import (
 from grpo_ext.trainer.generation import SamplingParams, TransformersEngine
 from grpo_ext.trainer.vllm import EngineError, WeightMismatchError
 from grpo_ext.trainer.vllm import engine as engine_module
-from grpo_ext.trainer.vllm.colocate import ColocatedClient
+from grpo_ext.trainer.vllm.colocate import ColocatedClient, kept_folder
+from grpo_ext.trainer.vllm.weights import write_config
 
 pytestmark = needs_vllm
 
@@ -48,6 +49,25 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ColocatedClient
     client.close()
     with pytest.raises(EngineError, match="was closed"):
         client.complete([[5]], {"max_tokens": 1})
+
+
+def test_the_same_config_has_the_same_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's cache of compiled models goes by the path of the model."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+
+    def keep(name: str, **changes: int) -> Path:
+        write_config(build_model(**changes), tmp_path / name)
+        return kept_folder(tmp_path / name)
+
+    first = keep("first")
+    assert first.is_relative_to(tmp_path / "cache")
+    assert (first / "config.json").read_text() == (tmp_path / "first" / "config.json").read_text()
+    assert keep("second") == first
+    other = keep("other", num_hidden_layers=3)
+    assert other != first
+    assert sorted(path.name for path in first.parent.iterdir()) == sorted([first.name, other.name])
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "first" / "config.json"))  # no folder can be made in there
+    assert keep("third") == tmp_path / "third"
 
 
 def test_greedy_tokens_and_log_probabilities(client: ColocatedClient, tmp_path: Path) -> None:

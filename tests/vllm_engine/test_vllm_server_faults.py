@@ -67,6 +67,12 @@ def test_a_server_with_raw_log_probabilities(connect: Connect) -> None:
         engine.generate(build_model(1), PROMPTS, SamplingParams(6, temperature=0.5))
 
 
+def test_a_server_that_takes_no_weights(connect: Connect) -> None:
+    engine = connect(FakeServer(build_model(), takes_weights=False))
+    with pytest.raises(EngineError, match=r"gate_up_proj(.|\n)*--enable-lora(.|\n)*vllm_lora_mode='adapter'"):
+        engine.generate(build_model(1), PROMPTS, GREEDY)
+
+
 @pytest.mark.filterwarnings("ignore:.*was started anew")
 def test_a_server_started_anew_with_raw_log_probabilities(connect: Connect) -> None:
     model, fake = build_model(1), FakeServer(build_model())

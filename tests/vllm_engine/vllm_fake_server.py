@@ -30,11 +30,19 @@ class FakeServer:
         raw: ``--logprobs-mode raw_logprobs``, vLLM's default.
         dev_mode: whether ``VLLM_SERVER_DEV_MODE`` is set.
         says_start: whether ``/metrics`` holds the time of its start.
+        takes_weights: not so a server of vLLM 0.24 with ``--enable-lora``.
     """
 
-    def __init__(self, model: Any, raw: bool = False, dev_mode: bool = True, says_start: bool = True) -> None:
+    def __init__(
+        self,
+        model: Any,
+        raw: bool = False,
+        dev_mode: bool = True,
+        says_start: bool = True,
+        takes_weights: bool = True,
+    ) -> None:
         self.original = model
-        self.raw, self.dev_mode, self.says_start = raw, dev_mode, says_start
+        self.raw, self.dev_mode, self.says_start, self.takes_weights = raw, dev_mode, says_start, takes_weights
         self.calls: list[str] = []
         self._starts = itertools.count(1795734001.25)
         self.restart()
@@ -75,6 +83,9 @@ class FakeServer:
         if path == "/collective_rpc":
             if "weights" in self.asleep:
                 return 500, {"error": "CUDA error: an illegal memory access was encountered"}
+            if not self.takes_weights:
+                message = "Call to collective_rpc method failed: 'layers.0.mlp.gate_up_proj.weight'"
+                return 500, {"error": {"message": message, "type": "InternalServerError"}}
             self.model.load_state_dict(load_file(Path(body["kwargs"]["weights_path"]) / "model.safetensors"), False)
         elif path == "/sleep":
             self.asleep = {"weights", "kv_cache"}

@@ -14,7 +14,7 @@ from grpo_ext.trainer.config import GRPOConfig
 from grpo_ext.trainer.generation import SamplingParams
 from grpo_ext.trainer.models import context_length, is_peft_model
 from grpo_ext.trainer.vllm.check import LENGTH, WeightCheck
-from grpo_ext.trainer.vllm.colocate import ColocatedClient, EngineSettings, scratch_folder
+from grpo_ext.trainer.vllm.colocate import ColocatedClient, EngineSettings, kept_folder, scratch_folder
 from grpo_ext.trainer.vllm.engine import VllmEngine
 from grpo_ext.trainer.vllm.parallel import Ranks
 from grpo_ext.trainer.vllm.sampling import sampling_fields, warn_of_bias
@@ -97,7 +97,9 @@ def build_engine(
         write_config(model, folder)
         if lora_rank:
             write_weights(base_weights(model), folder)
-        client = ranks.jointly(lambda: ColocatedClient(folder, settings, args.device))
+        client = ranks.jointly(
+            lambda: ColocatedClient(folder if lora_rank else kept_folder(folder), settings, args.device, folder)
+        )
         writes = True
     check = WeightCheck(ordinary_ids(model, tokenizer), client.max_model_len, dtype, args.vllm_weight_check_bound)
     return VllmEngine(client, end_ids, update, check, folder, step, ranks, sleep_level, writes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 import shutil
 import tempfile
@@ -85,14 +86,18 @@ class ColocatedClient:
         folder: of config.json, and of the weights when an adapter will be hot-loaded.
         settings: how the engine is built.
         device: the trainer's.
+        scratch: what `close` removes, None = ``folder``.
 
     Raises:
         EngineError: when vLLM does not start.
     """
 
-    def __init__(self, folder: Path, settings: EngineSettings, device: torch.device) -> None:
+    def __init__(
+        self, folder: Path, settings: EngineSettings, device: torch.device, scratch: Path | None = None
+    ) -> None:
         vllm = import_vllm()
         self.folder = folder
+        self.scratch = folder if scratch is None else scratch
         self.settings = settings
         self.on_cpu = device.type == "cpu"
         self.max_model_len = settings.max_model_len
@@ -247,7 +252,7 @@ class ColocatedClient:
 
                 with contextlib.suppress(Exception):
                     cleanup_dist_env_and_memory()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
     @contextlib.contextmanager
     def _failing(self, doing: str) -> Iterator[None]:
@@ -274,6 +279,40 @@ RESUME = (
 def scratch_folder() -> Path:
     """A folder of this process for what the engine reads."""
     return Path(tempfile.mkdtemp(prefix="grpo_ext_vllm_"))
+
+
+def kept_folder(written: Path) -> Path:
+    """The files of a folder in one beside vLLM's cache, whose name follows from what is in them.
+
+    That cache goes by the model's path: under a path of its own each run would compile the model again.
+
+    Args:
+        written: holds config.json, and the code of an architecture that comes with its own.
+
+    Returns:
+        ``written`` itself where the cache cannot be written to.
+    """
+    import_vllm()
+    from vllm import envs
+
+    digest = hashlib.sha256()
+    for path in sorted(written.iterdir()):
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        digest.update(path.read_bytes())
+    kept = Path(envs.VLLM_CACHE_ROOT) / "grpo_ext" / digest.hexdigest()[:32]
+    if kept.is_dir():
+        return kept
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        staged = Path(tempfile.mkdtemp(dir=kept.parent))
+    except OSError:
+        return written
+    try:
+        shutil.copytree(written, staged, dirs_exist_ok=True)
+        staged.rename(kept)
+    except OSError:  # another process was first, or the disk is full
+        shutil.rmtree(staged, ignore_errors=True)
+    return kept if kept.is_dir() else written
 
 
 def _said(error: BaseException) -> str:

@@ -217,7 +217,13 @@ class ServerClient:
 
     def _reload(self, folder: Path) -> None:
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-        self._call("POST", "/collective_rpc", body, missing="VLLM_SERVER_DEV_MODE=1")
+        try:
+            self._call("POST", "/collective_rpc", body, missing="VLLM_SERVER_DEV_MODE=1")
+        except EngineError as error:
+            raise EngineError(
+                f"{error}\nIf it was started with --enable-lora: vLLM 0.24 takes no other base weights then. Leave it "
+                "out, or set vllm_lora_mode='adapter'"
+            ) from error
 
     def _wait(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
