@@ -76,26 +76,28 @@ def trace(rows: Rows, path: Path) -> None:
     finish(figure, axes, path, below=True)
 
 
-def learn(rows: Rows, path: Path) -> None:
-    """Mean held-out reward of the seeds and their range, against time and against samples.
-
-    Times are those of runs in company of one size, which all trainers had.
-    """
-    names = dict.fromkeys(row["candidate"] for row in rows)
+def comparable(rows: Rows) -> Rows:
+    """The runs whose times compare: so many at once on a card as all trainers had. Where no number is shared, all."""
+    names = {row["candidate"] for row in rows}
     shared = set.intersection(*({row["together"] for row in rows if row["candidate"] == name} for name in names))
+    return [row for row in rows if row["together"] in shared] or rows
+
+
+def learn(rows: Rows, path: Path) -> None:
+    """Mean held-out reward of the seeds and their range, against time and against samples."""
     figure, both = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    for number, name in enumerate(names):
+    timed = comparable(rows)
+    for number, name in enumerate(dict.fromkeys(row["candidate"] for row in rows)):
         steps: dict[int, Rows] = defaultdict(list)
         for row in rows:
             if row["candidate"] == name:
                 steps[int(float(row["step"]))].append(row)
         order = sorted(steps)
-        timed = {s: [row for row in steps[s] if row["together"] in shared] or steps[s] for s in order}
         means = [statistics.fmean(float(row["reward"]) for row in steps[s]) for s in order]
         low = [min(float(row["reward"]) for row in steps[s]) for s in order]
         high = [max(float(row["reward"]) for row in steps[s]) for s in order]
         for axes, column in zip(both, ("seconds", "samples"), strict=True):
-            places = [statistics.fmean(float(row[column]) for row in timed[s]) for s in order]
+            places = [statistics.fmean(float(row[column]) for row in timed if row in steps[s]) for s in order]
             axes.plot(places, means, color=f"C{number}", label=label(name))
             axes.fill_between(places, low, high, color=f"C{number}", alpha=0.2)
     seeds = len({row["seed"] for row in rows})

@@ -151,16 +151,23 @@ def test_learning_runs_become_one_table_and_a_picture(bench: ModuleType, tmp_pat
     import training_learn
 
     for trainer, speed in (("ours", 1.0), ("trl", 2.0)):
-        for seed in range(2):
+        for seed in range(3, 5):
+            crowded = trainer == "trl" and seed == 4
             points = [
-                {"candidate": trainer, "seed": seed, "engine": "transformers", "step": s, "samples": 32 * s,
-                 "seconds": speed * s, "reward": 0.1 * s, "device": "cpu"} for s in range(3)
+                {"candidate": trainer, "seed": seed, "engine": "transformers", "together": 6 if crowded else 3,
+                 "step": s, "samples": 32 * s, "seconds": speed * s * (9 if crowded else 1), "reward": 0.1 * s,
+                 "device": "cpu"} for s in range(3)
             ]  # fmt: skip
             training_learn.common.write_csv(tmp_path / f"training_learn_{trainer}_{seed}.csv", points)
-    training_learn.merge(tmp_path, SimpleNamespace(candidates=["ours", "trl"], seeds=2, first_seed=0, device="cpu"))
-    assert len(rows_of(tmp_path / "training_learn_cpu.csv")) == 12
+    training_learn.merge(tmp_path, SimpleNamespace(candidates=["ours", "trl"], seeds=2, first_seed=3, device="cpu"))
+    rows = rows_of(tmp_path / "training_learn_cpu.csv")
+    assert len(rows) == 12
     (path,) = plot_training.draw(tmp_path, tmp_path / "plots")
     assert path.read_bytes().startswith(b"\x89PNG")
+    # Only what all trainers had company of one size in says how long it takes.
+    assert {(row["candidate"], row["seed"]) for row in plot_training.comparable(rows)} == {
+        ("ours", "3"), ("ours", "4"), ("trl", "3"),
+    }  # fmt: skip
 
 
 def test_every_table_is_drawn(bench: ModuleType, tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ class VllmEngine:
             # Merging writes into weights and restores them: only now is the version that of what is held.
             self._held = (engine_start, self.step(), trainable_version(model))
         prompts, own = self.ranks.gather_prompts(prompt_ids)
-        with self.ranks.same_draws():
+        with self.ranks.same_draws(self.step(), prompts):
             answers = self.ranks.jointly(lambda: self.client.complete(prompts, fields, 0, _told(done, own)))[own]
         if self.sleep_level:
             self.ranks.barrier()  # a server's other clients may still be generating

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -30,7 +31,7 @@ class Ranks:
         self.rank = 0 if accelerator is None else int(accelerator.process_index)
         self.tensor_parallel_size = tensor_parallel_size
         self.seed = seed
-        self._draws = 0
+        self._drawn: Counter[tuple[int, int]] = Counter()
         self._group: Any = None
         if tensor_parallel_size > 1:
             ranks = list(range(self.count))
@@ -81,14 +82,21 @@ class Ranks:
         return [prompt for part in parts for prompt in part], slice(start, start + len(own))
 
     @contextlib.contextmanager
-    def same_draws(self) -> Iterator[None]:
-        """Random numbers that are the same on all ranks of a group: each of them samples for itself."""
+    def same_draws(self, step: int, prompts: Sequence[Sequence[int]]) -> Iterator[None]:
+        """Random numbers that are the same on all ranks of a group: each of them samples for itself.
+
+        They follow from the seed, the step, the prompts and how often the step has drawn for them: an evaluation in
+        between, or a resume, leaves those of the training as they were.
+        """
         if self._group is None:
             yield
             return
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices):
             group = self.rank // self.tensor_parallel_size
-            torch.manual_seed(hash((self.seed, group, self._draws)) & 0x7FFFFFFF)
-            self._draws += 1
+            drawn = step, hash(tuple(map(tuple, prompts)))
+            if any(of_step != step for of_step, _ in self._drawn):
+                self._drawn.clear()
+            torch.manual_seed(hash((self.seed, group, *drawn, self._drawn[drawn])) & 0x7FFFFFFF)
+            self._drawn[drawn] += 1
             yield
