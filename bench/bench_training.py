@@ -8,7 +8,7 @@ A case is model:lora|full:completions of a micro-batch, and maybe :spread or :eq
 Qwen3 with random weights. `phase`, `longest` and `trace` hand the same prepared completions to both trainers
 (`training_workload.py`), with the log probabilities that an engine would report: both correct for them
 (``token_truncate`` at 2), as with vLLM. Neither trainer may skip a completion in these runs. Everything writes CSV into
-``--output``.
+``--output``, and pictures of it beside them (of `results/` into `plots/`).
 """
 
 from __future__ import annotations
@@ -23,11 +23,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
+import plot_training
 import training_case
 import training_phase
 import training_setup
 import training_trace
 import training_two
+
+RESULTS = Path(__file__).parent / "results"
+PLOTS = Path(__file__).parent / "plots"
 
 
 def case(text: str) -> tuple[str, str, int, str]:
@@ -51,7 +55,7 @@ def names(allowed: tuple[str, ...]) -> Callable[[str], list[str]]:
 
 def add_common(parser: argparse.ArgumentParser, cases: str, candidates: str) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--cases", type=lambda text: [case(part) for part in text.split(",")], default=cases)
     parser.add_argument("--candidates", type=names(tuple(training_setup.CANDIDATES)), default=candidates)
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
@@ -69,7 +73,7 @@ def add_workload(parser: argparse.ArgumentParser, prompts: int) -> None:
 
 def add_learn(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--candidates", type=names(("ours", "trl")), default="ours,trl")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each trainer")
     parser.add_argument("--first_seed", type=int, default=0)
@@ -127,17 +131,20 @@ def main(arguments: list[str] | None = None) -> int:
 
     torch.set_num_threads(args.threads)
     args.output.mkdir(parents=True, exist_ok=True)
-    if args.part == "learn":  # needs packages that the others do not
-        import training_learn
-
-        return 0 if training_learn.learn(args) else 1
     parts = {
         "phase": training_phase.phase,
         "longest": training_phase.longest,
         "trace": training_trace.trace,
         "two": training_two.two,
     }
-    return 0 if parts[args.part](args) else 1
+    if args.part == "learn":  # needs packages that the others do not
+        import training_learn
+
+        parts["learn"] = training_learn.learn
+    good = parts[args.part](args)
+    if getattr(args, "worker", None) is None:
+        plot_training.draw(args.output, PLOTS if args.output == RESULTS else args.output)
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """Draws what `bench_training.py` has left in a folder: PNG beside the CSV, or in ``--plots``.
 
+Folders in it that hold a run's ``metrics_seed0.jsonl`` (or that of another seed) are drawn together: a step with
+generation each.
+
 python bench/plot_training.py bench/results --plots bench/plots
 """
 
@@ -7,8 +10,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import statistics
-from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -77,10 +81,15 @@ def trace(rows: Rows, path: Path) -> None:
 
 
 def comparable(rows: Rows) -> Rows:
-    """The runs whose times compare: so many at once on a card as all trainers had. Where no number is shared, all."""
+    """The runs whose times compare: seeds that all trainers ran in company of the same number. Where none is, all."""
     names = {row["candidate"] for row in rows}
-    shared = set.intersection(*({row["together"] for row in rows if row["candidate"] == name} for name in names))
-    return [row for row in rows if row["together"] in shared] or rows
+    runs = [{(row["seed"], row["together"]) for row in rows if row["candidate"] == name} for name in names]
+    shared = set.intersection(*runs)
+    return [row for row in rows if (row["seed"], row["together"]) in shared] or rows
+
+
+def is_of(row: dict[str, str], name: str, step: int) -> bool:
+    return row["candidate"] == name and int(float(row["step"])) == step
 
 
 def learn(rows: Rows, path: Path) -> None:
@@ -88,16 +97,13 @@ def learn(rows: Rows, path: Path) -> None:
     figure, both = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     timed = comparable(rows)
     for number, name in enumerate(dict.fromkeys(row["candidate"] for row in rows)):
-        steps: dict[int, Rows] = defaultdict(list)
-        for row in rows:
-            if row["candidate"] == name:
-                steps[int(float(row["step"]))].append(row)
-        order = sorted(steps)
+        order = sorted({int(float(row["step"])) for row in rows if row["candidate"] == name})
+        steps = {s: [row for row in rows if is_of(row, name, s)] for s in order}
         means = [statistics.fmean(float(row["reward"]) for row in steps[s]) for s in order]
         low = [min(float(row["reward"]) for row in steps[s]) for s in order]
         high = [max(float(row["reward"]) for row in steps[s]) for s in order]
         for axes, column in zip(both, ("seconds", "samples"), strict=True):
-            places = [statistics.fmean(float(row[column]) for row in timed if row in steps[s]) for s in order]
+            places = [statistics.fmean(float(row[column]) for row in timed if is_of(row, name, s)) for s in order]
             axes.plot(places, means, color=f"C{number}", label=label(name))
             axes.fill_between(places, low, high, color=f"C{number}", alpha=0.2)
     seeds = len({row["seed"] for row in rows})
@@ -125,6 +131,43 @@ def two(rows: Rows, path: Path) -> None:
     plt.close(figure)
 
 
+#: Parts of a step with generation, by what the trainer calls them in its log.
+ENGINE_PARTS = {
+    "generation": "time/generation",
+    "weights to vLLM": "time/vllm_weights",
+    "check of its weights": "time/vllm_check",
+    "rewards": "time/rewards",
+    "old and reference logps": "time/logps",
+    "forward": "time/forward",
+    "backward": "time/backward",
+}
+
+
+def engine_parts(log: Path) -> dict[str, float]:
+    """Mean seconds of a step's parts, the first step left out, from a run's metrics."""
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    steps = [line for line in lines if "step_time" in line][1:]
+    parts = {name: statistics.fmean(step.get(key, 0.0) for step in steps) for name, key in ENGINE_PARTS.items()}
+    parts["generation"] -= parts["weights to vLLM"] + parts["check of its weights"]  # the call holds all three
+    parts["optimizer and other"] = statistics.fmean(step["step_time"] for step in steps) - sum(parts.values())
+    return parts
+
+
+def engine(logs: Sequence[Path], path: Path) -> None:
+    """Seconds of a step's parts with generation, a bar for each run."""
+    figure, axes = plt.subplots(figsize=(9, 2 + 0.6 * len(logs)))
+    left = [0.0] * len(logs)
+    found = [engine_parts(log) for log in logs]
+    for number, part in enumerate(found[0]):
+        values = [parts[part] for parts in found]
+        axes.barh(range(len(logs)), values, left=left, label=part, color=plt.get_cmap("tab10")(number))
+        left = [a + b for a, b in zip(left, values, strict=True)]
+    axes.set_yticks(range(len(logs)), [log.parent.name for log in logs], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds of a step")
+    finish(figure, axes, path, below=True)
+
+
 def finish(figure: plt.Figure, axes: plt.Axes, path: Path, below: bool = False) -> None:
     handles, texts = axes.get_legend_handles_labels()
     once = dict(zip(texts, handles, strict=True))
@@ -140,7 +183,7 @@ KINDS = {"training_phase": phase, "training_trace": trace, "training_learn": lea
 
 
 def draw(folder: Path, plots: Path) -> list[Path]:
-    """One picture for each CSV of a known kind."""
+    """One picture for each CSV of a known kind, and one of all runs with generation."""
     drawn = []
     plots.mkdir(parents=True, exist_ok=True)
     for path in sorted(folder.glob("training_*.csv")):
@@ -151,6 +194,10 @@ def draw(folder: Path, plots: Path) -> list[Path]:
             if rows:
                 drawn.append(plots / f"{path.stem}.png")
                 KINDS[kind](rows, drawn[-1])
+    logs = [min(run.glob("metrics_seed*.jsonl"), default=None) for run in sorted(folder.iterdir()) if run.is_dir()]
+    if logs := [log for log in logs if log is not None]:
+        drawn.append(plots / "training_engine.png")
+        engine(logs, drawn[-1])
     return drawn
 
 

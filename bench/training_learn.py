@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 import socket
 import tempfile
 import time
@@ -164,6 +165,10 @@ def run(args: Any, kind: str, seed: int, company: Company) -> list[dict[str, Any
         trainer.remove_callback(PrinterCallback)
         company.start.wait()
         trainer.train()
+    if kind == "ours" and seed == args.first_seed:  # where the time of its steps goes, generation included
+        kept = Path(args.output) / f"learn_{args.engine}_{args.device}" / f"metrics_seed{seed}.jsonl"
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(Path(shared["output_dir"]) / "metrics.jsonl", kept)
     where = {"candidate": kind, "seed": seed, "engine": args.engine, "together": args.together}
     return [where | point | setup.versions(device) for point in watch.points]
 

@@ -72,7 +72,9 @@ def row_of(
         "step_s": setup.median(found.step_seconds[warmup:]),
         "tokens_per_s": workload.all_tokens / seconds,
         "completion_tokens_per_s": workload.completion_tokens / seconds,
+        "step_tokens_per_s": workload.all_tokens / setup.median(found.step_seconds[warmup:]),
         "forwards": found.forwards[-1] / found.micro_batches,
+        "forwards_per_step": found.forwards[-1],
         "peak_gib": found.peak_bytes / GIB,
         "weights_gib": found.before_bytes / GIB,
         "loss": found.losses[0],
@@ -88,9 +90,13 @@ def agree(found: Measured, first: Measured, dtype: str) -> bool:
     The loss is a mean of importance weights times advantages: 0.01 is about the noise of a bf16 log probability. The
     norm sums bf16 gradients in another order and over other micro-batches.
     """
+    return close(found.losses[0], first.losses[0], found.grad_norms[0], first.grad_norms[0], dtype)
+
+
+def close(loss: float, other_loss: float, norm: float, other_norm: float, dtype: str) -> bool:
+    """See `agree`."""
     loss_bound, norm_bound = (1e-2, 5e-2) if dtype == "bf16" else (1e-5, 1e-3)
-    close_loss = abs(found.losses[0] - first.losses[0]) <= loss_bound
-    return close_loss and math.isclose(found.grad_norms[0], first.grad_norms[0], rel_tol=norm_bound)
+    return abs(loss - other_loss) <= loss_bound and math.isclose(norm, other_norm, rel_tol=norm_bound)
 
 
 def phase(args: Any) -> bool:

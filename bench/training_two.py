@@ -5,6 +5,7 @@ Each measurement is a `torch.distributed.run` of its own, with one process for e
 
 from __future__ import annotations
 
+import csv
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import common
 import torch
 import torch.distributed as dist
 import training_setup as setup
-from training_phase import GIB, case_of, row_of
+from training_phase import GIB, case_of, close, row_of
 from training_workload import Workload, build_tokenizer
 
 import grpo_ext
@@ -38,7 +39,30 @@ def two(args: Any) -> bool:
     for kind in args.kinds:
         for world in (1, args.processes) if kind != "fsdp2" else (args.processes,):
             good &= launch(args, kind, world, output)
-    return good
+    return good & same_as_one(output / f"training_two_steps_{args.device}.csv")
+
+
+def same_as_one(path: Path) -> bool:
+    """Whether all processes took the step of one, where the table has that."""
+    if not path.is_file():
+        return True
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    of_one = {case_in(row): row for row in rows if row["processes"] == "1"}
+    different = []
+    for row in rows:
+        one = of_one.get(case_in(row), row)
+        loss, norm = ([float(found[name]) for found in (row, one)] for name in ("loss", "grad_norm"))
+        if not close(*loss, *norm, row["dtype"]):
+            different.append(row)
+    for row in different:
+        print(f"{row['kind']} on {row['processes']}: another loss or gradient norm than one process")
+    return not different
+
+
+def case_in(row: dict[str, str]) -> tuple[str, ...]:
+    names = ("candidate", "model", "trained", "lengths", "micro_batch", "completions", "max_tokens", "dtype")
+    return tuple(row[name] for name in names)
 
 
 def launch(args: Any, kind: str, world: int, output: Path) -> bool:

@@ -72,7 +72,8 @@ class RowCursor {
     const bool live = masks_ >> turn & 1;
     live_ = __ballot_sync(~0u, live);
     const uint32_t below = __popc(live_ & ((1u << lane) - 1));
-    // Congruent to 0: the number among the live rows to `first`, among the masked to -1 - first.
+    // A multiple of step_ where the rank among the live rows is congruent to first_, or among the
+    // masked ones to -1 - first_.
     const uint32_t number = live ? live_before_ + below + step_ - first_
                                  : window_ - live_before_ + lane - below + first_ + 1;
     own_ = __ballot_sync(~0u, window_ + lane < count_ && number % step_ == 0);

@@ -177,8 +177,9 @@ class GRPOConfig(TrainingArguments):
     fill_micro_batches: bool = _field(
         False,
         "Sort by length, too, and put short completions into fewer micro-batches, none larger in padded tokens than "
-        "one of per_device_train_batch_size of the longest; as many on all processes, and with DeepSpeed only sorted "
-        "(bnpo then divides by the mean number of tokens of the generation batch's micro-batches).",
+        "one of per_device_train_batch_size of the longest, and as many on all processes (bnpo then divides by the "
+        "mean number of tokens of a process's micro-batches, and top_entropy_quantile compares those of one, so their "
+        "gradients change).",
     )
     padding_free: bool = _field(
         False,

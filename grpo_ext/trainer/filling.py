@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from grpo_ext.trainer.batching import BatchPlan
 
-#: What all processes make of the numbers of slices that each of them needs, one for each optimizer step.
+#: From the number of slices that this process needs in each optimizer step to the most that any process needs.
 Agree = Callable[[list[int]], list[int]]
 
 
@@ -31,13 +31,14 @@ def filled_slices(
     window = count * plan.per_device_batch_size
     steps = [range(start, min(start + window, len(lengths))) for start in range(0, len(lengths), window)]
     filled = [_fill([row for row in rows if trained[row]], lengths, plan.per_device_batch_size) for rows in steps]
-    full = agree([len(slices) for slices in filled]) if agree else [1] * len(filled)
+    needed = [len(slices) for slices in filled]
+    if agree is not None:
+        needed = agree(needed)
     order: list[int] = []
     sizes: list[int] = []
-    for rows, slices, at_least in zip(steps, filled, full, strict=True):
+    for rows, slices, number in zip(steps, filled, needed, strict=True):
         idle = [row for row in rows if not trained[row]]
-        if agree:
-            _spread(slices, idle, lengths, at_least)
+        _spread(slices, idle, lengths, number)
         slices = [[] for _ in range(count - len(slices))] + slices
         slices[-1] = slices[-1] + idle
         order += [row for part in slices for row in part]
@@ -57,7 +58,7 @@ def _fill(rows: list[int], lengths: Sequence[int], per_slice: int) -> list[list[
 
 
 def _spread(slices: list[list[int]], idle: list[int], lengths: Sequence[int], count: int) -> None:
-    """At least ``count`` slices with a row: the largest are halved, and where all are single rows, idle ones serve."""
+    """Slices until there are ``count``: the largest are halved; where all hold one row, rows of ``idle`` are added."""
     while len(slices) < count:
         parted = [i for i, rows in enumerate(slices) if len(rows) > 1]
         if parted:

@@ -38,6 +38,7 @@ class RolloutMaker:
         engine: ids to completions.
         rewards: completions to rewards.
         window: where metrics go.
+        may_skip_all: see `Updates`.
     """
 
     def __init__(
@@ -50,8 +51,10 @@ class RolloutMaker:
         engine: GenerationEngine,
         rewards: RewardFunctions,
         window: MetricWindow,
+        may_skip_all: bool,
     ) -> None:
         self.args = args
+        self.may_skip_all = may_skip_all
         self.accelerator = accelerator
         self.dataset = dataset
         self.schedule = schedule
@@ -125,26 +128,23 @@ class RolloutMaker:
         self, sample: Sample, trained: list[bool], advantages: Tensor
     ) -> tuple[list[int] | None, list[int] | None]:
         """``order`` and ``sizes`` of the rollout."""
-        args, accelerator = self.args, self.accelerator
+        args = self.args
         completions = [len(ids) for ids in sample.completions.ids]
-        # Without an empty slice: DeepSpeed counts the backwards.
-        if args.fill_micro_batches and not args.deepspeed:
+        if args.fill_micro_batches:
             kept = set(range(len(trained)))
             if args.skip_zero_gradient_sequences:
                 kept = set(rows_with_gradient(args.loss_config(), advantages.tolist(), trained))
             through = [row in kept for row in range(len(trained))]
             lengths = [len(p) + c for p, c in zip(sample.prompt_ids, completions, strict=True)]
-            # Other processes and a gradient scaler count on a backward.
-            alone = accelerator.num_processes == 1 and getattr(accelerator, "scaler", None) is None
-            return filled_slices(lengths, through, self.plan, None if alone else self._most)
-        if args.fill_micro_batches or args.length_sorted_batches:
+            return filled_slices(lengths, through, self.plan, None if self.may_skip_all else self._most)
+        if args.length_sorted_batches:
             return sorted_order(completions, self.plan), None
         return None, None
 
     def _most(self, slices: list[int]) -> list[int]:
-        """For each optimizer step the most slices that any process needs, and at least one."""
-        most = gather(self.accelerator, torch.tensor([slices]), self.args.device).amax(dim=0)
-        return [max(count, 1) for count in most.tolist()]
+        """For each optimizer step the most slices that any process needs."""
+        most: list[int] = gather(self.accelerator, torch.tensor([slices]), self.args.device).amax(dim=0).tolist()
+        return most
 
     def generate_and_score(self, model: nn.Module, rows: list[int]) -> tuple[Sample, Tensor]:
         """Completions for rows of the training prompts, and their ``(n, functions)`` rewards."""

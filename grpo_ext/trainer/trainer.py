@@ -154,6 +154,8 @@ class GRPOTrainer(Trainer):
         assert isinstance(tokenizer.pad_token_id, int)  # load_tokenizer saw to it
         self.pad_id: int = tokenizer.pad_token_id
         self.window = MetricWindow()
+        one_process = self.accelerator.num_processes == 1
+        may_skip_all = one_process and not self.is_deepspeed_enabled and self.accelerator.scaler is None
         self.rollouts = RolloutMaker(
             args,
             self.accelerator,
@@ -163,8 +165,8 @@ class GRPOTrainer(Trainer):
             self._make_engine(module, tokenizer),
             self.rewards,
             self.window,
+            may_skip_all,
         )
-        one_process = self.accelerator.num_processes == 1
         self.completion_forward = CompletionForward(
             module, args.share_prompts and one_process and not args.gradient_checkpointing, args.padding_free
         )
@@ -195,7 +197,7 @@ class GRPOTrainer(Trainer):
             self.window,
             self.pad_id,
             self.accelerator.autocast,
-            one_process and not self.is_deepspeed_enabled and self.accelerator.scaler is None,
+            may_skip_all,
             has_dropout(module),
         )
         self._path_said = False

@@ -113,11 +113,11 @@ class Updates:
                 self._reference_passes += self.policy.passes - passes
 
     def without_gradient(self, model: nn.Module, rollout: Rollout) -> Tensor:
-        """A loss of 0 whose gradient is 0 everywhere, without the model."""
-        # Else the optimizer would pass over a parameter; where not all may be skipped, a backward of this step follows.
-        for parameter in model.parameters() if self.may_skip_all else ():
-            if parameter.requires_grad and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+        """A loss of 0 without the model; the gradient stays what it is, 0 where there is none."""
+        if self.may_skip_all:  # else another micro-batch of the step has a backward
+            for parameter in model.parameters():
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)  # the optimizer would pass over it
         sampled = rollout.sampling_logps is not None
         self.window.add_loss(dict.fromkeys(METRIC_NAMES, 0.0), self.args.beta != 0, sampled)
         for name in ("time/forward", "time/backward"):

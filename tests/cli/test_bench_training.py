@@ -164,10 +164,22 @@ def test_learning_runs_become_one_table_and_a_picture(bench: ModuleType, tmp_pat
     assert len(rows) == 12
     (path,) = plot_training.draw(tmp_path, tmp_path / "plots")
     assert path.read_bytes().startswith(b"\x89PNG")
-    # Only what all trainers had company of one size in says how long it takes.
-    assert {(row["candidate"], row["seed"]) for row in plot_training.comparable(rows)} == {
-        ("ours", "3"), ("ours", "4"), ("trl", "3"),
-    }  # fmt: skip
+    # Only seeds that all trainers ran in company of as many say how long it takes.
+    assert {(row["candidate"], row["seed"]) for row in plot_training.comparable(rows)} == {("ours", "3"), ("trl", "3")}
+
+
+def test_another_gradient_on_two_is_told(bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import training_two
+
+    case = {"candidate": "ours", "model": "m", "trained": "lora", "lengths": "equal", "micro_batch": 8, "dtype": "bf16"}
+    case |= {"completions": 64, "max_tokens": 1024}
+    found = [("ddp", 1, 0.5, 2.219), ("ddp", 2, 0.5, 2.219), ("fsdp2", 2, 0.5, 2.212)]
+    path = tmp_path / "training_two_steps_cpu.csv"
+    for more, good in (([], True), ([("fsdp2", 2, 0.5, 2.5)], False)):
+        rows = [dict(zip(("kind", "processes", "loss", "grad_norm"), row, strict=True)) | case for row in found + more]
+        training_two.common.write_csv(path, rows)
+        assert training_two.same_as_one(path) == good
+    assert "fsdp2 on 2: another loss or gradient norm than one process" in capsys.readouterr().out
 
 
 def test_every_table_is_drawn(bench: ModuleType, tmp_path: Path) -> None:
@@ -180,9 +192,16 @@ def test_every_table_is_drawn(bench: ModuleType, tmp_path: Path) -> None:
     write(tmp_path / "training_phase_cpu.csv", [case | rest, case | rest | {"candidate": "trl", "tokens_per_s": 2.0}])
     write(tmp_path / "training_trace_cpu.csv", [case | dict.fromkeys(training_trace.PARTS, 0.1) | {"sum": 1.0} | rest])
     write(tmp_path / "training_two_steps_cpu.csv", [{"kind": "ddp", "processes": 2} | case | rest])
+    step = {"step_time": 9.0, "time/generation": 5.0, "time/vllm_weights": 1.0, "time/forward": 2.0}
+    lines = [{"step_time": 60.0}, step, {"eval_reward": 0.5}, step]
+    run = tmp_path / "with_vllm"
+    run.mkdir()
+    (run / "metrics_seed1.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    parts = plot_training.engine_parts(run / "metrics_seed1.jsonl")
+    assert (parts["generation"], parts["weights to vLLM"], parts["optimizer and other"]) == (4.0, 1.0, 2.0)
     drawn = plot_training.draw(tmp_path, tmp_path)
     assert [path.name for path in drawn] == [
-        "training_phase_cpu.png", "training_trace_cpu.png", "training_two_steps_cpu.png",
+        "training_phase_cpu.png", "training_trace_cpu.png", "training_two_steps_cpu.png", "training_engine.png",
     ]  # fmt: skip
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
 

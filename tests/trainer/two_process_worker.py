@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node 2 two_process_worker.py FOLDER KIND...
 
-KIND says how the weights are spread: ``ddp`` (not at all), ``fsdp2``, ``zero2`` or ``zero3``. With two GPUs visible the
-last three run on them, else all on the CPU.
+KIND says how the weights are spread: ``ddp`` (not at all), ``fsdp2``, ``zero2`` or ``zero3``. On the CPU, or with
+two GPUs visible on those.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo")
 #: What runs with each kind.
 CASES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("zero2", "zero3"), (*LOSSES, "skipped", "filled", "lora")),
-    "ddp": (*LOSSES, "skipped", "filled", "lora", "lora and head"),
+    "ddp": (*LOSSES, "skipped", "filled", "packed", "lora", "lora and head"),
     "fsdp2": (*LOSSES, "skipped", "filled", "lora", "lora and head"),
 }
 #: Cases in which many rows have no gradient.
@@ -128,7 +128,7 @@ def make_trainer(
 
     Args:
         case: a loss type, ``skipped`` (many rows without a gradient), ``filled`` (the same in micro-batches that are
-            filled) or one of `ADAPTERS` (all of them with dapo).
+            filled), ``packed`` (sequences end to end) or one of `ADAPTERS` (all of them with dapo).
     """
     skipped = case in SKIPPED
     # bnpo averages over a rank's own micro-batch: one process equals two where it takes theirs one after the other.
@@ -144,6 +144,7 @@ def make_trainer(
         "loss_type": case if case in LOSSES else "dapo",
         "beta": 0.0 if skipped else 0.05,
         "fill_micro_batches": case == "filled",
+        "padding_free": case == "packed" and world_size > 1,
         "learning_rate": 1e-2,
         "optim": "sgd",
         "max_grad_norm": 0.0,
@@ -221,6 +222,7 @@ def run(
         "kind": kind,
         "dropped all-gathers": dropped[0],
         "lora layers": served.latest,
+        "packed": trainer.args.padding_free and trainer.completion_forward.padded_because is None,
         "sharded": any(is_sharded(p) for p in model.parameters()),
     }
     # Greedy completions of the model itself, which end at different steps: a rank that is done has to go on.

@@ -63,10 +63,9 @@ def compare(one: dict[str, Any], two: dict[str, Any], case: str, tolerance: floa
     # What one process leaves out two may not: each runs at least one row, so that both have a backward.
     share = [log["skipped_sequences"] for log in one["logs"]]
     assert (max(share) > 0.3) == (case in worker.SKIPPED)
-    # As DeepSpeed counts backwards, it has them all.
-    fewer = case == "filled" and not two["kind"].startswith("zero")
+    assert two["packed"] == (case == "packed")
     passes = [log["forwards_per_micro_batch"] for log in two["logs"]]
-    assert (min(passes) < 1) == fewer, (case, two["kind"], passes)
+    assert (min(passes) < 1) == (case == "filled"), (case, two["kind"], passes)
 
 
 def check_the_rest(two: dict[str, Any]) -> None:

@@ -66,8 +66,22 @@ def test_the_same_config_has_the_same_path(tmp_path: Path, monkeypatch: pytest.M
     other = keep("other", num_hidden_layers=3)
     assert other != first
     assert sorted(path.name for path in first.parent.iterdir()) == sorted([first.name, other.name])
+    (first / "config.json").unlink()  # somebody has tidied up
+    assert keep("third") == first
+    assert (first / "config.json").exists()
+    (first / "config.json").rename(first / "other.json")
+    assert keep("fourth") == tmp_path / "fourth"
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "first" / "config.json"))  # no folder can be made in there
-    assert keep("third") == tmp_path / "third"
+    assert keep("fifth") == tmp_path / "fifth"
+
+
+def test_closing_leaves_what_is_kept(tmp_path: Path) -> None:
+    client = ColocatedClient.__new__(ColocatedClient)
+    client.folder, client.scratch = tmp_path / "kept", tmp_path / "scratch"
+    for folder in (client.folder, client.scratch):
+        folder.mkdir()
+    client.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
 def test_greedy_tokens_and_log_probabilities(client: ColocatedClient, tmp_path: Path) -> None:

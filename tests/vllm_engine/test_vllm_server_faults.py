@@ -71,6 +71,10 @@ def test_a_server_that_takes_no_weights(connect: Connect) -> None:
     engine = connect(FakeServer(build_model(), takes_weights=False))
     with pytest.raises(EngineError, match=r"gate_up_proj(.|\n)*--enable-lora(.|\n)*vllm_lora_mode='adapter'"):
         engine.generate(build_model(1), PROMPTS, GREEDY)
+    engine = connect(FakeServer(build_model(), dev_mode=False))
+    with pytest.raises(EngineError, match="VLLM_SERVER_DEV_MODE=1") as error:
+        engine.generate(build_model(1), PROMPTS, GREEDY)
+    assert "--enable-lora a server of" not in str(error.value)
 
 
 @pytest.mark.filterwarnings("ignore:.*was started anew")

@@ -290,29 +290,29 @@ def kept_folder(written: Path) -> Path:
         written: holds config.json, and the code of an architecture that comes with its own.
 
     Returns:
-        ``written`` itself where the cache cannot be written to.
+        ``written`` itself where nothing can be kept there.
     """
     import_vllm()
     from vllm import envs
 
     digest = hashlib.sha256()
-    for path in sorted(written.iterdir()):
-        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+    for path in sorted(path for path in written.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(written)}\0{path.stat().st_size}\0".encode())
         digest.update(path.read_bytes())
     kept = Path(envs.VLLM_CACHE_ROOT) / "grpo_ext" / digest.hexdigest()[:32]
-    if kept.is_dir():
-        return kept
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(dir=kept.parent))
-    except OSError:
-        return written
-    try:
-        shutil.copytree(written, staged, dirs_exist_ok=True)
-        staged.rename(kept)
-    except OSError:  # another process was first, or the disk is full
-        shutil.rmtree(staged, ignore_errors=True)
-    return kept if kept.is_dir() else written
+    config = kept / "config.json"
+    staged: Path | None = None
+    if not os.access(config, os.R_OK):
+        try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            staged = Path(tempfile.mkdtemp(dir=kept.parent))
+            shutil.copytree(written, staged, dirs_exist_ok=True)
+            staged.chmod(0o755)  # the cache may be shared
+            staged.rename(kept)
+        except OSError:  # another process was first, the disk is full, or the folder is not ours
+            if staged is not None:
+                shutil.rmtree(staged, ignore_errors=True)
+    return kept if os.access(config, os.R_OK) else written
 
 
 def _said(error: BaseException) -> str:

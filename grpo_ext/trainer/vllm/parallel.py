@@ -85,8 +85,8 @@ class Ranks:
     def same_draws(self, step: int, prompts: Sequence[Sequence[int]]) -> Iterator[None]:
         """Random numbers that are the same on all ranks of a group: each of them samples for itself.
 
-        They follow from the seed, the step, the prompts and how often the step has drawn for them: an evaluation in
-        between, or a resume, leaves those of the training as they were.
+        They follow from the seed, the step, the prompts and how often the step has drawn for them: an evaluation on
+        other prompts, or a resume, leaves those of the training as they were.
         """
         if self._group is None:
             yield

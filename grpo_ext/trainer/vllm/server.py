@@ -6,6 +6,8 @@ machines you trust):
     VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 \\
     vllm serve MODEL --host 127.0.0.1 --port 8000 --logprobs-mode processed_logprobs --generation-config vllm \\
         --enable-lora --max-lora-rank 16
+
+The last line is for adapters that are hot-loaded: vLLM 0.24 takes no other base weights with it.
 """
 
 from __future__ import annotations
@@ -217,13 +219,11 @@ class ServerClient:
 
     def _reload(self, folder: Path) -> None:
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-        try:
-            self._call("POST", "/collective_rpc", body, missing="VLLM_SERVER_DEV_MODE=1")
-        except EngineError as error:
-            raise EngineError(
-                f"{error}\nIf it was started with --enable-lora: vLLM 0.24 takes no other base weights then. Leave it "
-                "out, or set vllm_lora_mode='adapter'"
-            ) from error
+        failed = (
+            "\nWith --enable-lora a server of vLLM 0.24 takes no other base weights: start it without, or hot-load the "
+            "adapter, where there is one (vllm_lora_mode='adapter')"
+        )
+        self._call("POST", "/collective_rpc", body, missing="VLLM_SERVER_DEV_MODE=1", failed=failed)
 
     def _wait(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -242,19 +242,21 @@ class ServerClient:
                 )
             time.sleep(min(0.5, max(seconds / 10, 0.01)))
 
-    def _call(self, method: str, path: str, body: Any = None, missing: str | None = None) -> Any:
+    def _call(self, method: str, path: str, body: Any = None, missing: str | None = None, failed: str = "") -> Any:
         """The decoded answer.
 
         Args:
             method, path, body: of the request.
             missing: what the server was started without when it does not know the path.
+            failed: what to say beside the answer when that is an error of the server's own.
         """
         where = f"{method} {self.url}{path.split('?')[0]}"
         status, text = self._exchange(method, path, body)
         if status == 404 and missing is not None and '"Not Found"' in text:
             raise EngineError(f"the vLLM server does not offer {where}: start it with {missing}. {RESUME}")
         if status != 200:
-            raise EngineError(f"the vLLM server answered {where} with {status}: {text[:2000]} {RESUME}")
+            more = failed if status == 500 else ""
+            raise EngineError(f"the vLLM server answered {where} with {status}: {text[:2000]} {RESUME}{more}")
         try:
             return json.loads(text)
         except json.JSONDecodeError:
