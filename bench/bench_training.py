@@ -77,6 +77,7 @@ def add_learn(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--candidates", type=names(("ours", "trl")), default="ours,trl")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each trainer")
     parser.add_argument("--first_seed", type=int, default=0)
+    parser.add_argument("--parts", action="store_true", help="where the time of a step goes instead")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--every", type=int, default=5, help="steps between two measurements of the held-out reward")
     parser.add_argument("--samples", type=int, default=8, help="answers to each held-out question")

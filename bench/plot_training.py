@@ -179,7 +179,13 @@ def finish(figure: plt.Figure, axes: plt.Axes, path: Path, below: bool = False) 
     plt.close(figure)
 
 
-KINDS = {"training_phase": phase, "training_trace": trace, "training_learn": learn, "training_two_steps": two}
+KINDS = {
+    "training_phase": phase,
+    "training_trace": trace,
+    "training_engine": trace,
+    "training_learn": learn,
+    "training_two_steps": two,
+}
 
 
 def draw(folder: Path, plots: Path) -> list[Path]:
@@ -196,7 +202,7 @@ def draw(folder: Path, plots: Path) -> list[Path]:
                 KINDS[kind](rows, drawn[-1])
     logs = [min(run.glob("metrics_seed*.jsonl"), default=None) for run in sorted(folder.iterdir()) if run.is_dir()]
     if logs := [log for log in logs if log is not None]:
-        drawn.append(plots / "training_engine.png")
+        drawn.append(plots / "training_runs.png")
         engine(logs, drawn[-1])
     return drawn
 

@@ -1,5 +1,8 @@
 """Held-out reward against wall clock and samples: SmolLM2-135M learns one-digit products, in both trainers.
 
+With ``--parts`` where the time of a step goes instead, generation and the hand-over of the weights included: every part
+waits for the device at its beginning and end, from the third step on, and nothing is measured on held-out questions.
+
 Each run is a process; those of one trainer run side by side when ``--together`` is more than 1, so that every trainer
 meets the same company. The clock stands still while the held-out questions are answered.
 """
@@ -11,7 +14,6 @@ import importlib.util
 import json
 import os
 import random
-import shutil
 import socket
 import tempfile
 import time
@@ -27,6 +29,7 @@ import torch
 import training_setup as setup
 from datasets import Dataset
 from training_case import CORRECTION
+from training_trace import ENGINE_PARTS, PARTS, Booker, Parts, head_replaced, instrument, instrument_engine
 from transformers import PrinterCallback, TrainerCallback
 
 from grpo_ext.tasks.arithmetic import INSTRUCTION, arithmetic_questions, number_reward
@@ -123,6 +126,8 @@ def run(args: Any, kind: str, seed: int, company: Company) -> list[dict[str, Any
     model, tokenizer = load_model(folder, dtype="bfloat16")
     train, heldout = datasets(questions(args.questions), seed)
     watch = HeldOut(heldout, tokenizer, args, device)
+    booker = Booker(Parts(device))
+    callbacks = [booker if args.parts else watch]
     shared: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(prefix="bench_learn_"),
         "per_device_train_batch_size": args.batch,
@@ -156,21 +161,32 @@ def run(args: Any, kind: str, seed: int, company: Company) -> list[dict[str, Any
                 from grpo_ext.trainer import GRPOConfig, GRPOTrainer
 
                 config = GRPOConfig(**shared, save_completions=False, length_sorted_batches=True)
-                trainer: Any = GRPOTrainer(model, number_reward, config, callbacks=[watch], **kwargs)
+                trainer: Any = GRPOTrainer(model, number_reward, config, callbacks=callbacks, **kwargs)
             else:
                 import trl
 
                 config = trl.GRPOConfig(**shared)
-                trainer = trl.GRPOTrainer(model, number_reward, config, callbacks=[watch], **kwargs)
+                trainer = trl.GRPOTrainer(model, number_reward, config, callbacks=callbacks, **kwargs)
         trainer.remove_callback(PrinterCallback)
+        if args.parts:
+            instrument(trainer, kind, booker.parts)
+            instrument_engine(trainer, kind, booker.parts)
         company.start.wait()
-        trainer.train()
-    if kind == "ours" and seed == args.first_seed:  # where the time of its steps goes, generation included
-        kept = Path(args.output) / f"learn_{args.engine}_{args.device}" / f"metrics_seed{seed}.jsonl"
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(Path(shared["output_dir"]) / "metrics.jsonl", kept)
+        with head_replaced(kind, booker.parts) if args.parts else contextlib.nullcontext():
+            trainer.train()
+    if args.parts:
+        return [parts_row(args, kind, seed, booker)]
     where = {"candidate": kind, "seed": seed, "engine": args.engine, "together": args.together}
     return [where | point | setup.versions(device) for point in watch.points]
+
+
+def parts_row(args: Any, kind: str, seed: int, booker: Booker) -> dict[str, Any]:
+    """Mean seconds of a step's parts."""
+    names = (PARTS[0], *ENGINE_PARTS, *PARTS[1:])
+    seconds = {name: booker.parts.seconds[name] / booker.steps for name in names}
+    where = {"candidate": kind, "seed": seed, "engine": args.engine, "together": args.together, "model": "smollm2-135m"}
+    rest = {"sum": sum(seconds.values()), "completions": args.batch, "steps": booker.steps}
+    return where | {"trained": "lora", "lengths": "as generated"} | seconds | rest | setup.versions(booker.parts.device)
 
 
 def learn(args: Any) -> bool:
@@ -212,7 +228,12 @@ def all_end_well(processes: list[Any]) -> bool:
 def work(args: Any, kind: str, seed: int, company: Company) -> None:
     """A process of its own."""
     torch.set_num_threads(args.threads)
-    common.write_csv(Path(args.output) / f"training_learn_{kind}_{seed}.csv", run(args, kind, seed, company))
+    common.write_csv(Path(args.output) / f"{table(args)}_{kind}_{seed}.csv", run(args, kind, seed, company))
+
+
+def table(args: Any) -> str:
+    """The name of what is written, without the device."""
+    return "training_engine" if args.parts else "training_learn"
 
 
 def free_port() -> int:
@@ -231,14 +252,17 @@ def merge(output: Path, args: Any) -> None:
     rows: list[dict[str, Any]] = []
     for trainer in args.candidates:
         for seed in seeds_of(args):
-            path = output / f"training_learn_{trainer}_{seed}.csv"
+            path = output / f"{table(args)}_{trainer}_{seed}.csv"
             if path.is_file():
                 with path.open(newline="") as file:
                     rows += list(csv.DictReader(file))
                 path.unlink()
     if not rows:
         return
-    common.write_csv(output / f"training_learn_{args.device}.csv", rows)
+    common.write_csv(output / f"{table(args)}_{args.device}.csv", rows)
+    if args.parts:
+        common.print_table(rows, ("candidate", "seed", PARTS[0], *ENGINE_PARTS, *PARTS[1:], "sum"))
+        return
     for trainer in args.candidates:
         last = [max((r for r in rows if r["candidate"] == trainer and int(r["seed"]) == seed),
                     key=lambda r: float(r["step"]), default=None) for seed in seeds_of(args)]  # fmt: skip

@@ -31,6 +31,9 @@ PARTS = (
     "head and loss, backward", "layers, backward", "clip and optimizer", "other",
 )  # fmt: skip
 
+#: Beside them, in a run that generates.
+ENGINE_PARTS = ("weights to the engine", "check of its weights")
+
 #: What a kernel is, by its name; the first that fits.
 KERNELS = (
     ("attention", r"flash|fmha|attention|sdpa"),
@@ -111,11 +114,33 @@ class Parts:
         return run
 
 
-class Director(TrainerCallback):
-    """Turns the clock and the profiler on and off, and books the optimizer."""
+class Booker(TrainerCallback):
+    """Books every step from the third on, and in it the optimizer."""
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
+        self.steps = 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= 2:
+            self.steps += 1
+            self.parts.start()
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.parts.become("clip and optimizer")
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.parts.become("other")
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.parts.stop()
+
+
+class Director(Booker):
+    """Turns the clock and the profiler on and off: the second step is booked, the third is profiled."""
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
         self.profiler: Any = None
         self.profiled_seconds = 0.0
         self._start = 0.0
@@ -131,14 +156,8 @@ class Director(TrainerCallback):
             self.profiler.start()
             self._start = time.perf_counter()
 
-    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        self.parts.become("clip and optimizer")
-
-    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        self.parts.become("other")
-
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.parts.stop()
+        super().on_step_end()
         if state.global_step == 3:
             common.synchronize(self.parts.device)
             self.profiled_seconds = time.perf_counter() - self._start
@@ -191,6 +210,18 @@ def instrument(trainer: Any, kind: str, parts: Parts) -> None:
             return logps(*args, **kwargs)
 
     trainer._get_per_token_logps_and_entropies = without_gradient_apart
+
+
+def instrument_engine(trainer: Any, kind: str, parts: Parts) -> None:
+    """Books what comes with generation by vLLM: handing the weights over, and our check that they have arrived."""
+    if not trainer.args.use_vllm:
+        return
+    if kind == "ours":
+        engine = trainer.rollouts.engine
+        engine._hand_over = parts.around(ENGINE_PARTS[0], engine._hand_over)
+        engine.check = parts.around(ENGINE_PARTS[1], engine.check)
+    else:
+        trainer.vllm_generation.sync_weights = parts.around(ENGINE_PARTS[0], trainer.vllm_generation.sync_weights)
 
 
 def trace(args: Any) -> bool:

@@ -159,7 +159,9 @@ def test_learning_runs_become_one_table_and_a_picture(bench: ModuleType, tmp_pat
                  "device": "cpu"} for s in range(3)
             ]  # fmt: skip
             training_learn.common.write_csv(tmp_path / f"training_learn_{trainer}_{seed}.csv", points)
-    training_learn.merge(tmp_path, SimpleNamespace(candidates=["ours", "trl"], seeds=2, first_seed=3, device="cpu"))
+    training_learn.merge(
+        tmp_path, SimpleNamespace(candidates=["ours", "trl"], seeds=2, first_seed=3, parts=False, device="cpu")
+    )
     rows = rows_of(tmp_path / "training_learn_cpu.csv")
     assert len(rows) == 12
     (path,) = plot_training.draw(tmp_path, tmp_path / "plots")
@@ -201,7 +203,7 @@ def test_every_table_is_drawn(bench: ModuleType, tmp_path: Path) -> None:
     assert (parts["generation"], parts["weights to vLLM"], parts["optimizer and other"]) == (4.0, 1.0, 2.0)
     drawn = plot_training.draw(tmp_path, tmp_path)
     assert [path.name for path in drawn] == [
-        "training_phase_cpu.png", "training_trace_cpu.png", "training_two_steps_cpu.png", "training_engine.png",
+        "training_phase_cpu.png", "training_trace_cpu.png", "training_two_steps_cpu.png", "training_runs.png",
     ]  # fmt: skip
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
 
@@ -231,6 +233,15 @@ def test_learning_in_both_trainers(bench: ModuleType, tmp_path: Path) -> None:
             assert [(row["step"], row["samples"]) for row in mine] == [("0", "0"), ("1", "16"), ("2", "32")]
             seconds = [float(row["seconds"]) for row in mine]
             assert 0 == seconds[0] < seconds[1] < seconds[2]
+    command = command.replace("--steps 2", "--steps 4").replace("--seeds 2 --together 2", "--seeds 1 --parts")
+    assert bench.main(command.split()) == 0
+    ours, trl = rows_of(tmp_path / "training_engine_cpu.csv")
+    for row in (ours, trl):
+        assert row["steps"] == "2"
+        assert 0 < float(row["generation"]) < float(row["sum"])
+        assert float(row["weights to the engine"]) == 0  # transformers generates from the trainer's own
+        assert min(float(row[f"layers, {way}"]) for way in ("forward", "backward")) > 0
+    assert (tmp_path / "training_engine_cpu.png").exists()
 
 
 @pytest.mark.timeout(60)
