@@ -240,7 +240,8 @@ def test_learning_in_both_trainers(bench: ModuleType, tmp_path: Path) -> None:
         assert row["steps"] == "2"
         assert 0 < float(row["generation"]) < float(row["sum"])
         assert float(row["weights to the engine"]) == 0  # transformers generates from the trainer's own
-        assert min(float(row[f"layers, {way}"]) for way in ("forward", "backward")) > 0
+    # A random model earns nothing, and ours leaves out what has no gradient.
+    assert min(float(trl[f"layers, {way}"]) for way in ("forward", "backward")) > 0
     assert (tmp_path / "training_engine_cpu.png").exists()
 
 
