@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
@@ -37,6 +39,16 @@ class WhenTrainingStarts(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Call it."""
         self.act()
+
+
+def disband_at_exit() -> None:
+    """Ends the process group with this process, once its run has ended well: one that is left open can abort it."""
+    atexit.register(_disband)
+
+
+def _disband() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def unscored(completions: Sequence[Any], **columns: Any) -> list[float]:

@@ -18,7 +18,13 @@ from grpo_ext.cli.data import load_datasets, load_reward
 from grpo_ext.cli.info import versions
 from grpo_ext.cli.plot import plot_run
 from grpo_ext.cli.prepare import choose_dtype, lora_config, make_config, resume_from, run_folder
-from grpo_ext.cli.processes import WhenTrainingStarts, agreed, measured_when_training_starts, unscored
+from grpo_ext.cli.processes import (
+    WhenTrainingStarts,
+    agreed,
+    disband_at_exit,
+    measured_when_training_starts,
+    unscored,
+)
 from grpo_ext.cli.run_files import (
     ADAPTER_FOLDER,
     CONFIG_FILE,
@@ -125,6 +131,7 @@ def train_command(config: str, arguments: Sequence[str]) -> dict[str, Any]:
         settings, args, model, tokenizer, train_set, heldout, rewards, resume, at_start
     )
     after = measure(trainer.model, "after")
+    disband_at_exit()
     if not is_main:
         return {}
     summary |= {
