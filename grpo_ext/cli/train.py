@@ -133,6 +133,7 @@ def train_command(config: str, arguments: Sequence[str]) -> dict[str, Any]:
     after = measure(trainer.model, "after")
     disband_at_exit()
     if not is_main:
+        agreed(None)  # a launcher may end all processes when one of them has gone wrong on its way out
         return {}
     summary |= {
         "heldout_reward_after": after and round(after.reward, 4),
@@ -148,6 +149,7 @@ def train_command(config: str, arguments: Sequence[str]) -> dict[str, Any]:
     }
     write_json(os.path.join(folder, SUMMARY_FILE), summary)
     plot_run(folder)
+    agreed(None)
     return summary | {"folder": folder}
 
 
