@@ -132,7 +132,7 @@ def two(rows: Rows, path: Path) -> None:
 
 
 #: Parts of a step with generation, by what the trainer calls them in its log.
-ENGINE_PARTS = {
+LOGGED_PARTS = {
     "generation": "time/generation",
     "weights to vLLM": "time/vllm_weights",
     "check of its weights": "time/vllm_check",
@@ -147,7 +147,7 @@ def engine_parts(log: Path) -> dict[str, float]:
     """Mean seconds of a step's parts, the first step left out, from a run's metrics."""
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     steps = [line for line in lines if "step_time" in line][1:]
-    parts = {name: statistics.fmean(step.get(key, 0.0) for step in steps) for name, key in ENGINE_PARTS.items()}
+    parts = {name: statistics.fmean(step.get(key, 0.0) for step in steps) for name, key in LOGGED_PARTS.items()}
     parts["generation"] -= parts["weights to vLLM"] + parts["check of its weights"]  # the call holds all three
     parts["optimizer and other"] = statistics.fmean(step["step_time"] for step in steps) - sum(parts.values())
     return parts

@@ -42,7 +42,7 @@ class WhenTrainingStarts(TrainerCallback):
 
 
 def disband_at_exit() -> None:
-    """Ends the process group with this process, once its run has ended well: one that is left open can abort it."""
+    """Ends the process group with this process, as torch asks for; called only once a run has ended well."""
     atexit.register(_disband)
 
 

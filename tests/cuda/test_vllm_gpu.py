@@ -98,6 +98,14 @@ def in_a_process_of_its_own(work: Callable[..., Any], *args: Any) -> Any:
         return pool.submit(work, *args).result()
 
 
+def train_and_measure(trainer: GRPOTrainer, engine: Any) -> tuple[list[float], float]:
+    """The check's figures of the steps, and how far the weights have moved, in nats."""
+    before = engine.check.trainer_rows(trainer.model)
+    trainer.train()
+    figures = [line["vllm/weight_check"] for line in trainer.state.log_history if "loss" in line]
+    return figures, float((engine.check.trainer_rows(trainer.model) - before).abs().mean())
+
+
 def follow(folder: Path, peft_config: Any, mode: str | None, sleep_level: int) -> tuple[list[float], float, bool]:
     """The check's figures of four steps, how far the weights have moved, in nats, and whether they were just copied."""
     trainer = make(
@@ -111,11 +119,7 @@ def follow(folder: Path, peft_config: Any, mode: str | None, sleep_level: int) -
     )
     engine: Any = trainer.rollouts.engine
     try:
-        before = engine.check.trainer_rows(trainer.model)
-        trainer.train()
-        figures = [line["vllm/weight_check"] for line in trainer.state.log_history if "loss" in line]
-        moved = float((engine.check.trainer_rows(trainer.model) - before).abs().mean())
-        return figures, moved, engine.client._placement is not None
+        return *train_and_measure(trainer, engine), engine.client._placement is not None
     finally:
         close_quietly(engine)
 
@@ -235,10 +239,7 @@ def follow_server(folder: Path, port: int, peft_config: Any, mode: str | None, s
     )
     engine: Any = trainer.rollouts.engine
     try:
-        before = engine.check.trainer_rows(trainer.model)
-        trainer.train()
-        figures = [line["vllm/weight_check"] for line in trainer.state.log_history if "loss" in line]
-        moved = float((engine.check.trainer_rows(trainer.model) - before).abs().mean())
+        figures, moved = train_and_measure(trainer, engine)
         print(f"server, {mode}, level {sleep_level}: moved {moved:.3f} nats, check {figures}")
         assert engine._asleep
         assert engine.client._is_sleeping()
