@@ -14,8 +14,9 @@ Loss: dapo (token level, clip 0.2/0.28) with old log probabilities, mask and adv
     loss_asks  the same without: on a GPU the call then waits for the device to count them
     loss_fp32  the same with logits_dtype="float32"
     loss_512   the same with a memory budget of 512 MiB
-    sequence   the same at sequence level, whose coefficients are known only after the last token; not told, since a
-               trained head wants whole completions in a chunk and asks for their lengths anyway
+    sequence   loss_asks at sequence level, whose coefficients are known only after the last token: a trained head wants
+               whole completions in a chunk and asks for their lengths
+    sequence_told  loss at sequence level
     logps      linear_selective_log_softmax, then the loss in torch: an upstream gradient that it cannot know
     forward    log probabilities without gradient; its ratio is to one bare product
     trl        ChunkedLogProb of TRL (1.16) in the place of `logps`, where TRL is installed
@@ -138,6 +139,7 @@ KNOWN: dict[str, Callable[[], Loss]] = {
     "loss_fp32": lambda: our_loss(logits_dtype="float32"),
     "loss_512": lambda: our_loss(memory_budget=512 << 20),
     "sequence": lambda: our_loss(CONFIG.replace(importance_sampling_level="sequence"), told=False),
+    "sequence_told": lambda: our_loss(CONFIG.replace(importance_sampling_level="sequence")),
     "logps": lambda: our_logps,
     "forward": lambda: our_forward,
     "trl": trl_logps,
@@ -235,7 +237,7 @@ def check_gradients(results: dict[str, Tensor]) -> None:
     """Every candidate must give the gradient of the first, or the comparison means nothing."""
     first = next(iter(results.values()))
     for name, grad in results.items():
-        if split_name(name)[0] in ("sequence", "quack"):
+        if split_name(name)[0] in ("sequence", "sequence_told", "quack"):
             continue  # another loss
         error = (grad.float() - first.float()).norm() / first.float().norm()
         # On random data a clip limit decides differently for a few rows when logits are rounded differently.

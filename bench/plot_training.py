@@ -71,7 +71,7 @@ def trace(rows: Rows, path: Path) -> None:
     left = [0.0] * len(rows)
     for number, part in enumerate(parts):
         values = [float(row[part]) for row in rows]
-        axes.barh(range(len(rows)), values, left=left, label=part, color=plt.get_cmap("tab10")(number))
+        axes.barh(range(len(rows)), values, left=left, label=part, color=plt.get_cmap("tab20")(number))
         left = [a + b for a, b in zip(left, values, strict=True)]
     axes.set_yticks(range(len(rows)), names, fontsize=8)
     axes.invert_yaxis()
@@ -121,7 +121,7 @@ def two(rows: Rows, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 4))
     for number, row in enumerate(rows):
         axes.bar(number, float(row["tokens_per_s"]), color=f"C{int(row['processes']) - 1}")
-    names = [f"{row['kind']}\n{row['processes']} GPU" for row in rows]
+    names = [f"{row['kind']}\n{row['processes']} GPU\n{row['lengths']}" for row in rows]
     axes.set_xticks(range(len(rows)), names, fontsize=8)
     axes.set_ylabel("tokens per second, training phase")
     axes.set_title(f"{rows[0]['model']} {rows[0]['trained']}, {rows[0]['device']}", fontsize=10)

@@ -236,6 +236,12 @@ void cuda_policy_loss(int device, uintptr_t stream, const py::tuple& policy, con
                     stream_of(stream));
 }
 
+void cuda_policy_terms(int device, uintptr_t stream, const py::tuple& policy, const Numbers& spec,
+                       uintptr_t workspace) {
+  cuda::policy_terms(device, read_policy<float>(policy, spec), reinterpret_cast<void*>(workspace),
+                     stream_of(stream));
+}
+
 void cuda_row_loss(int device, uintptr_t stream, const py::tuple& rows, const Numbers& transform,
                    const py::tuple& policy, const Numbers& spec, uintptr_t workspace) {
   cuda::row_loss(device, read_rows<float>(rows, transform), read_policy<float>(policy, spec),
@@ -265,6 +271,7 @@ void cuda_target_reference(int device, uintptr_t stream, const py::tuple& chunk,
   p.shard = pointer<const int64_t>(t[k++]);
   p.hidden = pointer<const void>(t[k++]);
   p.hidden_stride = t[k++].cast<int64_t>();
+  p.gathered = pointer<void>(t[k++]);
   p.weight = pointer<const void>(t[k++]);
   p.weight_stride = t[k++].cast<int64_t>();
   p.bias = pointer<const float>(t[k++]);
@@ -336,7 +343,9 @@ void cuda_head_gradient(int device, uintptr_t stream, const py::tuple& t) {
   cuda::head_gradient(device, p, stream_of(stream));
 }
 
-void cuda_fold_partials(int device, uintptr_t stream, const py::tuple& chunk, const py::tuple& t) {
+// `policy` is empty, or with `spec` what cuda_policy_terms has left in `workspace`.
+void cuda_fold_partials(int device, uintptr_t stream, const py::tuple& chunk, const py::tuple& t,
+                        const py::tuple& policy, const Numbers& spec, uintptr_t workspace) {
   size_t k = 0;
   cuda::FoldParams p{};
   p.dtype = DType(t[k++].cast<int>());
@@ -355,6 +364,10 @@ void cuda_fold_partials(int device, uintptr_t stream, const py::tuple& chunk, co
   p.probabilities = pointer<void>(t[k++]);
   p.stride = t[k++].cast<int64_t>();
   p.stored = t[k++].cast<int32_t>();
+  if (!policy.empty()) {
+    p.policy = read_policy<float>(policy, spec);
+    p.terms = cuda::terms_in(reinterpret_cast<void*>(workspace), p.policy);
+  }
   cuda::fold_partials(device, p, stream_of(stream));
 }
 
@@ -417,6 +430,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_row_stats", &cuda_row_stats);
   m.def("cuda_row_gradient", &cuda_row_gradient);
   m.def("cuda_policy_loss", &cuda_policy_loss);
+  m.def("cuda_policy_terms", &cuda_policy_terms);
   m.def("cuda_row_loss", &cuda_row_loss);
   m.def("cuda_scale_rows", &cuda_scale_rows);
   m.def("cuda_target_reference", &cuda_target_reference);

@@ -34,6 +34,11 @@ void row_gradient(int device, const RowParams<float>& rows, Stream stream);
 // logps -> loss, coefficients, kl, metrics.
 void policy_loss(int device, const PolicyParams<float>& policy, void* workspace, Stream stream);
 
+// The first half of policy_loss alone, for rows whose coefficients depend on no other row: what the
+// sequences' tokens have in common, left in the workspace. `policy` has no outputs.
+void policy_terms(int device, const PolicyParams<float>& policy, void* workspace, Stream stream);
+const SequenceTerms<float>* terms_in(void* workspace, const PolicyParams<float>& policy);
+
 // All of the above with one read of every logit; only where a row's coefficient depends on no other
 // row (fits_one_pass in grpo_ext/losses.py). rows.grad may be null.
 void row_loss(int device, const RowParams<float>& rows, const PolicyParams<float>& policy,

@@ -152,6 +152,15 @@ void policy_loss(int device, const PolicyParams<float>& policy, void* workspace,
   launch_emit(p, device_of(device).architecture >= 90, stream);
 }
 
+void policy_terms(int device, const PolicyParams<float>& policy, void* workspace, Stream stream) {
+  const DeviceGuard guard(device);
+  launch_terms(policy_params(policy, workspace, false), stream);
+}
+
+const SequenceTerms<float>* terms_in(void* workspace, const PolicyParams<float>& policy) {
+  return divide_workspace(workspace, policy.batch, policy.length).terms;
+}
+
 #if defined(GRPO_CUDA_RING)
 namespace {
 

@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "../common/policy.h"
 #include "../common/row_params.h"
 #include "cuda.h"
 
@@ -39,8 +40,10 @@ struct TargetParams {
   int32_t hidden_size;    // a multiple of 8
   int32_t vocab;          // of this rank
   const int64_t* shard;   // [2] id of this rank's first token, tokens of all ranks; null: one rank
-  const void* hidden;     // [count, hidden_size], rows hidden_stride elements apart
+  const void* hidden;     // [count, hidden_size], rows hidden_stride elements apart; all tokens' if
+                          // there is a `gathered`
   int64_t hidden_stride;  // a multiple of 8
+  void* gathered;         // [count, hidden_size], made: the rows, 0 where masked; null: not needed
   const void* weight;     // [vocab, hidden_size]
   int64_t weight_stride;  // a multiple of 8
   const float* bias;      // [vocab] or null
@@ -87,6 +90,9 @@ struct FoldParams {
   void* probabilities;  // the target's own element becomes -(S - E_target); null: none stored
   int64_t stride;
   int32_t stored;  // rows of it
+  // Where a row's coefficient follows from its own log probability: it is multiplied into `factor`.
+  const SequenceTerms<float>* terms;  // [B] from policy_terms; null: not so
+  PolicyParams<float> policy;
 };
 
 // out[token] = factor (product + residual weight[target]), rounded once.

@@ -12,14 +12,14 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 // Of fold_kernel: rows of a block, and how many threads share the tiles of one.
-constexpr int kFoldRows = 16, kFoldParts = kThreads / kFoldRows;
+constexpr int kFoldRows = 8, kFoldParts = kThreads / kFoldRows;
 constexpr int kScaleThreads = 128;
 constexpr float kLn2 = 0.693147180559945309f;
 constexpr float kLog2e = 1.442695040888963407f;
 // The reference never moves further than this (natural logarithm), however odd a guess is.
 constexpr float kGreatestShift = 60.f;
 
-// A warp per row: z = hidden . weight[id] + bias, in fp32.
+// A warp per row: z = hidden . weight[id] + bias, in fp32, and the row itself where it is wanted.
 template <class T>
 __global__ void __launch_bounds__(kThreads) target_kernel(const __grid_constant__ TargetParams p) {
   const int row = int(blockIdx.x) * kWarps + threadIdx.x / 32, lane = threadIdx.x & 31;
@@ -29,19 +29,36 @@ __global__ void __launch_bounds__(kThreads) target_kernel(const __grid_constant_
   const int64_t id = live ? p.ids[token] : 0;
   const int64_t column = p.shard ? id - p.shard[0] : id;
   const bool here = live && column >= 0 && column < p.vocab;
-  float reference = 0.f;
-  if (here) {
-    const auto* h = static_cast<const T*>(p.hidden) + row * p.hidden_stride;
-    const auto* w = static_cast<const T*>(p.weight) + column * p.weight_stride;
-    constexpr int n = kPerVector<T>;
-    float sum = 0.f;
-    for (int k = lane * n; k < p.hidden_size; k += 32 * n) {
+  const auto* h =
+      static_cast<const T*>(p.hidden) + (p.gathered ? token : int64_t(row)) * p.hidden_stride;
+  const auto* w = static_cast<const T*>(p.weight) + (here ? column : 0) * p.weight_stride;
+  auto* gathered = static_cast<T*>(p.gathered) + int64_t(row) * p.hidden_size;
+  constexpr int n = kPerVector<T>;
+  float sum = 0.f;
+  constexpr int kStep = 32 * n, kBatch = 4;  // vectors of a lane under way
+  for (int first = lane * n; first < p.hidden_size && (here || p.gathered);
+       first += kBatch * kStep) {
+    uint4 own[kBatch], other[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int k = first + i * kStep;
+      const bool inside = k < p.hidden_size;
+      own[i] = live && inside ? *reinterpret_cast<const uint4*>(h + k) : uint4{0, 0, 0, 0};
+      other[i] = here && inside ? *reinterpret_cast<const uint4*>(w + k) : uint4{0, 0, 0, 0};
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int k = first + i * kStep;
+      if (p.gathered && k < p.hidden_size) *reinterpret_cast<uint4*>(gathered + k) = own[i];
       float a[n], b[n];
-      unpack<T>(*reinterpret_cast<const uint4*>(h + k), a);
-      unpack<T>(*reinterpret_cast<const uint4*>(w + k), b);
+      unpack<T>(own[i], a);
+      unpack<T>(other[i], b);
 #pragma unroll
       for (int j = 0; j < n; ++j) sum = fmaf(a[j], b[j], sum);
     }
+  }
+  float reference = 0.f;
+  if (here) {
 #pragma unroll
     for (int o = 16; o; o >>= 1) sum += __shfl_xor_sync(~0u, sum, o);
     if (p.bias) sum += p.bias[column];
@@ -101,9 +118,18 @@ __global__ void __launch_bounds__(kThreads) fold_kernel(const __grid_constant__ 
   // Of the others alone: what remains to 1 of a confident token is not a difference.
   const float others = s.x, sum = others + own;
   const float log_sum = logf(sum);
-  p.logps[token] = others < own ? 0.f - log1pf(others / own) : fmaf(t, kLn2, -log_sum);
-  p.entropy[token] = log_sum - kLn2 * ((s.y + own_weighted) / sum);
-  p.factor[row] = -p.slope / sum;
+  const float logp = others < own ? 0.f - log1pf(others / own) : fmaf(t, kLn2, -log_sum);
+  const float entropy = log_sum - kLn2 * ((s.y + own_weighted) / sum);
+  p.logps[token] = logp;
+  p.entropy[token] = entropy;
+  float factor = -p.slope / sum;
+  if (p.terms) {
+    const int64_t sequence = token / p.policy.length;
+    const SequenceTerms<float>& terms = p.terms[sequence];
+    factor *= logp_coefficient(p.policy, terms,
+                               evaluate_token(p.policy, terms, sequence, token, logp, entropy));
+  }
+  p.factor[row] = factor;
   const int target = p.target[row];
   p.residual[row] = 0.f;
   if (p.probabilities == nullptr || row >= p.stored || target < 0) return;

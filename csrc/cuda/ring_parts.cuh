@@ -29,8 +29,14 @@ __device__ __forceinline__ bool is_over(uint64_t* barrier, uint32_t parity) {
 class RowCursor {
  public:
   __device__ RowCursor(const uint8_t* mask, uint32_t count, uint32_t first, uint32_t step)
-      : mask_(mask), count_(count), first_(first), step_(step), row_(first) {
+      : mask_(mask),
+        count_(count),
+        step_(step),
+        row_(first),
+        next_live_(first),
+        next_masked_(step - 1 - first) {
     if (!mask_) return;
+    for (uint32_t i = 0; i < 32; i += step) every_step_ |= 1u << i;
     read_ahead(0);
     settle();
   }
@@ -71,13 +77,12 @@ class RowCursor {
     }
     const bool live = masks_ >> turn & 1;
     live_ = __ballot_sync(~0u, live);
-    const uint32_t below = __popc(live_ & ((1u << lane) - 1));
-    // A multiple of step_ where the rank among the live rows is congruent to first_, or among the
-    // masked ones to -1 - first_.
-    const uint32_t number = live ? live_before_ + below + step_ - first_
-                                 : window_ - live_before_ + lane - below + first_ + 1;
-    own_ = __ballot_sync(~0u, window_ + lane < count_ && number % step_ == 0);
-    live_before_ += __popc(live_);
+    const uint32_t below = __popc(live_ & ((1u << lane) - 1)), lives = __popc(live_);
+    const uint32_t behind = live ? below - next_live_ : lane - below - next_masked_;
+    own_ = __ballot_sync(
+        ~0u, window_ + lane < count_ && behind < 32 && every_step_ >> (behind & 31) & 1);
+    next_live_ += step_ * __popc(own_ & live_) - lives;
+    next_masked_ += step_ * __popc(own_ & ~live_) - (32 - lives);
   }
   __device__ void read_ahead(uint32_t from) {
 #pragma unroll
@@ -87,10 +92,11 @@ class RowCursor {
     }
   }
   const uint8_t* mask_;
-  uint32_t count_, first_, step_, row_;
+  uint32_t count_, step_, row_;
   uint32_t window_ = 0u - 32, own_ = 0, live_ = ~0u;  // its first row; bits of its rows
-  uint32_t live_before_ = 0;
-  uint32_t masks_ = 0;  // of this lane, a bit for each window
+  uint32_t next_live_, next_masked_;                  // own ones, counted from the next window on
+  uint32_t every_step_ = 0;                           // bits 0, step, 2 step, ...
+  uint32_t masks_ = 0;                                // of this lane, a bit for each window
   uint8_t ahead_[kAheadWindows];
 };
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from grpo_ext import _C
-from grpo_ext._ops.packing import DTYPE_CODES, count_call, place, pointer
+from grpo_ext._ops.packing import DTYPE_CODES, count_call, place, pointer, policy_of
 
 #: Vocabulary columns to a partial sum, as in the kernel.
 TILE_COLUMNS = 256
@@ -32,9 +33,32 @@ class ChunkRows:
         return self.count, self.first, pointer(self.index), pointer(self.mask)
 
 
+@dataclasses.dataclass(frozen=True)
+class RowCoefficients:
+    """A loss in which dLoss/dlogp of a token follows from its own log probability, ready for `fold`.
+
+    Made by `row_coefficients`; the tensors that it was made of must outlive it.
+    """
+
+    packed: tuple[Any, ...]
+    spec: list[float]
+    workspace: Tensor
+
+
+def row_coefficients(tensors: tuple[Any, ...], spec: list[float]) -> RowCoefficients:
+    """tensors: as `grpo_ext.policy_loss` takes them, the mask (B,T) bool first."""
+    count_call()
+    mask = tensors[0]
+    packed = policy_of(mask.shape, *tensors, logps=None, entropy=None, loss=None, kl=None, metrics=None)
+    workspace = mask.new_empty(_C.cuda_workspace_bytes(*mask.shape), dtype=torch.uint8)
+    _C.cuda_policy_terms(*place(mask), packed, spec, workspace.data_ptr())
+    return RowCoefficients(packed, spec, workspace)
+
+
 def target_reference(
     rows: ChunkRows,
     hidden: Tensor,
+    gathered: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     ids: Tensor,
@@ -50,8 +74,8 @@ def target_reference(
         *place(hidden), rows.packed(),
         (
             DTYPE_CODES[hidden.dtype], hidden.shape[1], weight.shape[0], pointer(shard),
-            hidden.data_ptr(), hidden.stride(0), weight.data_ptr(), weight.stride(0), pointer(bias),
-            ids.data_ptr(), pointer(guess), slope / math.log(2),
+            hidden.data_ptr(), hidden.stride(0), pointer(gathered),
+            weight.data_ptr(), weight.stride(0), pointer(bias), ids.data_ptr(), pointer(guess), slope / math.log(2),
             reference.data_ptr(), target.data_ptr(), exponent.data_ptr(),
         ),
     )  # fmt: skip
@@ -94,8 +118,10 @@ def fold(
     residual: Tensor,
     probabilities: Tensor | None,
     dtype: torch.dtype,
+    coefficients: RowCoefficients | None,
 ) -> None:
     count_call()
+    c = coefficients
     _C.cuda_fold_partials(
         *place(partials), rows.packed(),
         (
@@ -105,6 +131,7 @@ def fold(
             0 if probabilities is None else probabilities.stride(0),
             0 if probabilities is None else probabilities.shape[0],
         ),
+        () if c is None else c.packed, [] if c is None else c.spec, 0 if c is None else c.workspace.data_ptr(),
     )  # fmt: skip
 
 

@@ -217,7 +217,10 @@ def _linear_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tenso
             guess = tensors.old_logps if tensors.old_logps is not None else tensors.sampling_logps
             work = Probabilities(hidden, weight, bias, ids, mask, selection, numerics, guess)
             head_gradient = _head_gradient(weight, bias, wanted, weight_grad)
-            dhidden = probabilities_loops.loss_gradients(work, tensors, spec, lengths, head_gradient, wanted[0])
+            own_row = route in ("one_pass", "rows")
+            dhidden = probabilities_loops.loss_gradients(
+                work, tensors, spec, own_row, lengths, head_gradient, wanted[0]
+            )
             logps, entropy = work.logps, work.entropy
         else:
             work = Rowwise(hidden, weight, bias, ids, mask, selection, numerics)

@@ -9,13 +9,14 @@ loops over its chunks are in `probabilities_loops`.
 from __future__ import annotations
 
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from grpo_ext import _C
+from grpo_ext._checks import PolicyTensors
 from grpo_ext._ops import probability as kernels
 from grpo_ext._ops.probability import TILE_COLUMNS, ChunkRows
 from grpo_ext.linear import probabilities_reference
@@ -143,7 +144,7 @@ class Chunk(NamedTuple):
     where: Rows
     hidden: Tensor  # (rows, H) in the products' dtype
     probabilities: Tensor  # (stored, V): E, the target's element corrected
-    factor: Tensor  # (stored,) d logp / d logits = factor * E
+    factor: Tensor  # (stored,) d logp / d logits = factor * E; with `Probabilities.coefficients` d loss / d logits
     target: Tensor  # (stored,) int32 column of the target here, -1: none
     residual: Tensor  # (stored,) what rounding the target's element of E has left over
 
@@ -198,6 +199,8 @@ class Probabilities(Tokens):
         self._reference, self._factor, self._residual = (new(self.capacity, dtype=wide) for _ in range(3))
         self._target = new(self.capacity, dtype=torch.int32)
         self._record = new(3 * self.capacity, dtype=wide)  # exponents; with ranks, sums before them
+        #: Of a loss in which a token's coefficient follows from its own log probability: `chunk` multiplies it in.
+        self.coefficients: Any = None
         self._stored: Tensor | None = None
         self._rows: Tensor | None = None
         self._product: Tensor | None = None
@@ -208,14 +211,21 @@ class Probabilities(Tokens):
         dtype = self.hidden.dtype if direct else self.numerics.statistics_dtype
         return torch.zeros(self.hidden.shape, dtype=dtype, device=self.hidden.device)
 
+    def take_coefficients(self, tensors: PolicyTensors, spec: list[float]) -> None:
+        """For losses in which dLoss/dlogp of a token follows from its own log probability."""
+        self.coefficients = self._kernels.row_coefficients(tensors, spec)
+
+    def _ready(self) -> bool:
+        """Whether the hidden states lie as the products read them."""
+        hidden = self.hidden
+        return hidden.dtype == self.weight.dtype and hidden.is_contiguous() and hidden.data_ptr() % 16 == 0
+
     def gather(self, where: Rows, count: int) -> Tensor:
         """Rows of hidden states in the products' dtype, masked ones 0; a view where they lie so already."""
-        dtype = self.weight.dtype
-        ready = self.hidden.dtype == dtype and self.hidden.is_contiguous() and self.hidden.data_ptr() % 16 == 0
-        if isinstance(where, slice) and self.mask is None and ready:
+        if isinstance(where, slice) and self.mask is None and self._ready():
             return self.hidden[where]
         rows = self._buffer(count)
-        if isinstance(where, Tensor) and self.hidden.dtype == dtype:
+        if isinstance(where, Tensor) and self.hidden.dtype == rows.dtype:
             torch.index_select(self.hidden, 0, where, out=rows)
         else:
             rows.copy_(self.hidden[where])
@@ -229,12 +239,14 @@ class Probabilities(Tokens):
         count = end - start
         where = self.selection.positions(start, end)
         rows = self._chunk_rows(where, slice(0, count))
-        X = self.gather(where, count)
+        gathers = self._ready() and (self.mask is not None or isinstance(where, Tensor))  # the kernel, as it reads them
+        X = self._buffer(count) if gathers else self.gather(where, count)
         reference, target = self._reference[:count], self._target[:count]
         sums, exponent = self._record[: 2 * count].view(count, 2), self._record[2 * count : 3 * count]
         self._kernels.target_reference(
-            rows, X, self.weight, self.bias, self.ids, self.guess, self.slope, self.shard, reference, target, exponent
-        )
+            rows, self.hidden if gathers else X, X if gathers else None, self.weight, self.bias, self.ids, self.guess,
+            self.slope, self.shard, reference, target, exponent,
+        )  # fmt: skip
         if self.group is not None:
             dist.all_reduce(reference, group=self.group)  # the others hold 0
         E = self._probabilities(stored)
@@ -248,10 +260,10 @@ class Probabilities(Tokens):
         factor, residual = self._factor[:count], self._residual[:count]
         outputs = self.logps, self.entropy, factor, residual, E if stored else None, self.weight.dtype
         if self.group is not None:
-            self._kernels.fold(rows, partials, exponent, target, self.slope, sums, *outputs)
+            self._kernels.fold(rows, partials, exponent, target, self.slope, sums, *outputs, None)
             dist.all_reduce(self._record[: 3 * count], group=self.group)
             partials = sums.unsqueeze(0)
-        self._kernels.fold(rows, partials, exponent, target, self.slope, None, *outputs)
+        self._kernels.fold(rows, partials, exponent, target, self.slope, None, *outputs, self.coefficients)
         return Chunk(where, X, E, factor[:stored], target[:stored], residual[:stored])
 
     def back_to_hidden(self, chunk: Chunk, factor: Tensor, out: Tensor) -> None:

@@ -70,14 +70,16 @@ def loss_gradients(
     work: Probabilities,
     tensors: PolicyTensors,
     spec: list[float],
+    own_row: bool,
     sequence_lengths: list[int] | None,
     head_gradient: HeadGradient,
     wants_hidden: bool,
 ) -> Tensor:
-    """Gradients of a loss whose coefficients follow from a chunk's own rows: statistics, the policy stage on all tokens
-    (those not seen yet count for nothing), products. Returns that of the hidden states.
+    """Gradients of a loss whose coefficients follow from a chunk's own rows. Returns that of the hidden states.
 
     Args:
+        own_row: they follow from the log probability of their own token, so the fold of a chunk's sums has them;
+            otherwise the policy stage on all tokens (those not seen yet count for nothing) comes between.
         sequence_lengths: rows of each completion among the active ones, where chunks must hold whole completions.
     """
     dhidden = work.hidden_gradient() if wants_hidden else work.hidden.new_empty(0)
@@ -88,14 +90,19 @@ def loss_gradients(
         chunks = sequence_chunks(sequence_lengths, work.capacity)
         chunks += [(active + s, active + e) for s, e in row_chunks(count - active, work.capacity)]
     shape = tensors.mask.shape
+    if own_row:
+        work.take_coefficients(tensors, spec)
     for start, end in chunks:
         with_gradient = min(max(active - start, 0), end - start)
         chunk = work.chunk(start, end, with_gradient)
         if not with_gradient:
             continue
         chunk = chunk.first(with_gradient)
-        _, coef, *_ = torch.ops.grpo_ext.policy_loss(work.logps.view(shape), work.entropy.view(shape), *tensors, spec)
-        factor = chunk.factor * coef.view(-1)[chunk.where]
+        factor = chunk.factor
+        if not own_row:
+            now = work.logps.view(shape), work.entropy.view(shape)
+            _, coef, *_ = torch.ops.grpo_ext.policy_loss(*now, *tensors, spec)
+            factor = factor * coef.view(-1)[chunk.where]
         _products(work, chunk, factor, head_gradient, end >= active, dhidden, wants_hidden)
     return work.finish_hidden(dhidden) if wants_hidden else dhidden
 

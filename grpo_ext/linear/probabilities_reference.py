@@ -6,7 +6,9 @@ fp64 for fp64, else fp32). Tests run the whole route on them where there is no H
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,9 +33,27 @@ def _tokens(rows: ChunkRows, device: torch.device) -> Tensor:
     return torch.arange(rows.first, rows.first + rows.count, device=device) if rows.index is None else rows.index
 
 
+@dataclasses.dataclass(frozen=True)
+class RowCoefficients:
+    tensors: tuple[Any, ...]
+    spec: list[float]
+
+    def of(self, logps: Tensor, entropy: Tensor) -> Tensor:
+        """(tokens,) dLoss/dlogp; right where `logps` and `entropy` are known."""
+        now = (t.view(self.tensors[0].shape) for t in (logps, entropy))
+        _, coef, *_ = torch.ops.grpo_ext.policy_loss(*now, *self.tensors, self.spec)
+        return coef.view(-1)
+
+
+def row_coefficients(tensors: tuple[Any, ...], spec: list[float]) -> RowCoefficients:
+    """A loss in which dLoss/dlogp of a token follows from its own log probability."""
+    return RowCoefficients(tensors, spec)
+
+
 def target_reference(
     rows: ChunkRows,
     hidden: Tensor,
+    gathered: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     ids: Tensor,
@@ -47,11 +67,14 @@ def target_reference(
     """Each row's softmax reference, base 2: the processed logit of its own token, in fp32.
 
     A token switched off by a bias of -inf leaves 0; a guess of the log probability below -32 moves the reference up by
-    what is beyond, so that the probable tokens' exponents stay near 0. `shard`: (2,) int64, the id of the first token
-    here and the number of all of them, where other ranks hold the rest.
+    what is beyond, so that the probable tokens' exponents stay near 0. `gathered`: (rows, H) for the chunk's rows,
+    masked ones 0; `hidden` then has those of all tokens. `shard`: (2,) int64, the id of the first token here and the
+    number of all of them, where other ranks hold the rest.
     """
     tokens = _tokens(rows, hidden.device)
     live = torch.ones_like(tokens, dtype=torch.bool) if rows.mask is None else rows.mask[tokens]
+    if gathered is not None:
+        hidden = gathered.copy_(torch.where(live.unsqueeze(1), hidden[tokens], 0))
     own = torch.where(live, ids[tokens], 0)
     offset, total = (0, weight.shape[0]) if shard is None else shard.unbind()
     column = own - offset
@@ -123,12 +146,13 @@ def fold(
     residual: Tensor,
     probabilities: Tensor | None,
     dtype: torch.dtype,
+    coefficients: RowCoefficients | None,
 ) -> None:
     """Partial sums over the tiles -> log probability, entropy, row factor; the target's own element of E.
 
     With ``S = others + 2^t``: logp = -log(S / 2^t), d logp / d logits = -(slope / S) E where E at the target is
     ``-others``: 1 - p of a confident token is a sum of what is small, not the difference of what is close. `residual`
-    is what rounding that element leaves over.
+    is what rounding that element leaves over. `coefficients` are multiplied into the factor.
     """
     total = partials.sum(dim=0)
     if sums is not None:
@@ -147,6 +171,8 @@ def fold(
     logps[tokens] = torch.where(live, logp, 0.0)
     entropy[tokens] = torch.where(live, of_entropy, 0.0)
     factor.copy_(torch.where(live, -slope / S, 0.0))
+    if coefficients is not None:
+        factor.mul_(torch.where(live, coefficients.of(logps, entropy)[tokens], 0.0))
     residual.zero_()
     if probabilities is not None:
         stored = probabilities.shape[0]

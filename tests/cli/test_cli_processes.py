@@ -52,13 +52,17 @@ def config(tmp_path: Path, qwen: Path, toy_settings: dict[str, Any], write_yaml:
     return write_yaml({k: v for k, v in (toy_settings | changes).items() if k != "use_cpu"})
 
 
-def on_two(folder: Path, *runs: tuple[str, list[str]], **environment: str) -> str:
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
+ACCELERATE += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+
+
+def on_two(folder: Path, *runs: tuple[str, list[str]], launch: list[str] = TORCHRUN, **environment: str) -> str:
     """Run the command on two processes, once for each kind and arguments; what they printed."""
     (folder / "runs.json").write_text(json.dumps(runs), encoding="utf-8")
     worker = Path(__file__).with_name("cli_processes_worker.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*launch, str(worker), str(folder / "runs.json")],
+        [sys.executable, *launch, str(worker), str(folder / "runs.json")],
         capture_output=True,
         text=True,
         timeout=240,
@@ -113,6 +117,13 @@ def check_ddp_and_fsdp2(folder: Path, config: str, capsys: pytest.CaptureFixture
 def test_one_run_of_two_processes(tmp_path: Path, config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", config, "--output_dir", str(tmp_path / "one"), "--use_cpu", "true"]) == 0
     check_ddp_and_fsdp2(tmp_path, config, capsys, CUDA_VISIBLE_DEVICES="")
+
+
+def test_started_by_accelerate(tmp_path: Path, config: str) -> None:
+    said = on_two(tmp_path, ("ddp", ["train", config]), launch=ACCELERATE, CUDA_VISIBLE_DEVICES="")
+    assert said.count("run folder") == 1
+    summary = json.loads((tmp_path / "runs" / "toy" / "summary.json").read_text(encoding="utf-8"))
+    assert (summary["processes"], summary["steps"]) == (2, 2)
 
 
 @pytest.mark.gpu

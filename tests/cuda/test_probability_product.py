@@ -15,8 +15,10 @@ from torch import Tensor
 
 import grpo_ext
 from grpo_ext import _C, reference
+from grpo_ext._checks import PolicyTensors, policy_tensors
 from grpo_ext._ops import probability as kernels
 from grpo_ext._ops.probability import TILE_COLUMNS, ChunkRows
+from grpo_ext._ops.spec import loss_spec
 from grpo_ext.config import LossConfig
 from grpo_ext.linear import probabilities_reference as twins
 from grpo_ext.linear.probabilities import Probabilities, select_route
@@ -75,7 +77,7 @@ class Case:
         out = self.outputs()
         E = out["E"][: self.chunk.count, : self.weight.shape[0]] if store else None
         module.target_reference(
-            self.chunk, self.hidden, self.weight, self.bias, self.ids, None, self.slope, None, out["reference"],
+            self.chunk, self.hidden, None, self.weight, self.bias, self.ids, None, self.slope, None, out["reference"],
             out["target"], out["exponent"],
         )  # fmt: skip
         module.product(
@@ -85,7 +87,7 @@ class Case:
         if fold:
             module.fold(
                 self.chunk, out["partials"], out["exponent"], out["target"], self.slope, None, out["logps"],
-                out["entropy"], out["factor"], out["residual"], E, self.hidden.dtype,
+                out["entropy"], out["factor"], out["residual"], E, self.hidden.dtype, None,
             )  # fmt: skip
         return out
 
@@ -204,20 +206,89 @@ def test_masked_and_indexed_rows() -> None:
         E = out["E"][:200, :1001]
         per_token = [torch.full((300,), 7.0, device="cuda") for _ in range(2)]
         module.target_reference(
-            case.chunk, case.hidden, case.weight, None, case.ids, None, 1.0, None, out["reference"], out["target"],
-            out["exponent"],
+            case.chunk, case.hidden, None, case.weight, None, case.ids, None, 1.0, None, out["reference"],
+            out["target"], out["exponent"],
         )  # fmt: skip
         module.product(
             case.hidden, case.weight, None, out["reference"], out["target"], 1.0, E, out["partials"], out["exponent"],
         )  # fmt: skip
         module.fold(
             case.chunk, out["partials"], out["exponent"], out["target"], 1.0, None, *per_token, out["factor"],
-            out["residual"], E, torch.bfloat16,
+            out["residual"], E, torch.bfloat16, None,
         )  # fmt: skip
         results.append([*per_token, out["factor"]])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
     assert not results[0][2][~mask[index]].any()
+
+
+def policy_of_three(mask: Tensor, config: LossConfig) -> tuple[PolicyTensors, list[float]]:
+    """Three sequences of 100 tokens, off-policy, with a KL term where the config has one."""
+    shape = mask.shape
+    old, ref, sampling = (-torch.rand(shape, device="cuda") * 8 for _ in range(3))
+    given = {"old_logps": old, "ref_logps": ref if config.beta else None, "sampling_logps": sampling}
+    advantages = torch.tensor([1.5, -0.5, 0.0], device="cuda")
+    tensors = policy_tensors(
+        shape, mask.device, torch.float32, config, advantages=advantages, completion_mask=mask, **given,
+        importance_weights=None, num_items_in_batch=None, entropy_threshold=None,
+    )  # fmt: skip
+    return tensors, loss_spec(config, 3.0)
+
+
+@pytest.mark.parametrize("by_index", [False, True])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LossConfig(loss_type="dapo"),
+        LossConfig(loss_type="grpo", beta=0.1),
+        LossConfig(loss_type="sapo"),
+        LossConfig(loss_type="cispo", vllm_importance_sampling_mode="sequence_mask"),
+        LossConfig(loss_type="dr_grpo", max_completion_length=64, delta=1.5),
+    ],
+    ids=lambda config: config.loss_type,
+)
+def test_rows_gathered_and_their_coefficients(config: LossConfig, by_index: bool) -> None:
+    """In the kernels around the product: the rows of all tokens' hidden states, the factors times dLoss/dlogp."""
+    case = Case(200, 1001, 64)
+    mask = torch.rand(3, 100, device="cuda") > 0.4
+    flat = mask.flatten()
+    tokens = torch.randn(300, 64, device="cuda").bfloat16()
+    tokens[~flat] = math.nan
+    case.ids = torch.randint(0, 1001, (300,), device="cuda")
+    index = torch.randperm(300, device="cuda")[:200] if by_index else None
+    own = torch.arange(50, 250, device="cuda") if index is None else index
+    case.chunk = ChunkRows(200, 50, index, flat)
+    tensors, spec = policy_of_three(mask, config)
+    factors = []
+    for module in (kernels, twins):
+        out = case.outputs()
+        gathered = torch.full((201, 64), 7.0, device="cuda", dtype=torch.bfloat16)
+        module.target_reference(
+            case.chunk, tokens, gathered[:200], case.weight, None, case.ids, None, 1.0, None, out["reference"],
+            out["target"], out["exponent"],
+        )  # fmt: skip
+        expected = torch.where(flat[own, None], tokens[own], 0)
+        assert torch.equal(gathered[:200], expected)
+        assert (gathered[200] == 7).all()
+        E = out["E"][:200, :1001]
+        module.product(
+            gathered[:200], case.weight, None, out["reference"], out["target"], 1.0, E, out["partials"],
+            out["exponent"],
+        )  # fmt: skip
+        per_token = [torch.zeros(300, device="cuda") for _ in range(2)]
+        both = [torch.full((201,), 7.0, device="cuda") for _ in range(2)]
+        for factor, coefficients in zip(both, (None, module.row_coefficients(tensors, spec)), strict=True):
+            module.fold(
+                case.chunk, out["partials"], out["exponent"], out["target"], 1.0, None, *per_token, factor[:200],
+                out["residual"], E, torch.bfloat16, coefficients,
+            )  # fmt: skip
+            assert factor[200] == 7
+        logps, entropy = (t.view(3, 100) for t in per_token)
+        _, coef, *_ = torch.ops.grpo_ext.policy_loss(logps, entropy, *tensors, spec)
+        torch.testing.assert_close(both[1][:200], both[0][:200] * coef.flatten()[own], rtol=1e-6, atol=0.0)
+        assert both[1][:200].count_nonzero() > 20
+        factors.append(both[1][:200])
+    torch.testing.assert_close(*factors, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(("size", "limit"), [(1024, 2e-5), (2048, 3e-5), (4096, 6e-5)])
