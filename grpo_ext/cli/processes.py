@@ -41,6 +41,18 @@ class WhenTrainingStarts(TrainerCallback):
         self.act()
 
 
+def leave_together() -> None:
+    """The last thing that processes do: each waits here for all the others, since a launcher may end all of them when
+    one has gone wrong on its way out.
+
+    A barrier, which has no tensors. gloo's threads let go of a collective's tensors some time after its result is
+    there, and need the interpreter for it; one that still waits for it when the interpreter ends aborts the process.
+    Here they get it.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
 def disband_at_exit() -> None:
     """Ends the process group with this process, as torch asks for; called only once a run has ended well."""
     atexit.register(_disband)

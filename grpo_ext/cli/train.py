@@ -22,6 +22,7 @@ from grpo_ext.cli.processes import (
     WhenTrainingStarts,
     agreed,
     disband_at_exit,
+    leave_together,
     measured_when_training_starts,
     unscored,
 )
@@ -133,7 +134,7 @@ def train_command(config: str, arguments: Sequence[str]) -> dict[str, Any]:
     after = measure(trainer.model, "after")
     disband_at_exit()
     if not is_main:
-        agreed(None)  # a launcher may end all processes when one of them has gone wrong on its way out
+        leave_together()
         return {}
     summary |= {
         "heldout_reward_after": after and round(after.reward, 4),
@@ -149,7 +150,7 @@ def train_command(config: str, arguments: Sequence[str]) -> dict[str, Any]:
     }
     write_json(os.path.join(folder, SUMMARY_FILE), summary)
     plot_run(folder)
-    agreed(None)
+    leave_together()
     return summary | {"folder": folder}
 
 

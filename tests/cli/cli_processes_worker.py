@@ -3,7 +3,8 @@
     torchrun --nproc_per_node 2 cli_processes_worker.py RUNS.json
 
 The file lists the runs, each a KIND and the arguments of the command. KIND says how the weights are spread: ``ddp``
-(not at all), ``fsdp2`` or ``zero3``. Without GPUs the last two need the help of this file.
+(not at all), ``fsdp2`` or ``zero3``. Without GPUs the last two need the help of this file. SWITCH_SECONDS in the
+environment: after so long a thread gives the interpreter to another that waits for it.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ def said_acts_jointly(model: Any) -> bool:
 
 
 if __name__ == "__main__":
+    if "SWITCH_SECONDS" in os.environ:
+        sys.setswitchinterval(float(os.environ["SWITCH_SECONDS"]))
     train.make_config, train.acts_jointly = make_config, said_acts_jointly
     for KIND, arguments in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):  # noqa: B007
         status = main(arguments)

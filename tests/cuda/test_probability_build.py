@@ -29,7 +29,8 @@ def test_the_glue_spills_nothing(tmp_path: Path) -> None:
     text = report("probability_glue", tmp_path, "-gencode", "arch=compute_90,code=sm_90")
     assert text.count("Compiling entry function") == 5
     assert not re.search(r"[1-9]\d* bytes spill", text)
-    assert max(int(n) for n in re.findall(r"Used (\d+) registers", text)) <= 40
+    # Room for four blocks of 256 threads on a multiprocessor.
+    assert max(int(n) for n in re.findall(r"Used (\d+) registers", text)) <= 64
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
