@@ -34,8 +34,8 @@ void row_gradient(int device, const RowParams<float>& rows, Stream stream);
 // logps -> loss, coefficients, kl, metrics.
 void policy_loss(int device, const PolicyParams<float>& policy, void* workspace, Stream stream);
 
-// The first half of policy_loss alone, for rows whose coefficients depend on no other row: what the
-// sequences' tokens have in common, left in the workspace. `policy` has no outputs.
+// What the tokens of a sequence have in common where their coefficients depend on no other row's
+// logits; `policy` has neither logps nor outputs. Left in the workspace, at terms_in.
 void policy_terms(int device, const PolicyParams<float>& policy, void* workspace, Stream stream);
 const SequenceTerms<float>* terms_in(void* workspace, const PolicyParams<float>& policy);
 

@@ -1,8 +1,9 @@
 // The product that hands over probabilities: E = exp(z - reference) instead of logits z.
 //
-// Three operations per chunk of rows. `target_reference` finds each row's softmax reference, the
-// logit of its own token; `probability_product` multiplies and exponentiates in the epilogue
-// (sm_90a only); `fold_partials` turns its partial sums into log probabilities and factors. Why
+// Three operations per chunk of rows. `target_reference` collects the rows and finds each one's
+// softmax reference, the logit of its own token; `probability_product` multiplies and exponentiates
+// in the epilogue (sm_90a only); `fold_partials` turns its partial sums into log probabilities and
+// factors, of a loss too where a token's coefficient depends on no other row's logits. Why
 // this is exact is written in docs/probabilities.md. Exponents are to base 2: t = (z - reference) /
 // ln 2.
 #pragma once
@@ -90,7 +91,7 @@ struct FoldParams {
   void* probabilities;  // the target's own element becomes -(S - E_target); null: none stored
   int64_t stride;
   int32_t stored;  // rows of it
-  // Where a row's coefficient follows from its own log probability: it is multiplied into `factor`.
+  // Where a row's coefficient depends on no other row's logits: it is multiplied into `factor`.
   const SequenceTerms<float>* terms;  // [B] from policy_terms; null: not so
   PolicyParams<float> policy;
 };

@@ -1,7 +1,7 @@
-// The small kernels around the products: each row's reference before the first, the fold of its
-// partial sums after it, the row factors after the one back to the hidden states and before the one
-// with a trained head. All are bound by what they read: two or three vectors of H per row, 8 bytes
-// per tile.
+// The small kernels around the products: each row and its reference before the first, the fold of
+// its partial sums (and its loss, where no other row matters) after it, the row factors after the
+// one back to the hidden states and before the one with a trained head. All are bound by memory: up
+// to three vectors of H per row, 8 bytes per tile.
 #include "elements.cuh"
 #include "launch.h"
 #include "probability.h"

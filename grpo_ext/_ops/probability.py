@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from grpo_ext import _C
 from grpo_ext._ops.packing import DTYPE_CODES, count_call, place, pointer, policy_of
+
+if TYPE_CHECKING:
+    from grpo_ext._checks import PolicyTensors
 
 #: Vocabulary columns to a partial sum, as in the kernel.
 TILE_COLUMNS = 256
@@ -35,24 +38,22 @@ class ChunkRows:
 
 @dataclasses.dataclass(frozen=True)
 class RowCoefficients:
-    """A loss in which dLoss/dlogp of a token follows from its own log probability, ready for `fold`.
+    """A loss in which dLoss/dlogp of a token depends on no other row's logits, ready for `fold`; see
+    `row_coefficients`."""
 
-    Made by `row_coefficients`; the tensors that it was made of must outlive it.
-    """
-
+    tensors: PolicyTensors  # whose addresses are in `packed`
     packed: tuple[Any, ...]
     spec: list[float]
     workspace: Tensor
 
 
-def row_coefficients(tensors: tuple[Any, ...], spec: list[float]) -> RowCoefficients:
-    """tensors: as `grpo_ext.policy_loss` takes them, the mask (B,T) bool first."""
+def row_coefficients(tensors: PolicyTensors, spec: list[float]) -> RowCoefficients:
     count_call()
-    mask = tensors[0]
+    mask = tensors.mask
     packed = policy_of(mask.shape, *tensors, logps=None, entropy=None, loss=None, kl=None, metrics=None)
     workspace = mask.new_empty(_C.cuda_workspace_bytes(*mask.shape), dtype=torch.uint8)
     _C.cuda_policy_terms(*place(mask), packed, spec, workspace.data_ptr())
-    return RowCoefficients(packed, spec, workspace)
+    return RowCoefficients(tensors, packed, spec, workspace)
 
 
 def target_reference(

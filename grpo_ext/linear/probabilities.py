@@ -9,7 +9,7 @@ loops over its chunks are in `probabilities_loops`.
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -199,8 +199,8 @@ class Probabilities(Tokens):
         self._reference, self._factor, self._residual = (new(self.capacity, dtype=wide) for _ in range(3))
         self._target = new(self.capacity, dtype=torch.int32)
         self._record = new(3 * self.capacity, dtype=wide)  # exponents; with ranks, sums before them
-        #: Of a loss in which a token's coefficient follows from its own log probability: `chunk` multiplies it in.
-        self.coefficients: Any = None
+        #: Of a loss in which a token's coefficient depends on no other row's logits: `chunk` multiplies it in.
+        self.coefficients: kernels.RowCoefficients | probabilities_reference.RowCoefficients | None = None
         self._stored: Tensor | None = None
         self._rows: Tensor | None = None
         self._product: Tensor | None = None
@@ -212,7 +212,7 @@ class Probabilities(Tokens):
         return torch.zeros(self.hidden.shape, dtype=dtype, device=self.hidden.device)
 
     def take_coefficients(self, tensors: PolicyTensors, spec: list[float]) -> None:
-        """For losses in which dLoss/dlogp of a token follows from its own log probability."""
+        """For losses in which dLoss/dlogp of a token depends on no other row's logits."""
         self.coefficients = self._kernels.row_coefficients(tensors, spec)
 
     def _ready(self) -> bool:

@@ -78,8 +78,8 @@ def loss_gradients(
     """Gradients of a loss whose coefficients follow from a chunk's own rows. Returns that of the hidden states.
 
     Args:
-        own_row: they follow from the log probability of their own token, so the fold of a chunk's sums has them;
-            otherwise the policy stage on all tokens (those not seen yet count for nothing) comes between.
+        own_row: a token's depends on no other row's logits, so the fold of a chunk's sums has it; otherwise the policy
+            stage on all tokens (those not seen yet count for nothing) comes between.
         sequence_lengths: rows of each completion among the active ones, where chunks must hold whole completions.
     """
     dhidden = work.hidden_gradient() if wants_hidden else work.hidden.new_empty(0)

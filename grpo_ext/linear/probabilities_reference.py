@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from grpo_ext._checks import PolicyTensors
 from grpo_ext._ops.probability import TILE_COLUMNS, ChunkRows
 
 # The constants of csrc/cuda/probability.h and probability_glue.cu; exponents are to base 2.
@@ -35,18 +35,18 @@ def _tokens(rows: ChunkRows, device: torch.device) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class RowCoefficients:
-    tensors: tuple[Any, ...]
+    tensors: PolicyTensors
     spec: list[float]
 
     def of(self, logps: Tensor, entropy: Tensor) -> Tensor:
         """(tokens,) dLoss/dlogp; right where `logps` and `entropy` are known."""
-        now = (t.view(self.tensors[0].shape) for t in (logps, entropy))
+        now = (t.view(self.tensors.mask.shape) for t in (logps, entropy))
         _, coef, *_ = torch.ops.grpo_ext.policy_loss(*now, *self.tensors, self.spec)
         return coef.view(-1)
 
 
-def row_coefficients(tensors: tuple[Any, ...], spec: list[float]) -> RowCoefficients:
-    """A loss in which dLoss/dlogp of a token follows from its own log probability."""
+def row_coefficients(tensors: PolicyTensors, spec: list[float]) -> RowCoefficients:
+    """For a loss in which dLoss/dlogp of a token depends on no other row's logits."""
     return RowCoefficients(tensors, spec)
 
 

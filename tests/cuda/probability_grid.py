@@ -2,8 +2,8 @@
 
     compute-sanitizer --tool memcheck python tests/cuda/probability_grid.py
 
-Odd vocabularies and row counts, with a bias and without, masked rows, frozen and trained head, by way of logits too
-(an entropy bonus). Exits with an error where a gradient is not finite.
+Odd vocabularies and row counts, with a bias and without, masked rows left out or among the others, frozen and trained
+head, by way of logits too (an entropy bonus). Exits with an error where a gradient is not finite.
 """
 
 from __future__ import annotations
@@ -27,12 +27,22 @@ def main() -> None:
         mask = torch.rand(B, T, device="cuda") > 0.3
         mask[:, 0] = True
         some = -torch.rand(B, T, device="cuda") * 8
-        for config in (LossConfig(), LossConfig(loss_type="vespo"), LossConfig(entropy_coef=0.01)):
-            for head in (weight, weight.detach()):
-                out = grpo_ext.linear_grpo_loss(
-                    hidden, head, ids, some[:, 0], mask, config, bias=bias, old_logps=some, memory_budget=1 << 16
-                )
-                out.loss.backward()
+        per_sequence = {"importance_sampling_level": "sequence"}
+        cases = [
+            (LossConfig(), {"old_logps": some}),
+            (
+                LossConfig(beta=0.1),
+                {"old_logps": some, "ref_logps": some, "valid_rows": B * T},
+            ),  # masked rows among them
+            (LossConfig(loss_type="grpo", **per_sequence), {}),
+            (LossConfig(loss_type="vespo"), {"old_logps": some}),
+            (LossConfig(entropy_coef=0.01), {"old_logps": some}),
+        ]
+        for (config, given), head in itertools.product(cases, (weight, weight.detach())):
+            out = grpo_ext.linear_grpo_loss(
+                hidden, head, ids, some[:, 0], mask, config, bias=bias, memory_budget=1 << 16, **given
+            )
+            out.loss.backward()
         for tensor in (hidden, weight):
             assert tensor.grad is not None
             assert tensor.grad.isfinite().all()
