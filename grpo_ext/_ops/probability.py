@@ -122,7 +122,12 @@ def fold(
     coefficients: RowCoefficients | None,
 ) -> None:
     count_call()
-    c = coefficients
+    policy: tuple[Any, ...] = ()
+    spec: list[float] = []
+    workspace = 0
+    if coefficients is not None:
+        policy, spec = coefficients.packed, coefficients.spec
+        workspace = coefficients.workspace.data_ptr()
     _C.cuda_fold_partials(
         *place(partials), rows.packed(),
         (
@@ -132,7 +137,7 @@ def fold(
             0 if probabilities is None else probabilities.stride(0),
             0 if probabilities is None else probabilities.shape[0],
         ),
-        () if c is None else c.packed, [] if c is None else c.spec, 0 if c is None else c.workspace.data_ptr(),
+        policy, spec, workspace,
     )  # fmt: skip
 
 

@@ -30,10 +30,8 @@ def main() -> None:
         per_sequence = {"importance_sampling_level": "sequence"}
         cases = [
             (LossConfig(), {"old_logps": some}),
-            (
-                LossConfig(beta=0.1),
-                {"old_logps": some, "ref_logps": some, "valid_rows": B * T},
-            ),  # masked rows among them
+            # More valid rows than there are: masked ones are among the selected.
+            (LossConfig(beta=0.1), {"old_logps": some, "ref_logps": some, "valid_rows": B * T}),
             (LossConfig(loss_type="grpo", **per_sequence), {}),
             (LossConfig(loss_type="vespo"), {"old_logps": some}),
             (LossConfig(entropy_coef=0.01), {"old_logps": some}),

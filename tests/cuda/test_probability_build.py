@@ -29,8 +29,11 @@ def test_the_glue_spills_nothing(tmp_path: Path) -> None:
     text = report("probability_glue", tmp_path, "-gencode", "arch=compute_90,code=sm_90")
     assert text.count("Compiling entry function") == 5
     assert not re.search(r"[1-9]\d* bytes spill", text)
-    # Room for four blocks of 256 threads on a multiprocessor.
-    assert max(int(n) for n in re.findall(r"Used (\d+) registers", text)) <= 64
+    # Eight vectors under way in each lane made the first a third faster (bench/NOTES.md).
+    limits = {"target_kernel": 56, "fold_kernel": 40, "scale_kernel": 40, "scaled_hidden_kernel": 40}
+    used = re.findall(r"entry function '\S*?\d+([a-z_]+_kernel)I.*?Used (\d+) reg", text, re.S)
+    assert {name for name, _ in used} == set(limits)
+    assert all(int(registers) <= limits[name] for name, registers in used), used
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
