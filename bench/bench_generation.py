@@ -17,10 +17,10 @@ import common
 import torch
 from peft import LoraConfig
 
+from grpo_ext.generation.engine import TransformersEngine, end_token_ids
 from grpo_ext.tasks import arithmetic_datasets, fast_dtype, load_model
 from grpo_ext.tasks.arithmetic import number_reward
 from grpo_ext.trainer import GRPOConfig, GRPOTrainer
-from grpo_ext.trainer.generation import TransformersEngine, end_token_ids
 
 
 def main() -> None:

@@ -31,10 +31,10 @@ from torch import nn
 from training_workload import build_tokenizer
 from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 
+from grpo_ext.generation.engine import Completions, SamplingParams
 from grpo_ext.tasks.dtype import fast_dtype
 from grpo_ext.tasks.models import load_model
 from grpo_ext.trainer import GRPOConfig, GRPOTrainer
-from grpo_ext.trainer.generation import Completions, SamplingParams
 
 #: hidden size, layers, inner size of the random models.
 SHAPES = {"qwen3-0.6b": (1024, 28, 3072), "qwen3-1.7b": (2048, 28, 6144)}

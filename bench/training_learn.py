@@ -32,10 +32,10 @@ from training_case import CORRECTION
 from training_trace import ENGINE_PARTS, PARTS, Booker, Parts, head_replaced, instrument, instrument_engine
 from transformers import PrinterCallback, TrainerCallback
 
+from grpo_ext.generation.engine import SamplingParams
 from grpo_ext.tasks.arithmetic import INSTRUCTION, arithmetic_questions, number_reward
 from grpo_ext.tasks.heldout import heldout_reward
 from grpo_ext.tasks.models import load_model
-from grpo_ext.trainer.generation import SamplingParams
 
 HELDOUT = 24
 

@@ -24,8 +24,8 @@ from training_case import Case, lora_config
 from training_workload import Workload
 from transformers import PrinterCallback, TrainerCallback
 
+from grpo_ext.generation.engine import Completions
 from grpo_ext.trainer import GRPOConfig, GRPOTrainer
-from grpo_ext.trainer.generation import Completions
 
 #: Who trains, and with which settings of its own. ``patch`` is the argument of `grpo_ext.integrations.trl.patch`.
 CANDIDATES: dict[str, dict[str, Any]] = {

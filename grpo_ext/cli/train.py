@@ -38,10 +38,10 @@ from grpo_ext.cli.run_files import (
     write_samples,
 )
 from grpo_ext.cli.settings import RunSettings, read_settings
+from grpo_ext.generation.engine import SamplingParams
+from grpo_ext.modules.sharding import acts_jointly
 from grpo_ext.tasks import load_model
 from grpo_ext.tasks.heldout import HeldoutResult, best_constant_reward, heldout_reward
-from grpo_ext.trainer.generation import SamplingParams
-from grpo_ext.trainer.shards import acts_jointly
 
 
 def train_command(config: str, arguments: Sequence[str]) -> dict[str, Any]:

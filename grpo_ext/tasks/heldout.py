@@ -12,10 +12,10 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from grpo_ext.advantages import weighted_rewards
-from grpo_ext.trainer.data import columns_of
-from grpo_ext.trainer.generation import PromptEncoder, SamplingParams, TransformersEngine, end_token_ids
+from grpo_ext.generation.engine import PromptEncoder, SamplingParams, TransformersEngine, end_token_ids
+from grpo_ext.rollouts.data import columns_of
+from grpo_ext.rollouts.rewards import RewardFunction, RewardFunctions
 from grpo_ext.trainer.models import context_length
-from grpo_ext.trainer.rewards import RewardFunction, RewardFunctions
 
 
 @dataclasses.dataclass(frozen=True)

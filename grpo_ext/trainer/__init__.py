@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from grpo_ext.rollouts.rewards import RewardError
 from grpo_ext.trainer.config import GRPOConfig
-from grpo_ext.trainer.rewards import RewardError
 from grpo_ext.trainer.trainer import GRPOTrainer
 
 __all__ = ["GRPOConfig", "GRPOTrainer", "RewardError"]

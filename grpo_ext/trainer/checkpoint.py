@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_ext.trainer.batching import BatchPlan
-from grpo_ext.trainer.rollout import Rollout
+from grpo_ext.rollouts.batching import BatchPlan
+from grpo_ext.rollouts.rollout import Rollout
 
 STATE_FILE = "grpo_state_{rank}.pt"
 REFERENCE_FILE = "grpo_reference.pt"

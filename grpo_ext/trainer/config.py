@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from transformers import TrainingArguments
 
 from grpo_ext.config import LossConfig
-from grpo_ext.trainer.batching import BatchPlan, plan_batches
+from grpo_ext.rollouts.batching import BatchPlan, plan_batches
 
 DTYPES = ("float16", "bfloat16", "float32")
 SCALE_REWARDS = ("group", "batch", "none")

@@ -20,7 +20,7 @@ from transformers import (
     TrainerState,
 )
 
-from grpo_ext.trainer.shards import is_sharded, made_whole, whole
+from grpo_ext.modules.sharding import is_sharded, made_whole, whole
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-from grpo_ext.trainer.metrics import MetricWindow
-from grpo_ext.trainer.rollout import Sample
+from grpo_ext.rollouts.rollout import Sample
+from grpo_ext.update.metrics import MetricWindow
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -16,27 +16,31 @@ from transformers.trainer_callback import ProgressCallback
 
 from grpo_ext._ops import kernel_calls
 from grpo_ext.config import LOSS_TYPES
-from grpo_ext.trainer.batching import MicroStep, PromptSchedule
-from grpo_ext.trainer.checkpoint import check_processes, load_reference, load_state, save_reference, save_state
-from grpo_ext.trainer.config import GRPOConfig
-from grpo_ext.trainer.data import (
-    MicroStepNumbers,
-    check_dataset,
-    collate_micro_step,
-    named_datasets,
-)
-from grpo_ext.trainer.evaluation import measure
-from grpo_ext.trainer.forward import CompletionForward
-from grpo_ext.trainer.generation import (
+from grpo_ext.generation.engine import (
     GenerationEngine,
     PromptEncoder,
     TransformersEngine,
     end_token_ids,
 )
-from grpo_ext.trainer.guard import FOLDER, NonfiniteGuard
-from grpo_ext.trainer.head import FusedHead
-from grpo_ext.trainer.lora import FusedLora
-from grpo_ext.trainer.metrics import MetricWindow
+from grpo_ext.generation.vllm import EngineError, build_engine
+from grpo_ext.modules.checkpointing import checkpointing_arguments
+from grpo_ext.modules.fused_head import FusedHead
+from grpo_ext.modules.lora import FusedLora
+from grpo_ext.modules.norms import FusedNorms
+from grpo_ext.modules.sharding import prefetch_in_order, wait_for_gathers
+from grpo_ext.rollouts.batching import MicroStep, PromptSchedule
+from grpo_ext.rollouts.data import (
+    MicroStepNumbers,
+    check_dataset,
+    collate_micro_step,
+    named_datasets,
+)
+from grpo_ext.rollouts.evaluation import measure
+from grpo_ext.rollouts.rewards import RewardFunction, RewardFunctions
+from grpo_ext.rollouts.rollout import MicroBatch, Rollout, Sample
+from grpo_ext.rollouts.rollout_maker import RolloutMaker, gather, timed
+from grpo_ext.trainer.checkpoint import check_processes, load_reference, load_state, save_reference, save_state
+from grpo_ext.trainer.config import GRPOConfig
 from grpo_ext.trainer.models import (
     Reference,
     ReferenceSync,
@@ -47,9 +51,6 @@ from grpo_ext.trainer.models import (
     load_model,
     load_tokenizer,
 )
-from grpo_ext.trainer.norms import FusedNorms
-from grpo_ext.trainer.policy import Policy
-from grpo_ext.trainer.recompute import checkpointing_arguments
 from grpo_ext.trainer.records import (
     MetricsFileCallback,
     RewardProgressCallback,
@@ -58,12 +59,11 @@ from grpo_ext.trainer.records import (
     print_completions,
     write_completions,
 )
-from grpo_ext.trainer.rewards import RewardFunction, RewardFunctions
-from grpo_ext.trainer.rollout import MicroBatch, Rollout, Sample
-from grpo_ext.trainer.rollout_maker import RolloutMaker, gather, timed
-from grpo_ext.trainer.shards import prefetch_in_order, wait_for_gathers
-from grpo_ext.trainer.update import Updates
-from grpo_ext.trainer.vllm import EngineError, build_engine
+from grpo_ext.update.forward import CompletionForward
+from grpo_ext.update.guard import FOLDER, NonfiniteGuard
+from grpo_ext.update.metrics import MetricWindow
+from grpo_ext.update.policy import Policy
+from grpo_ext.update.update import Updates
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -22,7 +22,7 @@ from accelerate.utils import DistributedType
 import grpo_ext.cli.train as train
 from grpo_ext.cli.main import main
 from grpo_ext.cli.settings import RunSettings
-from grpo_ext.trainer.shards import acts_jointly
+from grpo_ext.modules.sharding import acts_jointly
 
 KIND = "ddp"
 plain_config = train.make_config

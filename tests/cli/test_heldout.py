@@ -10,10 +10,10 @@ import pytest
 import torch
 from datasets import Dataset
 
+from grpo_ext.generation.engine import SamplingParams
 from grpo_ext.tasks import arithmetic_datasets, load_model, number_reward
 from grpo_ext.tasks.heldout import heldout_reward
 from grpo_ext.trainer import RewardError
-from grpo_ext.trainer.generation import SamplingParams
 
 FIVE = SamplingParams(max_new_tokens=5)
 

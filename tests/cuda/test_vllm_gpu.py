@@ -28,9 +28,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from grpo_ext.generation.vllm.engine import close_quietly
+from grpo_ext.generation.vllm.weights import write_config, write_weights
 from grpo_ext.trainer import GRPOConfig, GRPOTrainer
-from grpo_ext.trainer.vllm.engine import close_quietly
-from grpo_ext.trainer.vllm.weights import write_config, write_weights
 
 pytestmark = [
     pytest.mark.gpu,

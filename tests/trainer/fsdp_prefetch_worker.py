@@ -25,7 +25,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from toys import build_model
 from two_process_worker import counted_drops
 
-from grpo_ext.trainer.shards import prefetch_in_order, wait_for_gathers
+from grpo_ext.modules.sharding import prefetch_in_order, wait_for_gathers
 
 ROUNDS = 30
 

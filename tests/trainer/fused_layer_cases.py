@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from toys import build_model
 
-from grpo_ext.trainer.lora import FusedLora
+from grpo_ext.modules.lora import FusedLora
 
 BF16 = torch.bfloat16
 

@@ -15,10 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from toys import EOS, PAD, build_model
 
 from grpo_ext import LossConfig
-from grpo_ext.trainer.forward import CompletionForward
-from grpo_ext.trainer.head import FusedHead, causal_lm
-from grpo_ext.trainer.policy import Policy
-from grpo_ext.trainer.rollout import MicroBatch, Rollout
+from grpo_ext.modules.fused_head import FusedHead, causal_lm
+from grpo_ext.rollouts.rollout import MicroBatch, Rollout
+from grpo_ext.update.forward import CompletionForward
+from grpo_ext.update.policy import Policy
 
 #: Whether there are old log probabilities. Off-policy at sequence level the head is needed in backward once more: a
 #: sharded weight must be whole there, too.

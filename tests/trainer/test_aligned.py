@@ -9,11 +9,11 @@ import torch
 from toys import EOS, PAD, build_model
 
 from grpo_ext import LossConfig
-from grpo_ext.trainer.aligned import AlignedBatch
-from grpo_ext.trainer.forward import CompletionForward
-from grpo_ext.trainer.head import FusedHead
-from grpo_ext.trainer.policy import Policy
-from grpo_ext.trainer.rollout import MicroBatch, Rollout
+from grpo_ext.modules.fused_head import FusedHead
+from grpo_ext.rollouts.rollout import MicroBatch, Rollout
+from grpo_ext.update.aligned import AlignedBatch
+from grpo_ext.update.forward import CompletionForward
+from grpo_ext.update.policy import Policy
 
 UNEQUAL = [[5, 8, 6], [5, 8, 6], [5, 9, 9, 6], [7]]
 COMPLETIONS = [[9, 8, EOS], [9], [10, 11, 12, 13, 14], [3, EOS]]

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from grpo_ext.trainer.batching import BatchPlan, MicroStep, PromptSchedule, plan_batches
+from grpo_ext.rollouts.batching import BatchPlan, MicroStep, PromptSchedule, plan_batches
 
 
 def quiet_plan(*args: int, **kwargs: int) -> BatchPlan:

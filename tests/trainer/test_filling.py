@@ -12,9 +12,9 @@ import torch
 from toys import FixedEngine, GradientCatcher
 
 from grpo_ext.config import LOSS_TYPES
+from grpo_ext.rollouts.batching import BatchPlan
 from grpo_ext.trainer import GRPOTrainer
-from grpo_ext.trainer.batching import BatchPlan
-from grpo_ext.trainer.filling import filled_slices
+from grpo_ext.update.filling import filled_slices
 
 Make = Callable[..., GRPOTrainer]
 

@@ -11,9 +11,9 @@ from torch import nn
 from toys import EOS, PAD, build_model
 
 from grpo_ext import LossConfig, grpo_loss
-from grpo_ext.trainer.forward import CompletionForward, positions_that_pay
+from grpo_ext.rollouts.rollout import MicroBatch, Rollout
 from grpo_ext.trainer.models import keep_logits_dtype
-from grpo_ext.trainer.rollout import MicroBatch, Rollout
+from grpo_ext.update.forward import CompletionForward, positions_that_pay
 
 
 def rollout(**changes: Any) -> Rollout:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from grpo_ext.trainer.shards import _bare
+from grpo_ext.modules.sharding import _bare
 
 WORKER = Path(__file__).parent / "fsdp_prefetch_worker.py"
 

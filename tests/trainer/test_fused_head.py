@@ -14,11 +14,11 @@ from torch import nn
 from toys import EOS, PAD, WORDS, FixedEngine, build_model
 
 from grpo_ext import LossConfig
+from grpo_ext.modules.fused_head import FusedHead, causal_lm, output_layer
+from grpo_ext.rollouts.rollout import MicroBatch, Rollout
 from grpo_ext.trainer import GRPOTrainer
-from grpo_ext.trainer.forward import CompletionForward
-from grpo_ext.trainer.head import FusedHead, causal_lm, output_layer
-from grpo_ext.trainer.policy import Policy
-from grpo_ext.trainer.rollout import MicroBatch, Rollout
+from grpo_ext.update.forward import CompletionForward
+from grpo_ext.update.policy import Policy
 
 Make = Callable[..., GRPOTrainer]
 

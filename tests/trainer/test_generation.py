@@ -8,7 +8,7 @@ import pytest
 import torch
 from toys import EOS, PAD, WORDS, build_model, build_tokenizer
 
-from grpo_ext.trainer.generation import (
+from grpo_ext.generation.engine import (
     PromptEncoder,
     SamplingParams,
     TransformersEngine,

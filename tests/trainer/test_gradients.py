@@ -13,8 +13,8 @@ from toys import EOS, PAD, FixedEngine, GradientCatcher, build_model
 
 from grpo_ext import group_advantages
 from grpo_ext.config import LOSS_TYPES
+from grpo_ext.rollouts.rollout import Rollout
 from grpo_ext.trainer import GRPOTrainer
-from grpo_ext.trainer.rollout import Rollout
 
 Make = Callable[..., GRPOTrainer]
 LONGEST = 5

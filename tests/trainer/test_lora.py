@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from toys import build_model
 
-from grpo_ext.trainer.lora import FusedLora
+from grpo_ext.modules.lora import FusedLora
 
 # ---- arithmetic --------------------------------------------------------------------------------------------
 

@@ -14,8 +14,9 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from toys import FixedEngine
 
-from grpo_ext.trainer import GRPOTrainer, lora
-from grpo_ext.trainer.lora import FusedLora, lora_layers
+from grpo_ext.modules import lora
+from grpo_ext.modules.lora import FusedLora, lora_layers
+from grpo_ext.trainer import GRPOTrainer
 
 Make = Callable[..., GRPOTrainer]
 

@@ -19,9 +19,9 @@ from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from toys import FixedEngine, GradientCatcher, build_model
 
+from grpo_ext.modules.checkpointing import checkpointing_arguments
+from grpo_ext.modules.lora import FusedLora, lora_layers
 from grpo_ext.trainer import GRPOTrainer
-from grpo_ext.trainer.lora import FusedLora, lora_layers
-from grpo_ext.trainer.recompute import checkpointing_arguments
 
 Make = Callable[..., GRPOTrainer]
 

@@ -16,17 +16,17 @@ from toys import EOS, PAD, FixedEngine, GradientCatcher, build_model
 
 from grpo_ext import LossConfig, reference
 from grpo_ext.config import LOSS_TYPES
+from grpo_ext.modules.fused_head import FusedHead
+from grpo_ext.rollouts.batching import plan_batches
+from grpo_ext.rollouts.rollout import MicroBatch, Rollout
+from grpo_ext.rollouts.rollout_maker import sorted_order
 from grpo_ext.trainer import GRPOTrainer
-from grpo_ext.trainer.batching import plan_batches
-from grpo_ext.trainer.forward import CompletionForward
-from grpo_ext.trainer.guard import NonfiniteError, NonfiniteGuard
-from grpo_ext.trainer.head import FusedHead
-from grpo_ext.trainer.metrics import MetricWindow
 from grpo_ext.trainer.models import Reference
-from grpo_ext.trainer.policy import Policy, _companions
-from grpo_ext.trainer.rollout import MicroBatch, Rollout
-from grpo_ext.trainer.rollout_maker import sorted_order
-from grpo_ext.trainer.skipping import rows_with_gradient
+from grpo_ext.update.forward import CompletionForward
+from grpo_ext.update.guard import NonfiniteError, NonfiniteGuard
+from grpo_ext.update.metrics import MetricWindow
+from grpo_ext.update.policy import Policy, _companions
+from grpo_ext.update.skipping import rows_with_gradient
 
 Make = Callable[..., GRPOTrainer]
 

@@ -13,11 +13,11 @@ import torch
 from rich.console import Console
 from transformers import TrainerControl, TrainerState
 
-from grpo_ext.trainer.data import check_dataset, columns_of
-from grpo_ext.trainer.evaluation import evaluate_rows, evaluation_metrics, evaluation_rows
-from grpo_ext.trainer.generation import Completions
-from grpo_ext.trainer.metrics import MetricWindow
+from grpo_ext.generation.engine import Completions
+from grpo_ext.rollouts.data import check_dataset, columns_of
+from grpo_ext.rollouts.evaluation import evaluate_rows, evaluation_metrics, evaluation_rows
 from grpo_ext.trainer.records import MetricsFileCallback, print_completions, prompt_text, write_completions
+from grpo_ext.update.metrics import MetricWindow
 
 
 def test_reductions() -> None:

@@ -20,9 +20,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+from grpo_ext.modules.checkpointing import checkpointing_arguments
+from grpo_ext.modules.norms import FusedNorms, is_rms_norm
 from grpo_ext.trainer import GRPOTrainer
-from grpo_ext.trainer.norms import FusedNorms, is_rms_norm
-from grpo_ext.trainer.recompute import checkpointing_arguments
 
 Make = Callable[..., GRPOTrainer]
 

@@ -14,8 +14,8 @@ from torch import nn
 from toys import EOS, PAD, FixedEngine, GradientCatcher, build_model, build_tokenizer, reward_number
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from grpo_ext.modules.checkpointing import LAYER_BY_LAYER, checkpointing_arguments
 from grpo_ext.trainer import GRPOConfig, GRPOTrainer
-from grpo_ext.trainer.recompute import LAYER_BY_LAYER, checkpointing_arguments
 
 Make = Callable[..., GRPOTrainer]
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from grpo_ext.trainer.rewards import RewardError, RewardFunctions, reward_metrics
+from grpo_ext.rollouts.rewards import RewardError, RewardFunctions, reward_metrics
 
 
 def call(functions: Any, n: int = 3, weights: list[float] | None = None, **columns: list[Any]) -> torch.Tensor:

@@ -14,11 +14,11 @@ import pytest
 import torch
 from toys import EOS, FixedEngine, build_model, reward_number
 
+from grpo_ext.generation.engine import Completions, SamplingParams, TransformersEngine
+from grpo_ext.generation.vllm import EngineError
+from grpo_ext.rollouts.rewards import RewardFunctions
+from grpo_ext.rollouts.scoring import Scoring
 from grpo_ext.trainer import GRPOTrainer, RewardError
-from grpo_ext.trainer.generation import Completions, SamplingParams, TransformersEngine
-from grpo_ext.trainer.rewards import RewardFunctions
-from grpo_ext.trainer.scoring import Scoring
-from grpo_ext.trainer.vllm import EngineError
 
 Make = Callable[..., GRPOTrainer]
 

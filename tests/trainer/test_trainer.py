@@ -16,9 +16,9 @@ from peft import LoraConfig
 from toys import EOS, FixedEngine, build_model, build_tokenizer, reward_number
 
 import grpo_ext
+from grpo_ext.modules.fused_head import FusedHead
 from grpo_ext.trainer import GRPOConfig, GRPOTrainer, RewardError
-from grpo_ext.trainer.head import FusedHead
-from grpo_ext.trainer.policy import Policy
+from grpo_ext.update.policy import Policy
 
 Make = Callable[..., GRPOTrainer]
 LORA = LoraConfig(r=2, target_modules="all-linear")

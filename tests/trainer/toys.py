@@ -19,7 +19,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from grpo_ext.trainer.generation import Completions, SamplingParams
+from grpo_ext.generation.engine import Completions, SamplingParams
 
 WORDS = ["<eos>", "<pad>", "<unk>", "user:", "assistant:", "add", "=", *[str(i) for i in range(25)]]
 EOS, PAD = 0, 1

@@ -28,12 +28,12 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from toys import EOS, WORDS, GradientCatcher, build_model, build_tokenizer, reward_number
 from transformers import TrainerCallback
 
+from grpo_ext.generation.engine import Completions, SamplingParams
+from grpo_ext.generation.errors import PromptLengthError
+from grpo_ext.generation.vllm.weights import checkpoint_weights
+from grpo_ext.modules.sharding import is_sharded, whole
 from grpo_ext.trainer import GRPOConfig, GRPOTrainer
-from grpo_ext.trainer.errors import PromptLengthError
-from grpo_ext.trainer.generation import Completions, SamplingParams
-from grpo_ext.trainer.guard import NonfiniteError
-from grpo_ext.trainer.shards import is_sharded, whole
-from grpo_ext.trainer.vllm.weights import checkpoint_weights
+from grpo_ext.update.guard import NonfiniteError
 
 #: Words that end a greedy completion here, so that some are short and some are long.
 ENDS = [EOS, 2, 3, 4]

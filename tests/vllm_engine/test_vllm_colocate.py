@@ -22,11 +22,11 @@ from vllm_toys import (
     with_adapter,
 )
 
-from grpo_ext.trainer.generation import SamplingParams, TransformersEngine
-from grpo_ext.trainer.vllm import EngineError, WeightMismatchError
-from grpo_ext.trainer.vllm import engine as engine_module
-from grpo_ext.trainer.vllm.colocate import ColocatedClient, kept_folder
-from grpo_ext.trainer.vllm.weights import write_config
+from grpo_ext.generation.engine import SamplingParams, TransformersEngine
+from grpo_ext.generation.vllm import EngineError, WeightMismatchError
+from grpo_ext.generation.vllm import engine as engine_module
+from grpo_ext.generation.vllm.colocate import ColocatedClient, kept_folder
+from grpo_ext.generation.vllm.weights import write_config
 
 pytestmark = needs_vllm
 

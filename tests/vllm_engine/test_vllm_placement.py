@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from grpo_ext.trainer.vllm.colocate import ColocatedClient
-from grpo_ext.trainer.vllm.placement import Placement, Sample, sampled
+from grpo_ext.generation.vllm.colocate import ColocatedClient
+from grpo_ext.generation.vllm.placement import Placement, Sample, sampled
 
 ROWS = {"q_proj": 8, "k_proj": 4, "v_proj": 4, "gate_proj": 6, "up_proj": 6}
 
@@ -95,7 +95,7 @@ def test_copies_leave_what_a_reload_leaves() -> None:
 
 @pytest.mark.parametrize("batch", [1, 300])
 def test_few_tensors_at_a_time(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
-    monkeypatch.setattr("grpo_ext.trainer.vllm.placement.BATCH", batch)
+    monkeypatch.setattr("grpo_ext.generation.vllm.placement.BATCH", batch)
     test_copies_leave_what_a_reload_leaves()
 
 

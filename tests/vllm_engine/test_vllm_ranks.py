@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from grpo_ext.trainer.vllm.parallel import Ranks
+from grpo_ext.generation.vllm.parallel import Ranks
 
 PROMPTS = [[5, 6, 7], [8, 9]]
 OTHERS = [[4], [3, 3]]

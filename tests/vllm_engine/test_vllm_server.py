@@ -16,11 +16,11 @@ import pytest
 from peft import LoraConfig
 from vllm_toys import CONTEXT, EOS, PAD, VOCABULARY, build_model, build_tokenizer, needs_vllm
 
+from grpo_ext.generation.engine import SamplingParams, TransformersEngine
+from grpo_ext.generation.vllm import EngineError
+from grpo_ext.generation.vllm.server import ServerClient
+from grpo_ext.generation.vllm.weights import write_config, write_weights
 from grpo_ext.trainer import GRPOConfig, GRPOTrainer
-from grpo_ext.trainer.generation import SamplingParams, TransformersEngine
-from grpo_ext.trainer.vllm import EngineError
-from grpo_ext.trainer.vllm.server import ServerClient
-from grpo_ext.trainer.vllm.weights import write_config, write_weights
 
 ROWS = [{"prompt": " ".join(f"w{3 + (i * 7 + j) % (VOCABULARY - 3)}" for j in range(4 + i))} for i in range(6)]
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")

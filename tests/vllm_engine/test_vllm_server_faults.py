@@ -15,11 +15,11 @@ import torch
 from vllm_fake_server import FakeServer, serving
 from vllm_toys import EOS, PAD, build_model, change_weights, engine_around, logps_of, with_adapter
 
-from grpo_ext.trainer.generation import SamplingParams, TransformersEngine
-from grpo_ext.trainer.vllm import EngineError
-from grpo_ext.trainer.vllm.client import Answer
-from grpo_ext.trainer.vllm.engine import VllmEngine, _follows_temperature
-from grpo_ext.trainer.vllm.server import ServerClient
+from grpo_ext.generation.engine import SamplingParams, TransformersEngine
+from grpo_ext.generation.vllm import EngineError
+from grpo_ext.generation.vllm.client import Answer
+from grpo_ext.generation.vllm.engine import VllmEngine, _follows_temperature
+from grpo_ext.generation.vllm.server import ServerClient
 
 PROMPTS = [[5, 6, 7, 8], [9, 10], list(range(3, 40))]
 GREEDY = SamplingParams(6, temperature=0.0)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from vllm_toys import needs_vllm
 
+from grpo_ext.generation.engine import SamplingParams, TransformersEngine
+from grpo_ext.generation.vllm.engine import close_quietly
 from grpo_ext.tasks.models import load_model
 from grpo_ext.trainer import GRPOConfig, GRPOTrainer
-from grpo_ext.trainer.generation import SamplingParams, TransformersEngine
-from grpo_ext.trainer.vllm.engine import close_quietly
 
 pytestmark = [
     needs_vllm,

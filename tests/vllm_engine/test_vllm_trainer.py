@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from vllm_toys import VOCABULARY, build_model, build_tokenizer, needs_vllm
 
+from grpo_ext.generation.vllm import EngineError
+from grpo_ext.generation.vllm.engine import close_quietly
 from grpo_ext.trainer import GRPOConfig, GRPOTrainer
-from grpo_ext.trainer.vllm import EngineError
-from grpo_ext.trainer.vllm.engine import close_quietly
 
 pytestmark = needs_vllm
 
@@ -73,7 +73,7 @@ def test_training_full_weights_dies_and_resumes(
             raise RuntimeError("engine core died")
         return generate(*args, **kwargs)
 
-    monkeypatch.setattr("grpo_ext.trainer.vllm.build.ColocatedClient", lambda *_: client)
+    monkeypatch.setattr("grpo_ext.generation.vllm.build.ColocatedClient", lambda *_: client)
     second = make(output_dir=str(tmp_path / "second"))
     monkeypatch.setattr(client.llm, "generate", dying)
     with pytest.raises(EngineError, match=r"engine core died(.|\n)*after step 2 is saved.*checkpoint-2"):

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from vllm_toys import VOCABULARY, build_model, build_tokenizer
 
+from grpo_ext.generation.engine import SamplingParams, TransformersEngine
 from grpo_ext.trainer import GRPOConfig, GRPOTrainer
-from grpo_ext.trainer.generation import SamplingParams, TransformersEngine
 
 ROWS = [{"prompt": " ".join(f"w{3 + (i * 7 + j) % (VOCABULARY - 3)}" for j in range(4 + i))} for i in range(6)]
 LONG = [[5, 6, 7], [9, 10], list(range(3, 40)) * 4]

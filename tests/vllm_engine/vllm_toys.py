@@ -14,11 +14,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from grpo_ext.trainer.vllm.check import WeightCheck
-from grpo_ext.trainer.vllm.client import Client
-from grpo_ext.trainer.vllm.colocate import ColocatedClient, EngineSettings
-from grpo_ext.trainer.vllm.engine import VllmEngine
-from grpo_ext.trainer.vllm.weights import write_config, write_weights
+from grpo_ext.generation.vllm.check import WeightCheck
+from grpo_ext.generation.vllm.client import Client
+from grpo_ext.generation.vllm.colocate import ColocatedClient, EngineSettings
+from grpo_ext.generation.vllm.engine import VllmEngine
+from grpo_ext.generation.vllm.weights import write_config, write_weights
 
 VOCABULARY, EOS, PAD = 64, 0, 1
 CONTEXT = 256

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from grpo_ext.trainer.generation import SamplingParams
+from grpo_ext.generation.engine import SamplingParams
 
 #: Fields of ``generation_kwargs`` that vLLM has under its own name or ours.
 EXTRA_FIELDS = {

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_ext.trainer.rollout import MicroBatch
+from grpo_ext.rollouts.rollout import MicroBatch
 
 #: Greatest relative difference of the logits of a sequence alone and beside others, by their dtype.
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3}

@@ -26,9 +26,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo_ext.trainer.errors import EngineError
-from grpo_ext.trainer.vllm.client import Answer, Answered, Weights
-from grpo_ext.trainer.vllm.weights import write_weights
+from grpo_ext.generation.errors import EngineError
+from grpo_ext.generation.vllm.client import Answer, Answered, Weights
+from grpo_ext.generation.vllm.weights import write_weights
 
 COMMAND = (
     "VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve MODEL --logprobs-mode processed_logprobs "

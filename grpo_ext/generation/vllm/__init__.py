@@ -6,8 +6,8 @@ process, and never for a server.
 
 from __future__ import annotations
 
-from grpo_ext.trainer.errors import EngineError, WeightMismatchError
-from grpo_ext.trainer.vllm.build import build_engine
-from grpo_ext.trainer.vllm.engine import VllmEngine
+from grpo_ext.generation.errors import EngineError, WeightMismatchError
+from grpo_ext.generation.vllm.build import build_engine
+from grpo_ext.generation.vllm.engine import VllmEngine
 
 __all__ = ["EngineError", "VllmEngine", "WeightMismatchError", "build_engine"]

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_ext.trainer.aligned import AlignedBatch, looks_ahead
-from grpo_ext.trainer.generation import position_ids, shared_prompt_cache
-from grpo_ext.trainer.head import FusedHead, HeadFunction, output_layer
+from grpo_ext.generation.engine import position_ids, shared_prompt_cache
+from grpo_ext.modules.fused_head import FusedHead, HeadFunction, output_layer
+from grpo_ext.rollouts.rollout import MicroBatch
 from grpo_ext.trainer.models import evaluating
-from grpo_ext.trainer.packing import PackedBatch, keeps_apart
-from grpo_ext.trainer.rollout import MicroBatch
+from grpo_ext.update.aligned import AlignedBatch, looks_ahead
+from grpo_ext.update.packing import PackedBatch, keeps_apart
 
 #: Weights of a layer times positions: what a GPU must be spared before a second pass over the layer, that of the
 #: prompts, pays. Half a millisecond of the host for it, forward and backward, at 400 TFLOP/s and 6 operations.

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_ext.trainer.metrics import MetricWindow
-from grpo_ext.trainer.rollout import Rollout
+from grpo_ext.rollouts.rollout import Rollout
+from grpo_ext.update.metrics import MetricWindow
 
 FOLDER = "nonfinite"
 

@@ -14,13 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from grpo_ext.trainer.errors import EngineError, PromptLengthError
-from grpo_ext.trainer.generation import Completions, Done, SamplingParams
-from grpo_ext.trainer.vllm.check import TOP, WeightCheck
-from grpo_ext.trainer.vllm.client import Answer, Answered, Client, Restartable
-from grpo_ext.trainer.vllm.parallel import Ranks
-from grpo_ext.trainer.vllm.sampling import sampling_fields
-from grpo_ext.trainer.vllm.weights import checkpoint_weights, trainable_version, write_adapter
+from grpo_ext.generation.engine import Completions, Done, SamplingParams
+from grpo_ext.generation.errors import EngineError, PromptLengthError
+from grpo_ext.generation.vllm.check import TOP, WeightCheck
+from grpo_ext.generation.vllm.client import Answer, Answered, Client, Restartable
+from grpo_ext.generation.vllm.parallel import Ranks
+from grpo_ext.generation.vllm.sampling import sampling_fields
+from grpo_ext.generation.vllm.weights import checkpoint_weights, trainable_version, write_adapter
 
 #: One new token, from the whole distribution: what the check asks for.
 PROBE_FIELDS: dict[str, Any] = {"max_tokens": 1, "temperature": 1.0, "ignore_eos": True}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_ext.trainer.generation import Completions, Prompt, left_pad, right_pad, unique_rows
+from grpo_ext.generation.engine import Completions, Prompt, left_pad, right_pad, unique_rows
 
 
 @dataclasses.dataclass

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers.trainer_utils import speed_metrics
 
 from grpo_ext.advantages import weighted_rewards
-from grpo_ext.trainer.generation import Completions, SamplingParams
-from grpo_ext.trainer.rollout_maker import RolloutMaker
+from grpo_ext.generation.engine import Completions, SamplingParams
+from grpo_ext.rollouts.rollout_maker import RolloutMaker
 
 
 def measure(rollouts: RolloutMaker, model: nn.Module, dataset: Any, prefix: str) -> dict[str, float]:

@@ -13,17 +13,17 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from grpo_ext.advantages import group_advantages
-from grpo_ext.trainer.batching import BatchPlan, PromptSchedule
+from grpo_ext.generation.engine import GenerationEngine, PromptEncoder, SamplingParams
+from grpo_ext.generation.errors import PromptLengthError
+from grpo_ext.rollouts.batching import BatchPlan, PromptSchedule
+from grpo_ext.rollouts.data import columns_of
+from grpo_ext.rollouts.rewards import RewardFunctions, reward_metrics
+from grpo_ext.rollouts.rollout import Rollout, Sample, replies
+from grpo_ext.rollouts.scoring import Scoring
 from grpo_ext.trainer.config import GRPOConfig
-from grpo_ext.trainer.data import columns_of
-from grpo_ext.trainer.errors import PromptLengthError
-from grpo_ext.trainer.filling import filled_slices
-from grpo_ext.trainer.generation import GenerationEngine, PromptEncoder, SamplingParams
-from grpo_ext.trainer.metrics import MetricWindow
-from grpo_ext.trainer.rewards import RewardFunctions, reward_metrics
-from grpo_ext.trainer.rollout import Rollout, Sample, replies
-from grpo_ext.trainer.scoring import Scoring
-from grpo_ext.trainer.skipping import rows_with_gradient
+from grpo_ext.update.filling import filled_slices
+from grpo_ext.update.metrics import MetricWindow
+from grpo_ext.update.skipping import rows_with_gradient
 
 
 class RolloutMaker:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_ext.trainer.rewards import RewardFunctions
+from grpo_ext.rollouts.rewards import RewardFunctions
 
 
 class Scoring:

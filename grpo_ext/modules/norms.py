@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
-from grpo_ext.trainer.fused_layers import LATEST, FusedLayers
+from grpo_ext.modules.fused_layers import LATEST, FusedLayers
 
 #: Where layers keep the number under the root.
 EPSILONS = ("variance_epsilon", "eps", "epsilon")

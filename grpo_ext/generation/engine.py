@@ -24,8 +24,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from grpo_ext.trainer.errors import PromptLengthError
-from grpo_ext.trainer.shards import acts_jointly
+from grpo_ext.generation.errors import PromptLengthError
+from grpo_ext.modules.sharding import acts_jointly
 
 Prompt = str | list[dict[str, Any]]
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from grpo_ext.trainer.errors import EngineError
-from grpo_ext.trainer.vllm.client import Answer, Answered, Weights
-from grpo_ext.trainer.vllm.placement import Placement, Sample, sampled
-from grpo_ext.trainer.vllm.weights import all_read
+from grpo_ext.generation.errors import EngineError
+from grpo_ext.generation.vllm.client import Answer, Answered, Weights
+from grpo_ext.generation.vllm.placement import Placement, Sample, sampled
+from grpo_ext.generation.vllm.weights import all_read
 
 #: Ranks of LoRA adapters that vLLM has room for; one in between takes the next.
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

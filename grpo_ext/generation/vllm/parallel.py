@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from grpo_ext.trainer.errors import EngineError, PromptLengthError, WeightMismatchError
+from grpo_ext.generation.errors import EngineError, PromptLengthError, WeightMismatchError
 
 T = TypeVar("T")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from grpo_ext.trainer.batching import BatchPlan
+from grpo_ext.rollouts.batching import BatchPlan
 
 #: From the number of slices that this process needs in each optimizer step to the most that any process needs.
 Agree = Callable[[list[int]], list[int]]

@@ -10,16 +10,16 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from grpo_ext.generation.engine import SamplingParams
+from grpo_ext.generation.vllm.check import LENGTH, WeightCheck
+from grpo_ext.generation.vllm.colocate import ColocatedClient, EngineSettings, kept_folder, scratch_folder
+from grpo_ext.generation.vllm.engine import VllmEngine
+from grpo_ext.generation.vllm.parallel import Ranks
+from grpo_ext.generation.vllm.sampling import sampling_fields, warn_of_bias
+from grpo_ext.generation.vllm.server import ServerClient
+from grpo_ext.generation.vllm.weights import base_of, base_weights, check_adapter, write_config, write_weights
 from grpo_ext.trainer.config import GRPOConfig
-from grpo_ext.trainer.generation import SamplingParams
 from grpo_ext.trainer.models import context_length, is_peft_model
-from grpo_ext.trainer.vllm.check import LENGTH, WeightCheck
-from grpo_ext.trainer.vllm.colocate import ColocatedClient, EngineSettings, kept_folder, scratch_folder
-from grpo_ext.trainer.vllm.engine import VllmEngine
-from grpo_ext.trainer.vllm.parallel import Ranks
-from grpo_ext.trainer.vllm.sampling import sampling_fields, warn_of_bias
-from grpo_ext.trainer.vllm.server import ServerClient
-from grpo_ext.trainer.vllm.weights import base_of, base_weights, check_adapter, write_config, write_weights
 
 
 def build_engine(

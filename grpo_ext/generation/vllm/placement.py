@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from grpo_ext.trainer.vllm.client import Weights
+from grpo_ext.generation.vllm.client import Weights
 
 #: What vLLM's layers do with weights behind a loader, by the class of ``quant_method``: nothing, on a GPU.
 AS_LOADED = {"UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"}

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from grpo_ext.output import METRIC_NAMES
-from grpo_ext.trainer.batching import BatchPlan
+from grpo_ext.rollouts.batching import BatchPlan
+from grpo_ext.rollouts.rollout import MicroBatch, Rollout
 from grpo_ext.trainer.config import GRPOConfig
-from grpo_ext.trainer.metrics import MetricWindow
 from grpo_ext.trainer.models import Reference, evaluating
-from grpo_ext.trainer.policy import Policy
-from grpo_ext.trainer.rollout import MicroBatch, Rollout
-from grpo_ext.trainer.skipping import remaining_weight, rows_with_gradient
+from grpo_ext.update.metrics import MetricWindow
+from grpo_ext.update.policy import Policy
+from grpo_ext.update.skipping import remaining_weight, rows_with_gradient
 
 
 class Updates:

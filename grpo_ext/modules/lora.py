@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.utils import is_peft_available
 
-from grpo_ext.trainer.fused_layers import LATEST, FusedLayers
+from grpo_ext.modules.fused_layers import LATEST, FusedLayers
 
 #: What autocast converts.
 CASTABLE = (torch.bfloat16, torch.float32, torch.float16)

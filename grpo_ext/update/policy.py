@@ -12,10 +12,10 @@ from torch import Tensor, nn
 import grpo_ext
 from grpo_ext.config import LossConfig
 from grpo_ext.linear.plan import TRAINER_BUDGET
+from grpo_ext.modules.fused_head import FusedHead
 from grpo_ext.output import GRPOLossOutput
-from grpo_ext.trainer.forward import CompletionForward
-from grpo_ext.trainer.head import FusedHead
-from grpo_ext.trainer.rollout import MicroBatch
+from grpo_ext.rollouts.rollout import MicroBatch
+from grpo_ext.update.forward import CompletionForward
 
 #: Entropies and loss mask, ``(B, T)`` each, of this rank's tokens to the quantile over all ranks.
 Threshold = Callable[[Tensor, Tensor], Tensor | None]

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_ext.trainer.packing import TOLERANCE
-from grpo_ext.trainer.rollout import MicroBatch
+from grpo_ext.rollouts.rollout import MicroBatch
+from grpo_ext.update.packing import TOLERANCE
 
 
 class AlignedBatch:

@@ -1,0 +1,1 @@
+"""Generation engines: transformers, and vLLM in `grpo_ext.generation.vllm`."""

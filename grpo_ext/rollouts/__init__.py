@@ -1,0 +1,1 @@
+"""From prompts to advantages: which prompts, their completions, their rewards."""
