@@ -22,7 +22,7 @@ ARGS ?=
 VLLM ?=
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo 1)
 
-CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
+CXX_SOURCES := $(shell find csrc -name "*.h" -o -name "*.cuh" -o -name "*.cpp" -o -name "*.cu")
 BUILD_INPUTS := $(CXX_SOURCES) $(wildcard grpo_ext/*.py grpo_ext/*/*.py grpo_ext/*/*/*.py) CMakeLists.txt pyproject.toml constraints.txt
 
 export GRPO_EXT_CUDA

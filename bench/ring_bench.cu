@@ -17,9 +17,9 @@
 #include <utility>
 #include <vector>
 
-#include "../csrc/cuda/launch.h"
-#include "../csrc/cuda/policy.h"
-#include "../csrc/cuda/ring.h"
+#include "cuda/base/launch.h"
+#include "cuda/policy/policy.h"
+#include "cuda/rows/sm90/ring.h"
 
 using namespace grpo;
 using namespace grpo::cuda;

@@ -5,9 +5,9 @@ set -eu
 cd "$(dirname "$0")/.."
 objects=build/ring_bench.d
 mkdir -p "$objects"
-for source in bench/ring_bench.cu csrc/cuda/operations.cu csrc/cuda/policy.cu csrc/cuda/ring.cu csrc/cuda/ring_*.cu \
-  csrc/cuda/streaming_*.cu; do
-  nvcc -std=c++17 -O3 --expt-relaxed-constexpr -arch=sm_90 -DGRPO_CUDA_RING \
+for source in bench/ring_bench.cu csrc/cuda/ops.cu csrc/cuda/policy/policy.cu csrc/cuda/rows/sm90/*.cu \
+  csrc/cuda/rows/streaming_*.cu; do
+  nvcc -std=c++17 -O3 --expt-relaxed-constexpr -arch=sm_90 -DGRPO_CUDA_RING -Icsrc \
     -c "$source" -o "$objects/$(basename "$source" .cu).o"
 done
 nvcc -arch=sm_90 "$objects"/*.o -o build/ring_bench

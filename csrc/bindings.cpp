@@ -13,11 +13,11 @@
 #include "common/policy.h"
 #include "common/row_params.h"
 #include "cpu/cpu.h"
-#include "cuda/plan.h"
+#include "cuda/rows/plan.h"
 #if defined(GRPO_CUDA)
-#include "cuda/cuda.h"
-#include "cuda/probability.h"
-#include "cuda/products.h"
+#include "cuda/gemm_sm90/products.h"
+#include "cuda/ops.h"
+#include "cuda/probability/probability.h"
 #endif
 
 namespace py = pybind11;

@@ -7,7 +7,7 @@ METRIC_NAMES: tuple[str, ...]
 VERSION: str
 CUDA_VERSION: int
 CUDA_ARCHITECTURES: str
-CUDA_HOPPER_PRODUCTS: bool  # this build holds the products of sm_90a (csrc/cuda/tensor_product.cuh)
+CUDA_HOPPER_PRODUCTS: bool  # this build holds the products of sm_90a (csrc/cuda/gemm_sm90)
 
 Rows = tuple[Any, ...]
 Policy = tuple[Any, ...]

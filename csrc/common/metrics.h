@@ -1,7 +1,7 @@
 // What a loss call reports beside the loss: sums over unmasked tokens, folded in a fixed order.
 #pragma once
 
-#include "policy.h"
+#include "common/policy.h"
 
 namespace grpo {
 

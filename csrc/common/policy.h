@@ -7,8 +7,8 @@
 #include <cmath>
 #include <cstdint>
 
-#include "loss_spec.h"
-#include "token_loss.h"
+#include "common/loss_spec.h"
+#include "common/token_loss.h"
 
 namespace grpo {
 

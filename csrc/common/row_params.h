@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "loss_spec.h"
+#include "common/loss_spec.h"
 
 namespace grpo {
 

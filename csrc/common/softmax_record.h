@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "loss_spec.h"
+#include "common/loss_spec.h"
 
 namespace grpo {
 

@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
-#include "../common/policy.h"
-#include "../common/row_params.h"
+#include "common/policy.h"
+#include "common/row_params.h"
 
 namespace grpo::cpu {
 

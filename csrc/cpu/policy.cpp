@@ -1,7 +1,7 @@
 // The policy stage on the CPU: a few passes over [B,T] numbers, one sequence per task.
-#include "../common/metrics.h"
-#include "cpu.h"
-#include "policy_loop.h"
+#include "common/metrics.h"
+#include "cpu/cpu.h"
+#include "cpu/policy_loop.h"
 
 namespace grpo::cpu {
 namespace {

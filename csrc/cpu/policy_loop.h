@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "../common/policy.h"
+#include "common/policy.h"
 
 namespace grpo::cpu {
 

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "../common/row_params.h"
-#include "../common/softmax_record.h"
+#include "common/row_params.h"
+#include "common/softmax_record.h"
 
 namespace grpo::cpu {
 

@@ -1,6 +1,6 @@
 // Compiled with AVX2, FMA and F16C switched on; called only where the CPU has them.
-#include "row_kernels_impl.h"
-#include "vec_avx2.h"
+#include "cpu/row_kernels_impl.h"
+#include "cpu/vec_avx2.h"
 
 namespace grpo::cpu {
 

@@ -1,6 +1,6 @@
 // Compiled with AVX-512 switched on; called only where the CPU has it.
-#include "row_kernels_impl.h"
-#include "vec_avx512.h"
+#include "cpu/row_kernels_impl.h"
+#include "cpu/vec_avx512.h"
 
 namespace grpo::cpu {
 

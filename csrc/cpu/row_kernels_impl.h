@@ -7,8 +7,8 @@
 
 #include <type_traits>
 
-#include "row_kernels.h"
-#include "vec.h"
+#include "cpu/row_kernels.h"
+#include "cpu/vec.h"
 
 namespace {
 

@@ -1,6 +1,6 @@
 // Any CPU, and fp64 on every CPU.
-#include "row_kernels_impl.h"
-#include "vec_scalar.h"
+#include "cpu/row_kernels_impl.h"
+#include "cpu/vec_scalar.h"
 
 namespace grpo::cpu {
 

@@ -9,10 +9,10 @@
 #include <sys/mman.h>
 #endif
 
-#include "cpu.h"
-#include "policy_loop.h"
-#include "row_kernels.h"
-#include "vec.h"
+#include "cpu/cpu.h"
+#include "cpu/policy_loop.h"
+#include "cpu/row_kernels.h"
+#include "cpu/vec.h"
 
 namespace grpo::cpu {
 namespace {

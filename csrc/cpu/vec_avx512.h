@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "vec.h"
+#include "cpu/vec.h"
 
 namespace {
 

@@ -1,7 +1,7 @@
 // One lane: the fp64 path of every backend, and the tail of the arithmetic elsewhere.
 #pragma once
 
-#include "vec.h"
+#include "cpu/vec.h"
 
 namespace {
 

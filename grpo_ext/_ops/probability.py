@@ -1,4 +1,4 @@
-"""The kernels around and of the probability product (csrc/cuda/probability.h), called with tensors.
+"""The kernels around and of the probability product (csrc/cuda/probability/probability.h), called with tensors.
 
 Work is enqueued on the current stream of the tensors' device. Tensors are as `grpo_ext.linear.probabilities` makes
 them; `grpo_ext.linear.probabilities_reference` says in plain torch what each computes.

@@ -1,4 +1,4 @@
-"""Products with the head on Hopper GPUs (csrc/cuda/products.h), called with tensors on the current stream."""
+"""Products with the head on Hopper GPUs (csrc/cuda/gemm_sm90/products.h), called with tensors on the current stream."""
 
 from __future__ import annotations
 

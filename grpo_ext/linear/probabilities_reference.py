@@ -15,7 +15,7 @@ from torch import Tensor
 from grpo_ext._checks import PolicyTensors
 from grpo_ext._ops.probability import TILE_COLUMNS, ChunkRows
 
-# The constants of csrc/cuda/probability.h and probability_glue.cu; exponents are to base 2.
+# The constants of csrc/cuda/probability/probability.h and probability_glue.cu; exponents are to base 2.
 GREATEST_EXPONENT = 100.0
 LOWEST_EXPONENT = -1e30
 UNCENTRED = 32.0

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
+SOURCES = Path(__file__).parents[2] / "csrc"
 
 
 def report(name: str, out: Path, *flags: str) -> str:
     command = ["nvcc", "-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-Xptxas", "-v", *flags]
     done = subprocess.run(
-        [*command, "-c", str(SOURCES / f"{name}.cu"), "-o", str(out / f"{name}.o")],
+        [*command, f"-I{SOURCES}", "-c", str(SOURCES / "cuda" / f"{name}.cu"), "-o", str(out / "kernel.o")],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -26,7 +26,7 @@ def report(name: str, out: Path, *flags: str) -> str:
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_the_glue_spills_nothing(tmp_path: Path) -> None:
-    text = report("probability_glue", tmp_path, "-gencode", "arch=compute_90,code=sm_90")
+    text = report("probability/probability_glue", tmp_path, "-gencode", "arch=compute_90,code=sm_90")
     assert text.count("Compiling entry function") == 5
     assert not re.search(r"[1-9]\d* bytes spill", text)
     # Eight vectors under way in each lane made the first a third faster (bench/NOTES.md).
@@ -37,7 +37,7 @@ def test_the_glue_spills_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize(("name", "kernels"), [("probability_product", 2), ("products", 7)])
+@pytest.mark.parametrize(("name", "kernels"), [("gemm_sm90/probability_product", 2), ("gemm_sm90/products", 7)])
 def test_the_products_keep_their_tensor_cores_busy(tmp_path: Path, name: str, kernels: int) -> None:
     """wgmma is not serialised (C7510), register budgets are honoured (C7508), and nothing spills."""
     text = report(name, tmp_path, "-gencode", "arch=compute_90a,code=sm_90a")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
+SOURCES = Path(__file__).parents[2] / "csrc"
 FILES = [f"{kind}_{dtype}" for kind in ("ring", "streaming") for dtype in ("bf16", "fp16", "fp32")]
 FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-gencode", "arch=compute_90,code=sm_90"]
 
@@ -24,8 +24,8 @@ pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc
 
 def compiled(name: str, out: Path) -> tuple[str, str]:
     """The resource report and the PTX of one source file."""
-    source = str(SOURCES / f"{name}.cu")
-    command = ["nvcc", *FLAGS, "-Xptxas", "-v", "--keep", "--keep-dir", str(out), "-c", source]
+    source = str(next((SOURCES / "cuda" / "rows").rglob(f"{name}.cu")))
+    command = ["nvcc", *FLAGS, "-Xptxas", "-v", f"-I{SOURCES}", "--keep", "--keep-dir", str(out), "-c", source]
     done = subprocess.run([*command, "-o", str(out / f"{name}.o")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr, next(out.glob(f"{name}*.ptx")).read_text()

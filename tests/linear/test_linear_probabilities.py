@@ -57,7 +57,7 @@ __all__ = [  # issued once more here, on this route
 ]
 
 GRID = pairwise(FACTORS)
-SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
+SOURCES = Path(__file__).parents[2] / "csrc" / "cuda" / "probability"
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,77 @@
+// A warpgroup's way from fragments to a matrix of 16-bit elements: through shared memory, by the
+// copy engine.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "cuda/base/ptx.cuh"
+#include "cuda/gemm_sm90/wgmma.cuh"
+
+namespace grpo::cuda {
+
+// Two numbers rounded to 16 bits each.
+__device__ __forceinline__ uint32_t pack_pair(float low, float high, __nv_bfloat16) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&both);
+}
+__device__ __forceinline__ uint32_t pack_pair(float low, float high, __half) {
+  const __half2 both = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&both);
+}
+
+// Where a lane's row of 16 bytes lies for the `pair`-th two column blocks (of 8) of a block of 64 x
+// 64 elements, 128-byte swizzled.
+__device__ __forceinline__ uint32_t swizzled_row(uint32_t block, int thread, int pair) {
+  const int row = thread / 32 * 16 + (thread & 15), right = (thread & 31) >> 4;
+  return block + row * 128 + ((2 * pair + right) ^ (row & 7)) * 16;
+}
+
+// A block into the order in which products leave their elements: fragment[2 j + i] are two elements
+// of column block j, row half i.
+__device__ __forceinline__ void load_block(uint32_t block, int thread, uint32_t (&fragment)[16]) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j)
+    ptx::load_matrices(swizzled_row(block, thread, j), fragment[4 * j], fragment[4 * j + 1],
+                       fragment[4 * j + 2], fragment[4 * j + 3]);
+}
+
+// 64 x 64 elements, two buffers in turn. The map's boxes are 64 x 64, 128-byte swizzled.
+class BlockStore {
+ public:
+  static constexpr int kRows = 64, kColumns = 64, kBytes = kRows * kColumns * 2;
+  using Buffers = unsigned char[2][kBytes];  // aligned to 1024 bytes
+
+  __device__ BlockStore(Buffers& buffers, int barrier, int thread)
+      : buffers_(buffers), barrier_(barrier), thread_(thread) {}
+  // The thread's elements as `load_block` has them.
+  __device__ __forceinline__ void store(const CUtensorMap* map, int row, int column,
+                                        const uint32_t (&packed)[16]) {
+    if (thread_ == 0) ptx::bulk_wait_read_but<1>();  // of the buffer used before the last
+    ptx::named_barrier(barrier_, 128);
+    const uint32_t buffer = ptx::shared_address(buffers_[next_]);
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      ptx::store_matrices(swizzled_row(buffer, thread_, j), packed[4 * j], packed[4 * j + 1],
+                          packed[4 * j + 2], packed[4 * j + 3]);
+    ptx::fence_shared_for_bulk();
+    ptx::named_barrier(barrier_, 128);
+    if (thread_ == 0) {
+      ptx::tensor_store(map, column, row, buffer);
+      ptx::bulk_commit();
+    }
+    next_ ^= 1;
+  }
+  // Until all of it is in memory: shared memory may go then.
+  __device__ __forceinline__ void end() {
+    if (thread_ == 0) ptx::bulk_wait();
+  }
+
+ private:
+  Buffers& buffers_;
+  int barrier_, thread_;
+  int next_ = 0;
+};
+
+}  // namespace grpo::cuda

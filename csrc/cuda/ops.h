@@ -1,0 +1,50 @@
+// The CUDA backend's operations. They enqueue work on the given stream of the given device and
+// never synchronise; failures to launch throw std::runtime_error.
+//
+// Ids cannot raise here, nobody waits for the device: an unmasked row whose id lies outside
+// [0, vocab) gets NaN as its log probability, loss and gradient, and counts in nonfinite_tokens.
+#pragma once
+
+#include "common/policy.h"
+#include "common/row_params.h"
+
+struct CUstream_st;
+
+namespace grpo::cuda {
+
+using Stream = CUstream_st*;
+
+// CUDART_VERSION of the build, e.g. 13000.
+int compiled_version();
+
+// Device memory that row_loss and policy_loss need beside their outputs, in bytes.
+int64_t workspace_bytes(int64_t batch, int64_t length);
+
+// For tests: "auto", "streaming" to leave the one-launch kernel aside, or "terms_kernel" to have
+// the terms of the sequences from a kernel before it wherever it could form them itself; false:
+// unknown.
+bool select_route(const char* name);
+
+// logits -> logps, entropy, lse.
+void row_stats(int device, const RowParams<float>& rows, Stream stream);
+
+// logits, logps, lse, entropy, coefficients -> grad.
+void row_gradient(int device, const RowParams<float>& rows, Stream stream);
+
+// logps -> loss, coefficients, kl, metrics.
+void policy_loss(int device, const PolicyParams<float>& policy, void* workspace, Stream stream);
+
+// What the tokens of a sequence have in common where their coefficients depend on no other row's
+// logits; `policy` has neither logps nor outputs. Left in the workspace, at terms_in.
+void policy_terms(int device, const PolicyParams<float>& policy, void* workspace, Stream stream);
+const SequenceTerms<float>* terms_in(void* workspace, const PolicyParams<float>& policy);
+
+// All of the above with one read of every logit; only where a row's coefficient depends on no other
+// row (fits_one_pass in grpo_ext/losses.py). rows.grad may be null.
+void row_loss(int device, const RowParams<float>& rows, const PolicyParams<float>& policy,
+              void* workspace, Stream stream);
+
+// grad *= *factor, except that a factor of 1 reads and writes nothing.
+void scale_rows(int device, const RowParams<float>& rows, const float* factor, Stream stream);
+
+}  // namespace grpo::cuda

@@ -1,0 +1,136 @@
+// The product that hands over probabilities: E = exp(z - reference) instead of logits z.
+//
+// Three operations per chunk of rows. `target_reference` collects the rows and finds each one's
+// softmax reference, the logit of its own token; `probability_product` multiplies and exponentiates
+// in the epilogue (sm_90a only); `fold_partials` turns its partial sums into log probabilities and
+// factors, of a loss too where a token's coefficient depends on no other row's logits. Why
+// this is exact is written in docs/probabilities.md. Exponents are to base 2: t = (z - reference) /
+// ln 2.
+#pragma once
+
+#include <cstdint>
+
+#include "common/policy.h"
+#include "common/row_params.h"
+#include "cuda/ops.h"
+
+namespace grpo::cuda {
+
+// Exponents are cut off here. A token notices whose probability is below 2^-100 (1e-30); the sum of
+// 2^18 elements, times a weight of 2^9, then still is a finite float.
+constexpr float kGreatestExponent = 100.f;
+// Stands for -inf in exponents: 2^t = 0 and 0 t = 0. Anything below kNoExponent is -inf.
+constexpr float kLowestExponent = -1e30f;
+constexpr float kNoExponent = -1e29f;
+// A guess of a row's log probability moves its reference only from here on (natural logarithm): a
+// likelier token has the same bits with and without a guess.
+constexpr float kUncentred = 32.f;
+
+// Which token a row of the chunk is: index[row], or first + row where there is no index.
+struct ChunkRows {
+  int32_t count;
+  int64_t first;
+  const int64_t* index;  // [count] or null
+  const uint8_t* mask;   // per token, null: all count. A masked row has reference 0 and no target
+  GRPO_HOST_DEVICE int64_t token(int32_t row) const { return index ? index[row] : first + row; }
+};
+
+struct TargetParams {
+  DType dtype;  // of hidden and weight: bf16
+  ChunkRows rows;
+  int32_t hidden_size;    // a multiple of 8
+  int32_t vocab;          // of this rank
+  const int64_t* shard;   // [2] id of this rank's first token, tokens of all ranks; null: one rank
+  const void* hidden;     // [count, hidden_size], rows hidden_stride elements apart; all tokens' if
+                          // there is a `gathered`
+  int64_t hidden_stride;  // a multiple of 8
+  void* gathered;         // [count, hidden_size], made: the rows, 0 where masked; null: not needed
+  const void* weight;     // [vocab, hidden_size]
+  int64_t weight_stride;  // a multiple of 8
+  const float* bias;      // [vocab] or null
+  const int64_t* ids;     // per token; one outside the whole vocabulary gives NaN
+  const float* guess;     // per token: about the log probability to be found, or null
+  float slope;            // scale / (temperature ln 2): processed logits to base 2
+  float* reference;       // [count], base 2; 0 where another rank has the target
+  int32_t* target;        // [count] column of the target on this rank, -1: none
+  float* exponent;        // [count], made 0 for those without a target here
+};
+
+struct ProductParams {
+  DType dtype;
+  int32_t rows, vocab, hidden_size;
+  const void* hidden;
+  int64_t hidden_stride;
+  const void* weight;
+  int64_t weight_stride;
+  const float* bias;
+  const float* reference;  // [rows]
+  const int32_t* target;   // [rows]
+  float slope;
+  void* probabilities;      // [rows, vocab] of dtype, 0 at the target; null: not stored
+  int64_t stride;           // between its rows, a multiple of 8 elements
+  float* partials;          // [tiles, rows, 2]: sums of 2^t and t 2^t, target excluded
+  int64_t partials_stride;  // between tiles, in pairs
+  float* exponent;          // [rows] t of the target, written by the tile that has it
+};
+
+struct FoldParams {
+  DType dtype;
+  ChunkRows rows;
+  int32_t tiles;
+  const float* partials;  // as ProductParams has them
+  int64_t partials_stride;
+  const float* exponent;
+  const int32_t* target;
+  float slope;      // scale / temperature: logits to processed logits
+  float* sums;      // [count, 2]: only add the partials up, for other ranks to join; null: finish
+  float* logps;     // per token
+  float* entropy;   // per token
+  float* factor;    // [count] -slope / S, the row's factor in d logp / d logits = factor E
+  float* residual;  // [count] what rounding that element to dtype left over; 0 without a target
+  void* probabilities;  // the target's own element becomes -(S - E_target); null: none stored
+  int64_t stride;
+  int32_t stored;  // rows of it
+  // Where a row's coefficient depends on no other row's logits: it is multiplied into `factor`.
+  const SequenceTerms<float>* terms;  // [B] from policy_terms; null: not so
+  PolicyParams<float> policy;
+};
+
+// out[token] = factor (product + residual weight[target]), rounded once.
+struct ScaleParams {
+  DType dtype;  // of weight
+  DType out_dtype;
+  ChunkRows rows;
+  int32_t hidden_size;
+  const float* product;   // [count, hidden_size]
+  const float* factor;    // [count]
+  const float* residual;  // [count]; null: none
+  const int32_t* target;  // [count]
+  const void* weight;
+  int64_t weight_stride;
+  void* out;  // [tokens, hidden_size]
+};
+
+// out = factor hidden, rounded: the right factor of the head's gradient.
+struct ScaledHiddenParams {
+  DType dtype;  // of hidden and out: bf16
+  int32_t rows, hidden_size;
+  const void* hidden;     // [rows, hidden_size]
+  int64_t hidden_stride;  // a multiple of 8
+  const float* factor;    // [rows]
+  void* out;              // [rows, hidden_size], dense
+};
+
+// Columns of a tile: there are ceil(vocab / kTileColumns) partial sums per row.
+constexpr int kTileColumns = 256;
+
+void target_reference(int device, const TargetParams& params, Stream stream);
+void probability_product(int device, const ProductParams& params, Stream stream);
+void fold_partials(int device, const FoldParams& params, Stream stream);
+void scale_product(int device, const ScaleParams& params, Stream stream);
+void scaled_hidden(int device, const ScaledHiddenParams& params, Stream stream);
+
+// Where the build has the kernel and the device can run it.
+void launch_probability_product(int multiprocessors, const ProductParams& params, Stream stream);
+
+}  // namespace grpo::cuda

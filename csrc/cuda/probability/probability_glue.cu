@@ -1,0 +1,230 @@
+// The small kernels around the products: each row and its reference before the first, the fold of
+// its partial sums (and its loss, where no other row matters) after it, the row factors after the
+// one back to the hidden states and before the one with a trained head. All are bound by memory: up
+// to three vectors of H per row, 8 bytes per tile.
+#include "cuda/base/launch.h"
+#include "cuda/probability/probability.h"
+#include "cuda/rows/elements.cuh"
+
+namespace grpo::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+// Of fold_kernel: rows of a block, and how many threads share the tiles of one.
+constexpr int kFoldRows = 8, kFoldParts = kThreads / kFoldRows;
+constexpr int kScaleThreads = 128;
+constexpr float kLn2 = 0.693147180559945309f;
+constexpr float kLog2e = 1.442695040888963407f;
+// The reference never moves further than this (natural logarithm), however odd a guess is.
+constexpr float kGreatestShift = 60.f;
+
+// A warp per row: z = hidden . weight[id] + bias, in fp32, and the row itself where it is wanted.
+template <class T>
+__global__ void __launch_bounds__(kThreads) target_kernel(const __grid_constant__ TargetParams p) {
+  const int row = int(blockIdx.x) * kWarps + threadIdx.x / 32, lane = threadIdx.x & 31;
+  if (row >= p.rows.count) return;
+  const int64_t token = p.rows.token(row);
+  const bool live = p.rows.mask == nullptr || p.rows.mask[token];
+  const int64_t id = live ? p.ids[token] : 0;
+  const int64_t column = p.shard ? id - p.shard[0] : id;
+  const bool here = live && column >= 0 && column < p.vocab;
+  const auto* h =
+      static_cast<const T*>(p.hidden) + (p.gathered ? token : int64_t(row)) * p.hidden_stride;
+  const auto* w = static_cast<const T*>(p.weight) + (here ? column : 0) * p.weight_stride;
+  auto* gathered = static_cast<T*>(p.gathered) + int64_t(row) * p.hidden_size;
+  constexpr int n = kPerVector<T>;
+  float sum = 0.f;
+  constexpr int kStep = 32 * n, kBatch = 4;  // vectors of a lane under way
+  for (int first = lane * n; first < p.hidden_size && (here || p.gathered);
+       first += kBatch * kStep) {
+    uint4 own[kBatch], other[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int k = first + i * kStep;
+      const bool inside = k < p.hidden_size;
+      own[i] = live && inside ? *reinterpret_cast<const uint4*>(h + k) : uint4{0, 0, 0, 0};
+      other[i] = here && inside ? *reinterpret_cast<const uint4*>(w + k) : uint4{0, 0, 0, 0};
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int k = first + i * kStep;
+      if (p.gathered && k < p.hidden_size) *reinterpret_cast<uint4*>(gathered + k) = own[i];
+      float a[n], b[n];
+      unpack<T>(own[i], a);
+      unpack<T>(other[i], b);
+#pragma unroll
+      for (int j = 0; j < n; ++j) sum = fmaf(a[j], b[j], sum);
+    }
+  }
+  float reference = 0.f;
+  if (here) {
+#pragma unroll
+    for (int o = 16; o; o >>= 1) sum += __shfl_xor_sync(~0u, sum, o);
+    if (p.bias) sum += p.bias[column];
+    reference = sum * p.slope;
+    // A token switched off has no logit to refer to; any finite number serves the others.
+    if (reference == -INFINITY) reference = 0.f;
+    if (p.guess) {
+      const float beyond = -kUncentred - p.guess[token];  // NaN: false below
+      if (beyond > 0.f) reference += fminf(beyond, kGreatestShift) * kLog2e;
+    }
+  }
+  if (live && (id < 0 || id >= (p.shard ? p.shard[1] : p.vocab))) reference = NAN;
+  if (lane != 0) return;
+  p.reference[row] = reference;
+  p.target[row] = here ? int(column) : -1;
+  if (!here) p.exponent[row] = 0.f;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) fold_kernel(const __grid_constant__ FoldParams p) {
+  __shared__ float2 parts[kFoldParts][kFoldRows];
+  const int column = threadIdx.x % kFoldRows, part = threadIdx.x / kFoldRows;
+  const int row = int(blockIdx.x) * kFoldRows + column;
+  float2 s = {0.f, 0.f};
+  if (row < p.rows.count) {
+#pragma unroll 4
+    for (int tile = part; tile < p.tiles; tile += kFoldParts) {
+      const float2 more =
+          reinterpret_cast<const float2*>(p.partials)[tile * p.partials_stride + row];
+      s.x += more.x;
+      s.y += more.y;
+    }
+  }
+  parts[part][column] = s;
+  __syncthreads();
+  if (part != 0 || row >= p.rows.count) return;
+#pragma unroll
+  for (int k = 1; k < kFoldParts; ++k) {
+    s.x += parts[k][column].x;
+    s.y += parts[k][column].y;
+  }
+  if (p.sums) {
+    reinterpret_cast<float2*>(p.sums)[row] = s;
+    return;
+  }
+  const int64_t token = p.rows.token(row);
+  if (p.rows.mask != nullptr && !p.rows.mask[token]) {
+    p.logps[token] = p.entropy[token] = p.factor[row] = p.residual[row] = 0.f;
+    return;
+  }
+  float t = p.exponent[row];
+  float own = exp2f(fminf(t, kGreatestExponent)), own_weighted = own * t;
+  if (t < kNoExponent) {
+    t = -INFINITY;
+    own = own_weighted = 0.f;
+  }
+  // Of the others alone: what remains to 1 of a confident token is not a difference.
+  const float others = s.x, sum = others + own;
+  const float log_sum = logf(sum);
+  const float logp = others < own ? 0.f - log1pf(others / own) : fmaf(t, kLn2, -log_sum);
+  const float entropy = log_sum - kLn2 * ((s.y + own_weighted) / sum);
+  p.logps[token] = logp;
+  p.entropy[token] = entropy;
+  float factor = -p.slope / sum;
+  if (p.terms) {
+    const int64_t sequence = token / p.policy.length;
+    const SequenceTerms<float>& terms = p.terms[sequence];
+    factor *= logp_coefficient(p.policy, terms,
+                               evaluate_token(p.policy, terms, sequence, token, logp, entropy));
+  }
+  p.factor[row] = factor;
+  const int target = p.target[row];
+  p.residual[row] = 0.f;
+  if (p.probabilities == nullptr || row >= p.stored || target < 0) return;
+  T* element = static_cast<T*>(p.probabilities) + row * p.stride + target;
+  from_float(-others, element);
+  p.residual[row] = -others - to_float(*element);
+}
+
+// A block per row, eight elements to a thread.
+template <class T, class Out>
+__global__ void __launch_bounds__(kScaleThreads)
+    scale_kernel(const __grid_constant__ ScaleParams p) {
+  const int row = int(blockIdx.x);
+  const int target = p.residual ? p.target[row] : -1;
+  const float factor = p.factor[row], residual = target >= 0 ? p.residual[row] : 0.f;
+  const auto* product = p.product + int64_t(row) * p.hidden_size;
+  const auto* own = static_cast<const T*>(p.weight) + (target >= 0 ? target : 0) * p.weight_stride;
+  auto* out = static_cast<Out*>(p.out) + p.rows.token(row) * p.hidden_size;
+  for (int k = threadIdx.x * 8; k < p.hidden_size; k += kScaleThreads * 8) {
+    float v[8], w[8] = {};
+    unpack<float>(*reinterpret_cast<const uint4*>(product + k), v);
+    unpack<float>(*reinterpret_cast<const uint4*>(product + k + 4), v + 4);
+    if (target >= 0) unpack<T>(*reinterpret_cast<const uint4*>(own + k), w);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) v[j] = factor * fmaf(residual, w[j], v[j]);
+    constexpr int n = kPerVector<Out>;
+#pragma unroll
+    for (int j = 0; j < 8; j += n) *reinterpret_cast<uint4*>(out + k + j) = pack<Out>(v + j);
+  }
+}
+
+// A block per row, eight elements to a thread.
+template <class T>
+__global__ void __launch_bounds__(kScaleThreads)
+    scaled_hidden_kernel(const __grid_constant__ ScaledHiddenParams p) {
+  const int64_t row = blockIdx.x;
+  const float factor = p.factor[row];
+  const auto* hidden = static_cast<const T*>(p.hidden) + row * p.hidden_stride;
+  auto* out = static_cast<T*>(p.out) + row * p.hidden_size;
+  for (int k = threadIdx.x * 8; k < p.hidden_size; k += kScaleThreads * 8) {
+    float v[8];
+    unpack<T>(*reinterpret_cast<const uint4*>(hidden + k), v);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) v[j] *= factor;
+    *reinterpret_cast<uint4*>(out + k) = pack<T>(v);
+  }
+}
+
+void check_rows(const char* operation, const ChunkRows& rows, DType dtype) {
+  if (rows.count < 0 || dtype != DType::kBFloat16)
+    throw std::invalid_argument(std::string("grpo_ext: ") + operation +
+                                " takes rows of bf16 hidden states");
+}
+
+}  // namespace
+
+void target_reference(int device, const TargetParams& p, Stream stream) {
+  const DeviceGuard guard(device);
+  check_rows("target_reference", p.rows, p.dtype);
+  if (p.rows.count == 0) return;
+  const unsigned blocks = unsigned(p.rows.count + kWarps - 1) / kWarps;
+  target_kernel<__nv_bfloat16><<<blocks, kThreads, 0, stream>>>(p);
+  GRPO_CUDA_CHECK(cudaGetLastError());
+}
+
+void fold_partials(int device, const FoldParams& p, Stream stream) {
+  const DeviceGuard guard(device);
+  check_rows("fold_partials", p.rows, p.dtype);
+  if (p.rows.count == 0) return;
+  const unsigned blocks = unsigned(p.rows.count + kFoldRows - 1) / kFoldRows;
+  fold_kernel<__nv_bfloat16><<<blocks, kThreads, 0, stream>>>(p);
+  GRPO_CUDA_CHECK(cudaGetLastError());
+}
+
+void scale_product(int device, const ScaleParams& p, Stream stream) {
+  const DeviceGuard guard(device);
+  check_rows("scale_product", p.rows, p.dtype);
+  if (p.rows.count == 0) return;
+  if (p.out_dtype != p.dtype && p.out_dtype != DType::kFloat32)
+    throw std::invalid_argument("grpo_ext: scale_product writes the dtype of the head or fp32");
+  const bool wide = p.out_dtype == DType::kFloat32;
+  const unsigned blocks = unsigned(p.rows.count);
+  const auto kernel =
+      wide ? scale_kernel<__nv_bfloat16, float> : scale_kernel<__nv_bfloat16, __nv_bfloat16>;
+  kernel<<<blocks, kScaleThreads, 0, stream>>>(p);
+  GRPO_CUDA_CHECK(cudaGetLastError());
+}
+
+void scaled_hidden(int device, const ScaledHiddenParams& p, Stream stream) {
+  const DeviceGuard guard(device);
+  if (p.rows == 0) return;
+  if (p.dtype != DType::kBFloat16)
+    throw std::invalid_argument("grpo_ext: scaled_hidden takes rows of bf16 hidden states");
+  scaled_hidden_kernel<__nv_bfloat16><<<unsigned(p.rows), kScaleThreads, 0, stream>>>(p);
+  GRPO_CUDA_CHECK(cudaGetLastError());
+}
+
+}  // namespace grpo::cuda

@@ -1,0 +1,425 @@
+// Persistent clusters, each CTA with its share of a row in a ring of shared-memory stages.
+//
+// Warps with roles. A loading warp keeps the ring full with bulk copies. Groups of consumers take
+// rows in turn; a warp of a group sums its part of a row, pushes a 16-byte record to every CTA of
+// the cluster, and goes on to the next row until the verdict on this one is there. The group's
+// deciding warp folds the records of all CTAs in a fixed order, which gives logp, the loss
+// coefficient and the scale. Then the consumers turn the stage into the gradient, and a storing
+// warp sends it off with a bulk copy and clears masked rows. A reporting warp writes what else is
+// known of a row and adds it up, 32 rows at a time.
+//
+// In place this is safe: nobody writes before every CTA has summed what it has loaded of the row,
+// and the 16-byte blocks that two rows or shares have in common are written element by element.
+#pragma once
+
+#include "cuda/rows/sm90/ring_report.cuh"
+
+namespace grpo::cuda {
+
+// Whether the gradient of a row lies like its logits with respect to 16-byte blocks.
+template <class T>
+__device__ __forceinline__ bool same_alignment(const RingParams& p, uint32_t row, int64_t first) {
+  return ((reinterpret_cast<uintptr_t>(logits_row<T>(p.rows, row) + first) ^
+           reinterpret_cast<uintptr_t>(grad_row<T>(p.rows, row) + first)) &
+          15) == 0;
+}
+
+template <class T>
+__device__ __forceinline__ void load_rows(const RingParams& p, RingShared& sh,
+                                          unsigned char* stages, RowCursor cursor, uint32_t rank) {
+  // In L2 the gradient makes room before the logits do: 1 to 3 % faster, in place and not.
+  const uint64_t policy = p.exceeds_cache ? ptx::evict_last() : ptx::evict_normal();
+  const int length = share_length(p.rows.vocab, rank, p.share);
+  const bool elected = (threadIdx.x & 31) == 0;
+  RingPlace place = {0, 0};
+  for (; cursor.more(); cursor.advance()) {
+    if (!cursor.live()) continue;
+    if (elected) {
+      const int stage = place.stage;
+      if (place.lap > 0) wait_patiently(&sh.empty[stage], (place.lap - 1) & 1);
+      const T* logits = logits_row<T>(p.rows, cursor.row()) + int64_t(rank) * p.share;
+      sh.rows[stage] = cursor.row();
+      load_share(logits, length, place_in_stage(stages, p.stage_bytes, stage, logits),
+                 ptx::shared_address(&sh.full[stage]), policy);
+    }
+    place.advance(1, p.stages);
+  }
+  for (int group = 0; group < p.groups && elected; ++group, place.advance(1, p.stages)) {
+    if (place.lap > 0) wait_patiently(&sh.empty[place.stage], (place.lap - 1) & 1);
+    sh.rows[place.stage] = kNoRow;
+    ptx::mbarrier_arrive(ptx::shared_address(&sh.full[place.stage]));
+  }
+}
+
+// The storing warp's part of a masked row.
+template <class T>
+__device__ __forceinline__ void clear_share(const Destination<T>& out, const RingShared& sh,
+                                            int lane, uint64_t policy) {
+  const int first = out.first_whole(), end = out.end_whole();
+  if (first > 0 && lane == 0) out.store(0, {0, 0, 0, 0});
+  if (lane == 1 && end < out.blocks() && end >= first) out.store(end, {0, 0, 0, 0});
+  if (lane != 0) return;
+  for (int q = first; q < end; q += kZeroBytes / 16)
+    ptx::bulk_store(out.base + int64_t(q) * 16, ptx::shared_address(sh.zeros),
+                    min(kZeroBytes, uint32_t(end - q) * 16), policy);
+}
+
+template <class T>
+__device__ __forceinline__ void store_rows(const RingParams& p, RingShared& sh,
+                                           unsigned char* stages, RowCursor cursor, uint32_t rank) {
+  const int lane = threadIdx.x & 31;
+  const int64_t first = int64_t(rank) * p.share;
+  const int length = share_length(p.rows.vocab, rank, p.share);
+  const uint64_t policy = p.exceeds_cache ? ptx::evict_first() : ptx::evict_normal();
+  RingPlace place = {0, 0};
+  for (; cursor.more(); cursor.advance()) {
+    const uint32_t row = cursor.row();
+    const Destination<T> out(grad_row<T>(p.rows, row) + first, length);
+    if (!cursor.live()) {
+      clear_share(out, sh, lane, policy);
+      if (rank == 0 && lane == 0) {
+        p.rows.logps[row] = p.rows.entropy[row] = 0.f;
+        if (p.policy.kl) p.policy.kl[row] = 0.f;
+      }
+      continue;
+    }
+    if (lane == 0) {
+      const int stage = place.stage;
+      wait_patiently(&sh.ready[stage], place.lap & 1);
+      const uint32_t bytes = uint32_t(max(0, out.end_whole() - out.first_whole())) * 16;
+      if (bytes > 0 && same_alignment<T>(p, row, first)) {
+        const unsigned char* share =
+            place_in_stage(stages, p.stage_bytes, stage, logits_row<T>(p.rows, row) + first);
+        ptx::bulk_store(out.base + out.first_whole() * 16,
+                        ptx::shared_address(share + out.first_whole() * 16), bytes, policy);
+        ptx::bulk_commit();
+        ptx::bulk_wait_read();
+      }
+      ptx::mbarrier_arrive(ptx::shared_address(&sh.empty[stage]));
+    }
+    place.advance(1, p.stages);
+    __syncwarp();
+  }
+  if (lane == 0) {
+    ptx::bulk_commit();
+    ptx::bulk_wait();
+  }
+}
+
+// The gradient of a share, block by block of the destination, into `store(block, value)`.
+template <class T, bool kGeneral, class Load, class Store>
+__device__ __forceinline__ void gradient_blocks(const Load& logits, const Destination<T>& out,
+                                                const LogitMap<kGeneral>& map,
+                                                const GradientTerms& g, int target, int thread,
+                                                const Store& store) {
+  constexpr int kBatch = kBatchElements<kGeneral> / kPerVector<T>;
+  const int blocks = out.blocks(), whole = out.end_whole();
+  const int own = target < 0 ? -1 : (target * int(sizeof(T)) + out.shift) / 16;
+  int q = out.first_whole() + thread;
+  const bool zero = is_zero(g);
+  const auto gradient = [&](const uint4& z, int block) -> uint4 {
+    if (block == own) return gradient_with_target<T>(z, map, g, target - out.first_element(block));
+    return gradient_of<T>(z, map, g);
+  };
+  if (zero) {
+    for (; q < whole; q += kGroupThreads) store(q, {0, 0, 0, 0});
+  }
+  for (; q + (kBatch - 1) * kGroupThreads < whole; q += kBatch * kGroupThreads) {
+    uint4 z[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) z[b] = logits(q + b * kGroupThreads);
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b)
+      store(q + b * kGroupThreads, gradient(z[b], q + b * kGroupThreads));
+  }
+#pragma unroll 1
+  for (; q < whole; q += kGroupThreads) store(q, gradient(logits(q), q));
+  // At most two blocks are shared with the neighbours.
+  int edge = -1;
+  if (thread == 0 && out.first_whole() > 0) edge = 0;
+  if (thread == 32 && whole < blocks && whole >= out.first_whole()) edge = whole;
+  if (edge >= 0) out.store(edge, zero ? uint4{0, 0, 0, 0} : gradient(logits(edge), edge));
+}
+
+// In the stage, for the storing warp to send off; straight to global memory where the gradient is
+// aligned in another way than the logits.
+template <class T, bool kGeneral>
+__device__ __forceinline__ void write_gradient(unsigned char* share, int skip,
+                                               const Destination<T>& out,
+                                               const LogitMap<kGeneral>& map,
+                                               const GradientTerms& g, int target, int thread) {
+  if (skip == out.shift) {
+    uint4* stage = reinterpret_cast<uint4*>(share);
+    gradient_blocks<T>(AlignedShared{stage}, out, map, g, target, thread,
+                       [&](int q, const uint4& v) { stage[q] = v; });
+    ptx::fence_shared_for_bulk();
+  } else {
+    gradient_blocks<T>(ShiftedShared(share, skip - out.shift), out, map, g, target, thread,
+                       [&](int q, const uint4& v) { out.store_whole(q, v); });
+  }
+}
+
+// One warp's part of a row's sums, pushed to all CTAs.
+template <class T, bool kGeneral>
+__device__ __forceinline__ void sum_row(const RingParams& p, RingShared& sh, unsigned char* stages,
+                                        int stage, int group, uint32_t slot,
+                                        const LogitMap<kGeneral>& map, uint32_t rank,
+                                        uint32_t ranks) {
+  const int thread = threadIdx.x % kGroupThreads, lane = thread & 31, warp = thread >> 5;
+  const uint32_t row = sh.rows[stage];
+  const int64_t first = int64_t(rank) * p.share;
+  const int length = share_length(p.rows.vocab, rank, p.share);
+  const int64_t id = warp == 0 ? p.rows.ids[row] : -1;  // used only when the sums are done
+  const T* logits = logits_row<T>(p.rows, row) + first;
+  const int skip = int(reinterpret_cast<uintptr_t>(logits) & 15);
+  const unsigned char* share = place_in_stage(stages, p.stage_bytes, stage, logits);
+  Part part = with_shared_vectors(share, skip, [&](const auto& vectors) {
+    return part_of_thread<T>(vectors, length, map, thread);
+  });
+  part = merge_warp(part, map.log2_slope);
+  float target = 0.f;
+  if (lane == 0 && id >= first && id < first + length)
+    target = map.u(to_float(reinterpret_cast<const T*>(share + skip)[id - first]));
+  target = __shfl_sync(~0u, target, 0);
+  const uint32_t exchanged = ptx::shared_address(&sh.exchanged[group][slot]);
+  if (lane < ranks) {
+    const Record record = {part.max, part.sum, part.weighted, target};
+    Record* box = records_of(p, stages, group, slot, ranks) + rank * kGroupWarps + warp;
+    if (ranks > 1)
+      ptx::store_async(ptx::map_to_rank(ptx::shared_address(box), lane), record,
+                       ptx::map_to_rank(exchanged, lane));
+    else
+      *box = record;
+  }
+  // In a misaligned row another thread's gradient may overwrite what this one has read.
+  if (skip != 0)
+    ptx::mbarrier_arrive(exchanged);
+  else if (lane == 0)
+    ptx::mbarrier_arrive<32>(exchanged);
+}
+
+// One warp's part of a row's gradient.
+template <class T, bool kGeneral>
+__device__ __forceinline__ void finish_row(const RingParams& p, RingShared& sh,
+                                           unsigned char* stages, int stage, const Verdict& verdict,
+                                           const LogitMap<kGeneral>& map, uint32_t rank) {
+  const int thread = threadIdx.x % kGroupThreads;
+  const int64_t first = int64_t(rank) * p.share, id = verdict.id;
+  const int length = share_length(p.rows.vocab, rank, p.share);
+  const int target = id >= first && id < first + length ? int(id - first) : -1;
+  const uint32_t row = verdict.row;
+  const T* logits = logits_row<T>(p.rows, row) + first;
+  const int skip = int(reinterpret_cast<uintptr_t>(logits) & 15);
+  const Destination<T> out(grad_row<T>(p.rows, row) + first, length);
+  write_gradient<T>(place_in_stage(stages, p.stage_bytes, stage, logits), skip, out, map,
+                    verdict.gradient, target, thread);
+  __syncwarp();
+  if ((thread & 31) == 0) ptx::mbarrier_arrive(ptx::shared_address(&sh.ready[stage]));
+}
+
+template <class T, bool kGeneral>
+__device__ __forceinline__ void consume_rows(const RingParams& p, RingShared& sh,
+                                             unsigned char* stages, uint32_t rank, uint32_t ranks) {
+  const int group = threadIdx.x / kGroupThreads;
+  const LogitMap<kGeneral> map(p.rows.transform);
+  RingPlace to_sum = {group, 0};
+  int to_finish = group;  // stage
+  if (!p.terms) count_tokens(p.policy, sh.own, threadIdx.x / 32, p.groups * kGroupWarps);
+  uint32_t summed = 0, finished = 0;
+  bool more = true;
+  while (more || finished < summed) {
+    const bool waits = finished < summed, may_sum = more && summed - finished < uint32_t(kAhead);
+    if (waits) {
+      const uint32_t slot = finished % kSlots, parity = finished / kSlots & 1;
+      uint64_t* decided = &sh.decided[group][slot];
+      if (!may_sum) wait(decided, parity);
+      if (!may_sum || is_over(decided, parity)) {
+        finish_row<T, kGeneral>(p, sh, stages, to_finish, sh.verdicts[group][slot], map, rank);
+        to_finish += p.groups;
+        if (to_finish >= p.stages) to_finish -= p.stages;
+        ++finished;
+        continue;
+      }
+    }
+    // A parity cannot tell a phase from the one two before. This warp has seen a later row than
+    // the stage's last but one, so when the last one has left, the next to fill it is ours.
+    uint64_t *empty = &sh.empty[to_sum.stage], *full = &sh.full[to_sum.stage];
+    const uint32_t lap = to_sum.lap;
+    if (waits) {
+      if ((lap > 0 && !is_over(empty, (lap - 1) & 1)) || !is_over(full, lap & 1)) {
+        __nanosleep(20);
+        continue;
+      }
+    } else {
+      if (lap > 0) wait(empty, (lap - 1) & 1);
+      wait(full, lap & 1);
+    }
+    if (sh.rows[to_sum.stage] == kNoRow) {
+      more = false;
+    } else {
+      sum_row<T, kGeneral>(p, sh, stages, to_sum.stage, group, summed % kSlots, map, rank, ranks);
+      to_sum.advance(p.groups, p.stages);
+      ++summed;
+    }
+  }
+}
+
+// The rows of one group, with what their verdicts take: one number of RowInputs per lane, under
+// way.
+struct Pending {
+  uint32_t row;
+  int64_t id;
+  float input;
+};
+class PendingRows {
+ public:
+  __device__ PendingRows(const RowCursor& cursor, const SequenceTerms<float>* terms, int group)
+      : cursor_(cursor), terms_(terms), skip_(group) {}
+  __device__ Pending next(const RingParams& p) {
+    for (; cursor_.more(); cursor_.advance()) {
+      if (!cursor_.live() || skip_-- > 0) continue;
+      skip_ = p.groups - 1;
+      const uint32_t row = cursor_.row();
+      cursor_.advance();
+      return {row, p.rows.ids[row],
+              load_input(p, row, row / uint32_t(p.rows.length), terms_, threadIdx.x & 31)};
+    }
+    return {kNoRow, 0, 0.f};
+  }
+
+ private:
+  RowCursor cursor_;
+  const SequenceTerms<float>* terms_;
+  int skip_;  // rows of other groups before ours
+};
+
+// A group's deciding warp.
+template <bool kGeneral>
+__device__ __forceinline__ void decide_rows(const RingParams& p, RingShared& sh,
+                                            unsigned char* stages, const RowCursor& cursor,
+                                            int group, uint32_t rank, uint32_t ranks) {
+  const int lane = threadIdx.x & 31;
+  const LogitMap<kGeneral> map(p.rows.transform);
+  PendingRows rows(cursor, terms_of(p, sh), group);
+  if (!p.terms && group == 0) form_terms(p.policy, sh.own);
+  wait_for_terms(p, sh);
+  uint32_t turn = 0;
+  for (Pending next = rows.next(p);; ++turn) {
+    const Pending now = next;
+    const uint32_t batch = turn / kBatchRows % kBatches, lap = turn / (kBatchRows * kBatches);
+    if (turn % kBatchRows == 0 && rank == 0 && lap > 0)
+      wait(&sh.reported[group][batch], (lap - 1) & 1);
+    Decided& d = sh.batches[group][batch][turn % kBatchRows];
+    if (now.row == kNoRow) {
+      if (lane == 0) d.row = kNoRow;
+      if (rank == 0) ptx::mbarrier_arrive(ptx::shared_address(&sh.complete[group][batch]));
+      return;
+    }
+    next = rows.next(p);
+    if (lane < kInputWords) reinterpret_cast<float*>(&d.inputs)[lane] = now.input;
+    __syncwarp();
+    const uint32_t slot = turn % kSlots;
+    uint64_t* exchanged = &sh.exchanged[group][slot];
+    const Record* records = records_of(p, stages, group, slot, ranks);
+    wait(exchanged, turn / kSlots & 1);
+    // For turn + kSlots; its records may already be on their way.
+    if (ranks > 1 && lane == 0)
+      ptx::mbarrier_arrive_expect(ptx::shared_address(exchanged),
+                                  ranks * kGroupWarps * sizeof(Record));
+    const bool valid_target = now.id >= 0 && now.id < p.rows.vocab;
+    const float target =
+        valid_target ? records[uint32_t(now.id) / uint32_t(p.share) * kGroupWarps].w : NAN;
+    const RowStats stats =
+        fold(records, int(ranks) * kGroupWarps, target, map.slope, map.log2_slope);
+    const PolicyParams<float> q = policy_of_row(p.policy, d.inputs);
+    const TokenLoss<float> token =
+        evaluate_token(q, d.inputs.terms, 0, 0, stats.logp, stats.entropy);
+    const float coef = valid_target ? logp_coefficient(q, d.inputs.terms, token) : NAN;
+    const float entropy_coef = kGeneral ? entropy_coefficient(q, d.inputs.terms) : 0.f;
+    if (lane == 0) {
+      sh.verdicts[group][slot] = {
+          gradient_terms(coef, entropy_coef, stats.logp, stats.entropy, stats.log2_norm, map.slope),
+          now.row, now.id};
+      ptx::mbarrier_arrive(ptx::shared_address(&sh.decided[group][slot]));
+      d.logp = stats.logp;
+      d.entropy = stats.entropy;
+      d.row = now.row;
+    }
+    if (rank == 0 && turn % kBatchRows == kBatchRows - 1)
+      ptx::mbarrier_arrive(ptx::shared_address(&sh.complete[group][batch]));
+  }
+}
+
+template <class T, bool kGeneral>
+__global__ void __launch_bounds__(kRingThreadsWithRoom, 1)
+    ring_kernel(const __grid_constant__ RingParams p) {
+  extern __shared__ __align__(128) unsigned char stages[];
+  __shared__ RingShared sh;
+  const uint32_t rank = ptx::cluster_rank(), ranks = ptx::cluster_size();
+  const uint32_t cluster = blockIdx.x / ranks, clusters = gridDim.x / ranks;
+  // Terms from the kernel before: only who needs them waits for it.
+  if (!p.terms) ptx::wait_for_previous_kernel();
+  const RowCursor cursor(p.rows.mask, p.row_count, cluster, clusters);
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < p.stages; ++s) {
+      ptx::mbarrier_init(ptx::shared_address(&sh.full[s]), 1);
+      ptx::mbarrier_init(ptx::shared_address(&sh.ready[s]), kGroupWarps);
+      ptx::mbarrier_init(ptx::shared_address(&sh.empty[s]), 1);
+    }
+    for (int i = 0; i < p.groups * int(kSlots); ++i) {
+      const uint32_t exchanged = ptx::shared_address(&sh.exchanged[0][i]);
+      // The CTA's own threads arrive; in a cluster the bytes of all records are counted as well.
+      ptx::mbarrier_init(exchanged, kGroupThreads + (ranks > 1));
+      ptx::mbarrier_init(ptx::shared_address(&sh.decided[0][i]), 1);
+    }
+    for (int i = 0; i < p.groups * kBatches; ++i) {
+      ptx::mbarrier_init(ptx::shared_address(&sh.complete[0][i]), 32);
+      ptx::mbarrier_init(ptx::shared_address(&sh.reported[0][i]), 32);
+    }
+    ptx::mbarrier_init(ptx::shared_address(&sh.own.counted), p.groups * kGroupWarps);
+    ptx::mbarrier_init(ptx::shared_address(&sh.own.known), 32);
+    ptx::fence_mbarrier_init();
+    for (int i = 0; i < p.groups * int(kSlots) && ranks > 1; ++i)
+      ptx::mbarrier_arrive_expect(ptx::shared_address(&sh.exchanged[0][i]),
+                                  ranks * kGroupWarps * sizeof(Record));
+  }
+  if (threadIdx.x < kZeroBytes / 16) sh.zeros[threadIdx.x] = {0, 0, 0, 0};
+  if (threadIdx.x < kMaxOwnSequences) sh.own.tokens[threadIdx.x] = 0;
+  ptx::fence_shared_for_bulk();
+  __syncthreads();
+  ptx::cluster_arrive();
+  const int helper = int(threadIdx.x / 32) - p.groups * kGroupWarps;
+  // The loading warp works with its own CTA alone.
+  if (helper != 0) ptx::cluster_wait();
+  ptx::let_next_kernel_start();
+  if (helper == 0) {
+    load_rows<T>(p, sh, stages, cursor, rank);
+    __syncwarp();
+    ptx::cluster_wait();
+  } else if (helper == 1) {
+    store_rows<T>(p, sh, stages, cursor, rank);
+  } else if (helper == 2 && rank == 0) {
+    report_rows(p, sh);
+  } else if (helper >= 3) {
+    decide_rows<kGeneral>(p, sh, stages, cursor, helper - 3, rank, ranks);
+  } else if (helper < 0) {
+    consume_rows<T, kGeneral>(p, sh, stages, rank, ranks);
+  }
+  __syncwarp();
+  const int consumers = p.groups * kGroupWarps;
+  if (rank == 0 && p.report.sums && (helper < 0 || helper == 2))
+    finish_report(p.report,
+                  p.report.finished ? p.report.finished : &report_counters[p.report.counter],
+                  p.policy, terms_of(p, sh), sh.report, helper < 0 ? helper + consumers : consumers,
+                  consumers + 1, cluster, clusters);
+  ptx::cluster_arrive();
+  ptx::cluster_wait();  // nobody leaves while records for it may be under way
+}
+
+template <class T>
+const void* ring_kernel_address(bool general) {
+  return general ? reinterpret_cast<const void*>(&ring_kernel<T, true>)
+                 : reinterpret_cast<const void*>(&ring_kernel<T, false>);
+}
+
+}  // namespace grpo::cuda

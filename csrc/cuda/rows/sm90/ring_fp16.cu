@@ -1,0 +1,7 @@
+#include "cuda/rows/sm90/ring.cuh"
+#include "cuda/rows/sm90/ring_stats.cuh"
+
+namespace grpo::cuda {
+template const void* ring_kernel_address<__half>(bool);
+template const void* stats_ring_kernel_address<__half>(bool);
+}  // namespace grpo::cuda

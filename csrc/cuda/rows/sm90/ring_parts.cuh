@@ -1,0 +1,135 @@
+// What the persistent kernels have in common: waiting, walking over rows, filling stages.
+#pragma once
+
+#include "cuda/rows/row_math.cuh"
+#include "cuda/rows/rows.cuh"
+
+namespace grpo::cuda {
+
+constexpr uint32_t kBulkBytes = 16384;
+constexpr uint32_t kNoRow = ~0u;
+
+// Until the phase of this parity is over. Warps that wait long do not poll at full speed: they
+// would take a fifth of the instruction slots.
+__device__ __forceinline__ void wait(uint64_t* barrier, uint32_t parity) {
+  while (!ptx::mbarrier_try_wait(ptx::shared_address(barrier), parity)) {
+  }
+}
+__device__ __forceinline__ void wait_patiently(uint64_t* barrier, uint32_t parity) {
+  while (!ptx::mbarrier_try_wait(ptx::shared_address(barrier), parity)) __nanosleep(64);
+}
+// Whether it is over, the same answer for the whole warp.
+__device__ __forceinline__ bool is_over(uint64_t* barrier, uint32_t parity) {
+  return __all_sync(~0u, ptx::mbarrier_test_wait(ptx::shared_address(barrier), parity));
+}
+
+// The rows of one cluster or CTA, in ascending order: every `step`-th live row, so that all have as
+// much to do, and every `step`-th masked one, counted from the other end. A warp walks over the
+// mask in windows of 32 rows, with those of the next 128 read ahead.
+class RowCursor {
+ public:
+  __device__ RowCursor(const uint8_t* mask, uint32_t count, uint32_t first, uint32_t step)
+      : mask_(mask),
+        count_(count),
+        step_(step),
+        row_(first),
+        next_live_(first),
+        next_masked_(step - 1 - first) {
+    if (!mask_) return;
+    for (uint32_t i = 0; i < 32; i += step) every_step_ |= 1u << i;
+    read_ahead(0);
+    settle();
+  }
+  __device__ bool more() const { return row_ < count_; }
+  __device__ uint32_t row() const { return row_; }
+  __device__ bool live() const { return live_ >> (row_ & 31) & 1; }
+  __device__ void advance() {
+    if (!mask_) {
+      row_ += step_;
+    } else {
+      own_ &= own_ - 1;
+      settle();
+    }
+  }
+
+ private:
+  static constexpr int kAheadWindows = 4;
+
+  // To the next own row, in this window or behind it.
+  __device__ void settle() {
+    while (own_ == 0) {
+      window_ += 32;
+      if (window_ >= count_) {
+        row_ = count_;
+        return;
+      }
+      open_window();
+    }
+    row_ = window_ + __ffs(own_) - 1;
+  }
+  __device__ void open_window() {
+    const uint32_t lane = threadIdx.x & 31, turn = window_ / 32 % kAheadWindows;
+    if (turn == 0) {
+      masks_ = 0;
+#pragma unroll
+      for (int i = 0; i < kAheadWindows; ++i) masks_ |= uint32_t(ahead_[i] != 0) << i;
+      read_ahead(window_ + 32 * kAheadWindows);
+    }
+    const bool live = masks_ >> turn & 1;
+    live_ = __ballot_sync(~0u, live);
+    const uint32_t below = __popc(live_ & ((1u << lane) - 1)), lives = __popc(live_);
+    const uint32_t behind = live ? below - next_live_ : lane - below - next_masked_;
+    own_ = __ballot_sync(
+        ~0u, window_ + lane < count_ && behind < 32 && every_step_ >> (behind & 31) & 1);
+    next_live_ += step_ * __popc(own_ & live_) - lives;
+    next_masked_ += step_ * __popc(own_ & ~live_) - (32 - lives);
+  }
+  __device__ void read_ahead(uint32_t from) {
+#pragma unroll
+    for (int i = 0; i < kAheadWindows; ++i) {
+      const uint32_t row = from + 32 * i + (threadIdx.x & 31);
+      ahead_[i] = row < count_ ? mask_[row] : 0;
+    }
+  }
+  const uint8_t* mask_;
+  uint32_t count_, step_, row_;
+  uint32_t window_ = 0u - 32, own_ = 0, live_ = ~0u;  // its first row; bits of its rows
+  uint32_t next_live_, next_masked_;                  // own ones, counted from the next window on
+  uint32_t every_step_ = 0;                           // bits 0, step, 2 step, ...
+  uint32_t masks_ = 0;                                // of this lane, a bit for each window
+  uint8_t ahead_[kAheadWindows];
+};
+
+// A place in the ring, moved on row by row.
+struct RingPlace {
+  int stage;
+  uint32_t lap;
+  __device__ __forceinline__ void advance(int rows, int stages) {
+    stage += rows;
+    if (stage >= stages) stage -= stages, ++lap;
+  }
+};
+
+// The place in stage number `stage` of the 16-byte block that `from` lies in.
+template <class T>
+__device__ __forceinline__ unsigned char* place_in_stage(unsigned char* stages, int stage_bytes,
+                                                         int stage, const T* from) {
+  const int in_line = int(reinterpret_cast<uintptr_t>(from)) & (kStageLine - 16);
+  return stages + stage * stage_bytes + kStageLine + in_line;
+}
+
+// Whole 16-byte blocks: up to 15 bytes of the neighbours on either side come along. `policy`: none,
+// or one for the L2 cache.
+template <class T, class... Policy>
+__device__ __forceinline__ void load_share(const T* logits, int length, unsigned char* in_stage,
+                                           uint32_t full, Policy... policy) {
+  const char* from = reinterpret_cast<const char*>(logits);
+  const uint32_t skip = uint32_t(reinterpret_cast<uintptr_t>(from) & 15);
+  const uint32_t total = length > 0 ? (skip + length * uint32_t(sizeof(T)) + 15) / 16 * 16 : 0;
+  const uint32_t to = ptx::shared_address(in_stage);
+  ptx::mbarrier_arrive_expect(full, total);
+  for (uint32_t o = 0; o < total; o += kBulkBytes)
+    ptx::bulk_load(to + o, from - skip + o, min(kBulkBytes, total - o), full, policy...);
+}
+
+}  // namespace grpo::cuda

@@ -1,0 +1,103 @@
+// What the warps of a CTA tell each other in shared memory.
+#pragma once
+
+#include "cuda/policy/report.cuh"
+#include "cuda/rows/sm90/ring.h"
+#include "cuda/rows/sm90/ring_parts.cuh"
+#include "cuda/rows/sm90/ring_terms.cuh"
+
+namespace grpo::cuda {
+
+constexpr uint32_t kZeroBytes = 4096;
+static_assert(sizeof(Record) == kRecordBytes, "plan.h counts on it");
+constexpr int kTermsWords = sizeof(SequenceTerms<float>) / 4;
+
+// What a row's coefficient is made of beside its logits.
+struct RowInputs {
+  float advantage, old_logp, ref_logp, sampling_logp, importance;
+  SequenceTerms<float> terms;
+};
+constexpr int kInputWords = sizeof(RowInputs) / 4;
+static_assert(kInputWords == 5 + kTermsWords && kInputWords <= 32, "one lane per number");
+
+// What the consumers need to form a row's gradient.
+struct Verdict {
+  GradientTerms gradient;
+  uint32_t row;
+  int64_t id;
+};
+
+// A row with its verdict spoken, for the reporting warp, which takes kBatchRows of every group at a
+// time, a row per lane.
+constexpr int kBatchRows = 32 / kMaxGroups, kBatches = 2;
+struct Decided {
+  RowInputs inputs;
+  float logp, entropy;
+  uint32_t row;
+};
+
+// Who is the last reporter of a call: see take_report_counter.
+static __device__ uint32_t report_counters[kReportCounters];
+
+struct RingShared {
+  alignas(128) uint4 zeros[kZeroBytes / 16];
+  uint64_t full[kMaxStages], ready[kMaxStages], empty[kMaxStages];
+  uint32_t rows[kMaxStages];               // what `full` announces; kNoRow: the end
+  uint64_t exchanged[kMaxGroups][kSlots];  // all records of a row are there
+  uint64_t decided[kMaxGroups][kSlots];    // its verdict is
+  Verdict verdicts[kMaxGroups][kSlots];
+  Decided batches[kMaxGroups][kBatches][kBatchRows];
+  uint64_t complete[kMaxGroups][kBatches], reported[kMaxGroups][kBatches];
+  OwnTerms own;
+  ReportShared report;
+};
+static_assert(sizeof(RingShared) <= kRingStaticBytes, "plan.h counts on it");
+
+// A row's records, rank-major; behind the stages.
+__device__ __forceinline__ Record* records_of(const RingParams& p, unsigned char* stages, int group,
+                                              uint32_t slot, uint32_t ranks) {
+  Record* records = reinterpret_cast<Record*>(stages + p.stages * p.stage_bytes);
+  return records + (group * kSlots + slot) * ranks * kGroupWarps;
+}
+
+// Where the terms of the sequences are; valid behind wait_for_terms.
+__device__ __forceinline__ const SequenceTerms<float>* terms_of(const RingParams& p,
+                                                                const RingShared& sh) {
+  return p.terms ? p.terms : sh.own.terms;
+}
+__device__ __forceinline__ void wait_for_terms(const RingParams& p, RingShared& sh) {
+  if (p.terms)
+    ptx::wait_for_previous_kernel();
+  else
+    wait(&sh.own.known, 0);
+}
+
+// One number of RowInputs per lane.
+__device__ __forceinline__ float load_input(const RingParams& p, uint32_t row, uint32_t sequence,
+                                            const SequenceTerms<float>* terms, int lane) {
+  const PolicyParams<float>& q = p.policy;
+  const float* from = nullptr;
+  if (lane == 0) from = q.advantages + (q.advantages_per_token ? row : sequence);
+  if (lane == 1 && q.old_logps) from = q.old_logps + row;
+  if (lane == 2 && q.ref_logps) from = q.ref_logps + row;
+  if (lane == 3 && q.sampling_logps) from = q.sampling_logps + row;
+  if (lane == 4 && q.importance_shape == ImportanceShape::kPerToken) from = q.importance + row;
+  if (lane >= 5 && lane < kInputWords)
+    from = reinterpret_cast<const float*>(terms + sequence) + (lane - 5);
+  return from ? *from : 0.f;
+}
+
+// The policy's view of one row: the same parameters, with the tensors of length one in `in`.
+__device__ __forceinline__ PolicyParams<float> policy_of_row(const PolicyParams<float>& policy,
+                                                             const RowInputs& in) {
+  PolicyParams<float> q = policy;
+  q.advantages = &in.advantage;
+  q.advantages_per_token = false;
+  q.old_logps = policy.old_logps ? &in.old_logp : nullptr;
+  q.ref_logps = policy.ref_logps ? &in.ref_logp : nullptr;
+  q.sampling_logps = policy.sampling_logps ? &in.sampling_logp : nullptr;
+  q.importance = &in.importance;
+  return q;
+}
+
+}  // namespace grpo::cuda

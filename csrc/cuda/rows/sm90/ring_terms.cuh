@@ -1,0 +1,67 @@
+// The terms of the sequences, formed by every CTA for itself while its first rows are on their way.
+#pragma once
+
+#include "cuda/rows/sm90/ring.h"
+#include "cuda/rows/sm90/ring_parts.cuh"
+
+namespace grpo::cuda {
+
+struct OwnTerms {
+  uint64_t counted, known;  // tokens are counted, terms are formed
+  uint32_t tokens[kMaxOwnSequences];
+  SequenceTerms<float> terms[kMaxOwnSequences];
+};
+
+// Of the 16 mask bytes at `block`, those within [begin, end); they are 0 or 1, as in torch.bool.
+__device__ __forceinline__ uint32_t count_block(uintptr_t block, uintptr_t begin, uintptr_t end) {
+  if (block >= begin && block + 16 <= end) {
+    const uint4 x = *reinterpret_cast<const uint4*>(block);
+    return __dp4a(x.x, 0x01010101u, __dp4a(x.y, 0x01010101u, 0u)) +
+           __dp4a(x.z, 0x01010101u, __dp4a(x.w, 0x01010101u, 0u));
+  }
+  uint32_t tokens = 0;
+#pragma unroll 1
+  for (uintptr_t at = max(block, begin); at < min(block + 16, end); ++at)
+    tokens += *reinterpret_cast<const uint8_t*>(at);
+  return tokens;
+}
+
+// The part of one of `warps` warps.
+__device__ __forceinline__ void count_tokens(const PolicyParams<float>& p, OwnTerms& own, int warp,
+                                             int warps) {
+  constexpr int kBlocks = kTermPiece / (32 * 16);  // per lane and piece
+  const int lane = threadIdx.x & 31;
+  const int length = int(p.length);
+  const bool aligned = ((reinterpret_cast<uintptr_t>(p.mask) | uintptr_t(length)) & 15) == 0;
+  const int pieces = int(term_pieces(length, aligned)), count = int(p.batch) * pieces;
+#pragma unroll 1
+  for (int piece = warp; piece < count; piece += warps) {
+    const int sequence = piece / pieces;
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(p.mask) + uintptr_t(sequence) * length;
+    const uintptr_t first = begin / 16 * 16 + (piece % pieces) * kTermPiece + lane * 16;
+    uint32_t tokens = 0;
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) tokens += count_block(first + i * 512, begin, begin + length);
+    tokens = __reduce_add_sync(~0u, tokens);
+    if (lane == 0) atomicAdd(&own.tokens[sequence], tokens);
+  }
+  if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(&own.counted));
+}
+
+// By one warp. The same numbers as from the kernel in policy/policy.cu.
+__device__ __forceinline__ void form_terms(const PolicyParams<float>& p, OwnTerms& own) {
+  const int lane = threadIdx.x & 31, batch = int(p.batch);
+  wait(&own.counted, 0);
+  uint32_t all = 0;
+  for (int b = lane; b < batch; b += 32) all += own.tokens[b];
+  all = __reduce_add_sync(~0u, all);
+#pragma unroll 1
+  for (int b = lane; b < batch; b += 32) {
+    SequenceSums sums{};
+    sums.tokens = own.tokens[b];
+    own.terms[b] = sequence_terms(p, b, sums, double(all));
+  }
+  ptx::mbarrier_arrive(ptx::shared_address(&own.known));
+}
+
+}  // namespace grpo::cuda

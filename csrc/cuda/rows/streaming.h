@@ -1,0 +1,25 @@
+// The pair of kernels of every architecture: statistics, and the gradient from them.
+#pragma once
+
+#include "common/row_params.h"
+#include "cuda/ops.h"
+#include "cuda/rows/plan.h"
+
+namespace grpo::cuda {
+
+struct StreamingParams {
+  RowParams<float> rows;
+  int32_t row_count;
+  int32_t shares, share;  // division of a row, for the order of the sums
+  int32_t tiles;          // gradient: blocks of threads per row
+};
+
+// One instantiation file per dtype. Addresses of the kernels.
+template <class T>
+const void* stats_kernel_address(bool general);
+template <class T>
+const void* gradient_kernel_address(bool general);
+
+constexpr int kTileVectors = 4;  // per thread, of the gradient
+
+}  // namespace grpo::cuda

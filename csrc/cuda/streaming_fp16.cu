@@ -1,6 +1,0 @@
-#include "streaming.cuh"
-
-namespace grpo::cuda {
-template const void* stats_kernel_address<__half>(bool);
-template const void* gradient_kernel_address<__half>(bool);
-}  // namespace grpo::cuda
