@@ -242,7 +242,7 @@ def run_candidate(
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else math.nan
         note = trainer.loss_path if kind == "ours" else ""
         if kind == "ours" and settings.get("padding_free"):
-            note += f", {trainer.completion_forward.padded_because or 'packed'}"
+            note += f", {trainer.layouts.padded_because or 'packed'}"
         micro_batches = trainer.args.gradient_accumulation_steps
     trainer.accelerator.free_memory()
     del trainer, model

@@ -197,7 +197,7 @@ def instrument(trainer: Any, kind: str, parts: Parts) -> None:
     if kind == "ours":
         trainer.rollouts.generate = parts.around("generation", trainer.rollouts.generate)
         trainer.rollouts.score = parts.around("rewards", trainer.rollouts.score)
-        trainer.updates.add_logps = parts.around("old and reference logps", trainer.updates.add_logps)
+        trainer.slices.add_logps = parts.around("old and reference logps", trainer.slices.add_logps)
         return
     trainer._generate = parts.around("generation", trainer._generate)
     trainer._calculate_rewards = parts.around("rewards", trainer._calculate_rewards)

@@ -38,7 +38,6 @@ from grpo_ext.cli.run_files import (
     write_samples,
 )
 from grpo_ext.cli.settings import RunSettings, read_settings
-from grpo_ext.generation.engine import SamplingParams
 from grpo_ext.modules.sharding import acts_jointly
 from grpo_ext.tasks import load_model
 from grpo_ext.tasks.heldout import HeldoutResult, best_constant_reward, heldout_reward
@@ -219,15 +218,7 @@ def measure_heldout(
     seed: int | None = None,
 ) -> HeldoutResult:
     """The held-out reward of `model`: sampled as in training, with the same seed before and after."""
-    sampling = SamplingParams(
-        args.max_completion_length,
-        args.temperature,
-        args.top_p,
-        args.top_k,
-        args.min_p,
-        args.repetition_penalty,
-        dict(args.generation_kwargs or {}),
-    )
+    sampling = args.sampling()
     return heldout_reward(
         model,
         tokenizer,

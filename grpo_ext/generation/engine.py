@@ -25,7 +25,10 @@ from transformers import (
 )
 
 from grpo_ext.generation.errors import PromptLengthError
+from grpo_ext.modules.inspection import evaluating
+from grpo_ext.modules.prompt_cache import shared_prompt_cache
 from grpo_ext.modules.sharding import acts_jointly
+from grpo_ext.update.micro_batch import left_pad, unique_rows
 
 Prompt = str | list[dict[str, Any]]
 
@@ -194,76 +197,6 @@ def cut_after_end(tokens: Tensor, end_ids: Sequence[int]) -> tuple[list[list[int
     return [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)], finished.tolist()
 
 
-def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """``(ids, mask)``, both ``(n, longest)`` int64, with the padding before the tokens."""
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
-
-
-def right_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """``(ids, mask)``, both ``(n, longest)`` int64, with the padding after the tokens."""
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([list(row) + [pad_id] * (width - len(row)) for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
-    return ids, mask
-
-
-def unique_rows(rows: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
-    """``(first, which)``: the first row of each distinct value, and for each row its distinct value."""
-    seen: dict[tuple[int, ...], int] = {}
-    first: list[int] = []
-    which = []
-    for index, row in enumerate(rows):
-        key = tuple(row)
-        if key not in seen:
-            seen[key] = len(first)
-            first.append(index)
-        which.append(seen[key])
-    return first, which
-
-
-def position_ids(mask: Tensor) -> Tensor:
-    """Positions that count the unmasked tokens of each row from 0, ``(n, T)`` int64."""
-    return (mask.cumsum(dim=1) - 1).clamp(min=0)
-
-
-def shared_prompt_cache(model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, which: Tensor) -> Any | None:
-    """Keys and values of all but the last prompt token, computed once per distinct prompt, one row per completion.
-
-    Args:
-        model: causal language model of transformers (or its PEFT or DDP wrapper).
-        prompt_ids, prompt_mask: ``(u, P)`` left-padded distinct prompts, P at least 2.
-        which: ``(n,)`` int64, the distinct prompt of each completion.
-
-    Returns:
-        A cache of n rows and P - 1 positions, through which gradients flow where they are on; None where the
-        model keeps any other state than plain keys and values (sliding windows, recurrent layers).
-    """
-    mask = prompt_mask[:, :-1]
-    outputs = model(
-        input_ids=prompt_ids[:, :-1],
-        attention_mask=mask,
-        position_ids=position_ids(mask),
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    cache: Any = getattr(outputs, "past_key_values", None)
-    if not is_plain_cache(cache):
-        return None
-    cache.reorder_cache(which)
-    return cache
-
-
-def is_plain_cache(cache: object) -> bool:
-    """Whether every layer of a cache holds keys and values of all positions and nothing else."""
-    from transformers.cache_utils import DynamicLayer
-
-    layers = getattr(cache, "layers", None) or []
-    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
-
-
 class TransformersEngine:
     """Generates with ``model.generate`` in this process, in eval mode, without gradients.
 
@@ -292,7 +225,7 @@ class TransformersEngine:
         # Where the weights are spread over processes all of them go on until the last has its end token, and none has
         # a pass of its own for prompts that it alone sees twice.
         jointly = acts_jointly(model)
-        with torch.no_grad(), _eval_mode(model), _own_generation_config(model, config):
+        with torch.no_grad(), evaluating(model), _own_generation_config(model, config):
             cache = None
             if self.share_prompts and not jointly and len(first) < len(which) and width > 1:
                 rows = torch.tensor(first, device=device)
@@ -374,16 +307,6 @@ class _Ended(StoppingCriteria):
         """The rows that reached no end token."""
         for row in sorted(self.open):
             self.done(row, completions[row])
-
-
-@contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from grpo_ext.trainer.models import has_dropout, is_peft_model
+from grpo_ext.modules.inspection import has_dropout, is_peft_model
 
 #: ``config.model_type`` of models whose layers hand on hidden states and share nothing else that has a gradient.
 LAYER_BY_LAYER = frozenset(

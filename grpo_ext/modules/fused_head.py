@@ -1,11 +1,11 @@
-"""The fused head of the trainer: the loss is formed where the model would have formed its logits.
+"""The fused head: compute a function of the hidden states where the model would compute its logits.
 
-For the duration of one call the model's output layer takes the hidden states and returns the loss. The model's own
-forward runs around it, so whatever hangs on modules (DDP, FSDP, ZeRO, PEFT, autocast) sees an ordinary forward whose
-output is the loss, and the weight of the head is read inside the head's own call, where a sharded one is whole.
+During one call the model's output layer takes the hidden states and returns that function's result. The model's own
+forward runs around it, so hooks of DDP, FSDP, ZeRO, PEFT and autocast see an ordinary forward whose output is the
+loss. The head's weight is read inside the head's own call, where a sharded weight has been gathered.
 
-What models do to their logits after the head (softcap, scale) is read from their config and proved in the first call:
-a row of known numbers goes through that code in place of logits and has to come out as expected.
+What a model does to its logits after the head (softcap, scale) is read from its config and verified in the first call:
+a row of known numbers goes through that code in place of logits and must come out as expected.
 """
 
 from __future__ import annotations
@@ -13,14 +13,19 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
-#: (hidden states, weight, bias) of the head to a tensor; hidden states are those that the head was called with.
-HeadFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+from grpo_ext.modules.inspection import causal_lm, output_layer
+from grpo_ext.output import GRPOLossOutput
+
+#: What is computed in place of logits: a 0-d loss with its companions, or, without gradients, any tensor.
+Result = TypeVar("Result", Tensor, GRPOLossOutput)
+
+#: ``(hidden, weight, bias)`` of the head, hidden as the head was called with, to a `Result`.
+HeadFunction = Callable[[Tensor, Tensor, Tensor | None], Result]
 
 
 class FusedHead:
@@ -67,16 +72,17 @@ class FusedHead:
         """``fused head``, or ``logits: <reason>``."""
         return "fused head" if self.reason is None else f"logits: {self.reason}"
 
-    def run(self, model: nn.Module, call: Callable[[], Any], function: HeadFunction) -> Tensor | None:
-        """What ``function`` makes of the hidden states, with the gradient that flows back through the model.
+    def run(self, model: nn.Module, inputs: dict[str, Any], function: HeadFunction[Result]) -> Result | None:
+        """Run the model on ``inputs`` and return what ``function`` makes of its hidden states.
 
         Args:
             model: the policy or its reference, wrapped or not.
-            call: calls it, once.
-            function: returns a 0-d loss, or, without gradients, a tensor of any shape.
+            inputs: keyword arguments of its forward.
+            function: called once, inside the head.
 
         Returns:
-            None where the first call shows that the model's logits are not what its config says; ``reason`` is set.
+            The result; the gradient of its loss flows back through the model. None if the first call shows that the
+            model's logits are not what its config says; `reason` is set then.
 
         Raises:
             RuntimeError: the same with ``use_fused_head=True``.
@@ -88,33 +94,38 @@ class FusedHead:
             self._refuse(reason, RuntimeError)
             return None
         assert isinstance(head, nn.Linear)
-        work = _Call(head, function)
-        with work.attached(inner):
+        call: _Call[Result] = _Call(head, function)
+        with call.attached(inner):
             try:
-                outputs = call()
+                outputs = model(**inputs)
             except (RuntimeError, ValueError, IndexError) as error:
-                if work.result is None or self.proved or isinstance(error, torch.OutOfMemoryError):
+                if call.result is None or self.proved or isinstance(error, torch.OutOfMemoryError):
                     raise
                 self._refuse(f"the model's forward needs the logits themselves ({type(error).__name__})", RuntimeError)
                 return None
         if not self.proved:
-            reason = work.difference(self.logit_scale, self.logit_softcap)
+            reason = call.difference(self.logit_scale, self.logit_softcap)
             if reason is not None:
                 self._refuse(reason, RuntimeError)
                 return None
             self.proved = True
-        return _Joined.apply(work.result, outputs[0]) if work.in_graph else work.result
+        assert call.result is not None
+        assert call.loss is not None
+        if not call.loss.requires_grad:
+            return call.result
+        joined = _Joined.apply(call.loss, outputs[0])
+        return joined if isinstance(call.result, Tensor) else call.result._replace(loss=joined)
 
 
-class _Call:
+class _Call(Generic[Result]):
     """One call of a model whose head is replaced."""
 
-    def __init__(self, head: nn.Linear, function: HeadFunction) -> None:
+    def __init__(self, head: nn.Linear, function: HeadFunction[Result]) -> None:
         self.head = head
-        self.function = function
+        self.function: HeadFunction[Result] = function
         self.calls = 0
-        self.result: Tensor | None = None
-        self.in_graph = False
+        self.result: Result | None = None
+        self.loss: Tensor | None = None
         self._carrier: Tensor | None = None
         self._processed: Any = None
 
@@ -130,11 +141,11 @@ class _Call:
 
     def _head_forward(self, hidden: Tensor) -> Tensor:
         self.calls += 1
-        result = self.function(hidden, self.head.weight, self.head.bias)
-        self.result, self.in_graph = result, result.requires_grad
-        row = _probe(self.head.out_features, result)
-        if self.in_graph:
-            row = torch.cat([result.reshape(1), row[1:]])  # an output that the loss's graph hangs on
+        self.result = self.function(hidden, self.head.weight, self.head.bias)
+        self.loss = self.result if isinstance(self.result, Tensor) else self.result.loss
+        row = _probe(self.head.out_features, self.loss)
+        if self.loss.requires_grad:
+            row = torch.cat([self.loss.reshape(1), row[1:]])  # an output that the loss's graph hangs on
         return row.view(1, 1, -1)
 
     def _remember(self, module: nn.Module, arguments: Any, output: Tensor) -> None:
@@ -153,13 +164,13 @@ class _Call:
 
     def difference(self, scale: float, softcap: float | None) -> str | None:
         """What contradicts ``logits = softcap(scale * head(hidden))``; None for nothing."""
-        if self.calls != 1 or self.result is None:
+        if self.calls != 1 or self.loss is None:
             return f"the model's forward called its output layer {self.calls} times instead of once"
         vocabulary = self.head.out_features
         processed = self._processed
         if not isinstance(processed, Tensor) or processed.numel() != vocabulary or not processed.is_floating_point():
             return "the model returns something else than the logits of its output layer"
-        expected = scale * _probe(vocabulary, self.result)
+        expected = scale * _probe(vocabulary, self.loss)
         if softcap is not None:
             expected = softcap * torch.tanh(expected / softcap)
         got = processed.detach().flatten()
@@ -204,28 +215,6 @@ def _forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None
             del module.forward
         else:
             module.forward = own
-
-
-def causal_lm(model: nn.Module) -> nn.Module:
-    """The transformers model inside the wrappers of several processes and of PEFT."""
-    inner: Any = model
-    if isinstance(getattr(model, "module", None), nn.Module) or "_orig_mod" in model.__dict__:
-        inner = extract_model_from_parallel(model)  # looks at every module, so not where nothing is wrapped
-    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-
-
-def output_layer(model: nn.Module) -> nn.Module | None:
-    """The head as it acts now: of a head trained beside an adapter, the copy in use."""
-    getter = getattr(model, "get_output_embeddings", None)
-    try:
-        head: Any = getter() if callable(getter) else None
-    except (NotImplementedError, AttributeError):
-        return None
-    copies = getattr(head, "modules_to_save", None)
-    if isinstance(copies, nn.ModuleDict) and hasattr(head, "original_module"):
-        active = [name for name in head.active_adapters if name in copies]
-        return copies[active[0]] if active and not head.disable_adapters else head.original_module
-    return head
 
 
 def unfit(head: nn.Module | None) -> str | None:

@@ -55,6 +55,11 @@ class BatchPlan:
         return self.steps_per_generation * self.num_iterations
 
     @property
+    def slices_per_step(self) -> int:
+        """Slices of one generation batch that an optimizer step takes."""
+        return min(self.gradient_accumulation_steps, self.steps_per_generation)
+
+    @property
     def optimizer_steps_per_generation(self) -> float:
         """Optimizer steps between two generations, without replays; below 1 when a step spans several."""
         return self.steps_per_generation / self.gradient_accumulation_steps

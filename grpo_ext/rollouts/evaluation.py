@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import speed_metrics
 
 from grpo_ext.advantages import weighted_rewards
-from grpo_ext.generation.engine import Completions, SamplingParams
+from grpo_ext.generation.engine import Completions
 from grpo_ext.rollouts.rollout_maker import RolloutMaker
 
 
@@ -20,15 +20,7 @@ def measure(rollouts: RolloutMaker, model: nn.Module, dataset: Any, prefix: str)
     """``<prefix>_reward`` and its companions over a dataset and all ranks; training's randomness is untouched."""
     args, accelerator = rollouts.args, rollouts.accelerator
     start = time.time()
-    sampling = SamplingParams(
-        args.max_completion_length,
-        args.eval_temperature,
-        args.top_p,
-        args.top_k,
-        args.min_p,
-        args.repetition_penalty,
-        dict(args.generation_kwargs or {}),  # type: ignore[arg-type]
-    )
+    sampling = args.sampling(args.eval_temperature)
     world = accelerator.num_processes
     rows = evaluation_rows(len(dataset), args.num_generations_eval, world, accelerator.process_index)
     longest = -(-len(dataset) * args.num_generations_eval // world)

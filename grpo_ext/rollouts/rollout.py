@@ -9,48 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_ext.generation.engine import Completions, Prompt, left_pad, right_pad, unique_rows
-
-
-@dataclasses.dataclass
-class MicroBatch:
-    """Tensors of one micro-batch of B rows, trimmed to its own longest prompt P and longest completion T.
-
-    Attributes:
-        prompt_ids, prompt_mask: ``(B, P)`` int64, left-padded.
-        prompt_first: ``(u,)`` int64, a row of each distinct prompt.
-        prompt_of_row: ``(B,)`` int64, the distinct prompt of each row.
-        completion_ids, completion_mask: ``(B, T)`` int64, right-padded; the mask says which tokens exist.
-        loss_mask: ``(B, T)`` int64, the tokens that are trained on.
-        advantages: ``(B,)`` fp32.
-        old_logps, ref_logps, sampling_logps: ``(B, T)`` fp32 or None.
-        normaliser: divisor of the token-normalised losses.
-        weight: factor on the loss, for rows that were left out.
-        new_logps: ``(B, T)`` fp32, set by the forward pass of the update.
-        known_lengths: tokens of each prompt and of each completion, for `lengths`.
-    """
-
-    prompt_ids: Tensor
-    prompt_mask: Tensor
-    prompt_first: Tensor
-    prompt_of_row: Tensor
-    completion_ids: Tensor
-    completion_mask: Tensor
-    loss_mask: Tensor
-    advantages: Tensor
-    old_logps: Tensor | None = None
-    ref_logps: Tensor | None = None
-    sampling_logps: Tensor | None = None
-    normaliser: float | None = None
-    weight: float = 1.0
-    new_logps: Tensor | None = None
-    known_lengths: tuple[list[int], list[int]] | None = None
-
-    def lengths(self) -> tuple[list[int], list[int]]:
-        """Tokens of each prompt and of each completion, without waiting for the device where they are known."""
-        if self.known_lengths is None:
-            self.known_lengths = self.prompt_mask.sum(dim=1).tolist(), self.completion_mask.sum(dim=1).tolist()
-        return self.known_lengths
+from grpo_ext.generation.engine import Completions, Prompt
+from grpo_ext.update.micro_batch import MicroBatch, left_pad, right_pad, unique_rows
 
 
 @dataclasses.dataclass
@@ -147,8 +107,8 @@ class Rollout:
         return MicroBatch(
             prompt_ids=prompt_ids,
             prompt_mask=prompt_mask,
-            prompt_first=torch.tensor(first, device=device),
-            prompt_of_row=torch.tensor(which, device=device),
+            distinct_prompts=torch.tensor(first, device=device),
+            prompt_index=torch.tensor(which, device=device),
             completion_ids=completion_ids,
             completion_mask=completion_mask,
             loss_mask=completion_mask * trained,

@@ -2,28 +2,51 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from grpo_ext.advantages import group_advantages
+from grpo_ext.config import LossConfig
 from grpo_ext.generation.engine import GenerationEngine, PromptEncoder, SamplingParams
 from grpo_ext.generation.errors import PromptLengthError
-from grpo_ext.rollouts.batching import BatchPlan, PromptSchedule
+from grpo_ext.rollouts.batching import PromptSchedule
 from grpo_ext.rollouts.data import columns_of
 from grpo_ext.rollouts.rewards import RewardFunctions, reward_metrics
 from grpo_ext.rollouts.rollout import Rollout, Sample, replies
 from grpo_ext.rollouts.scoring import Scoring
-from grpo_ext.trainer.config import GRPOConfig
-from grpo_ext.update.filling import filled_slices
+from grpo_ext.update.filling import filled_slices, sorted_order
 from grpo_ext.update.metrics import MetricWindow
 from grpo_ext.update.skipping import rows_with_gradient
+
+
+class RolloutSettings(Protocol):
+    """The parameters of a run that rollouts and evaluation read; `grpo_ext.trainer.GRPOConfig` has them all."""
+
+    device: torch.device
+    seed: int
+    max_completion_length: int
+    mask_truncated_completions: bool
+    scale_rewards: Any
+    score_while_generating: bool
+    skip_zero_gradient_sequences: bool
+    fill_micro_batches: bool
+    length_sorted_batches: bool
+    per_device_eval_batch_size: int
+    num_generations_eval: int
+    eval_temperature: float
+
+    def sampling(self, temperature: float | None = None) -> SamplingParams:
+        """How tokens are drawn; ``temperature`` replaces that of training."""
+        ...
+
+    def loss_config(self) -> LossConfig:
+        """The constants of the loss."""
+        ...
 
 
 class RolloutMaker:
@@ -38,12 +61,12 @@ class RolloutMaker:
         engine: ids to completions.
         rewards: completions to rewards.
         window: where metrics go.
-        may_skip_all: see `Updates`.
+        may_skip_backward: whether a micro-batch with no gradient may skip backward.
     """
 
     def __init__(
         self,
-        args: GRPOConfig,
+        args: RolloutSettings,
         accelerator: Any,
         dataset: Any,
         schedule: PromptSchedule,
@@ -51,10 +74,10 @@ class RolloutMaker:
         engine: GenerationEngine,
         rewards: RewardFunctions,
         window: MetricWindow,
-        may_skip_all: bool,
+        may_skip_backward: bool,
     ) -> None:
         self.args = args
-        self.may_skip_all = may_skip_all
+        self.may_skip_backward = may_skip_backward
         self.accelerator = accelerator
         self.dataset = dataset
         self.schedule = schedule
@@ -63,15 +86,7 @@ class RolloutMaker:
         self.engine = engine
         self.rewards = rewards
         self.window = window
-        self.sampling = SamplingParams(
-            args.max_completion_length,
-            args.temperature,
-            args.top_p,
-            args.top_k,
-            args.min_p,
-            args.repetition_penalty,
-            dict(args.generation_kwargs or {}),  # type: ignore[arg-type]
-        )
+        self.sampling = args.sampling()
         self._warned_truncated = False
 
     def make(self, model: nn.Module, key: tuple[int, int], start: int) -> tuple[Rollout, Sample, Tensor]:
@@ -136,9 +151,10 @@ class RolloutMaker:
                 kept = set(rows_with_gradient(args.loss_config(), advantages.tolist(), trained))
             through = [row in kept for row in range(len(trained))]
             lengths = [len(p) + c for p, c in zip(sample.prompt_ids, completions, strict=True)]
-            return filled_slices(lengths, through, self.plan, None if self.may_skip_all else self._most)
+            agree = None if self.may_skip_backward else self._most
+            return filled_slices(lengths, through, self.plan.per_device_batch_size, self.plan.slices_per_step, agree)
         if args.length_sorted_batches:
-            return sorted_order(completions, self.plan), None
+            return sorted_order(completions, self.plan.slices_per_step * self.plan.per_device_batch_size), None
         return None, None
 
     def _most(self, slices: list[int]) -> list[int]:
@@ -149,17 +165,17 @@ class RolloutMaker:
     def generate_and_score(self, model: nn.Module, rows: list[int]) -> tuple[Sample, Tensor]:
         """Completions for rows of the training prompts, and their ``(n, functions)`` rewards."""
         if not self.args.score_while_generating:
-            with timed(self.window, "time/generation"):
+            with self.window.timed("time/generation"):
                 sample = self.generate(model, self.dataset, rows, self.sampling)
             self.window.update(engine_metrics(self.engine))
-            with timed(self.window, "time/rewards"):
+            with self.window.timed("time/rewards"):
                 rewards = self.score(sample)
             return sample, rewards
         with Scoring(self.rewards, len(rows), self.args.device) as scoring:
-            with timed(self.window, "time/generation"):
+            with self.window.timed("time/generation"):
                 sample = self.generate(model, self.dataset, rows, self.sampling, scoring)
             self.window.update(engine_metrics(self.engine))
-            with timed(self.window, "time/rewards"):
+            with self.window.timed("time/rewards"):
                 rewards, hidden = scoring.finish()
             self.window.add("time/rewards_hidden", hidden, reduce="sum")
         return sample, rewards
@@ -283,15 +299,6 @@ class _Groups:
         self.scoring.add(positions, prompts, replies(prompts, self.encoder.decode(group)), group, columns)
 
 
-def sorted_order(lengths: list[int], plan: BatchPlan) -> list[int]:
-    """Rows of one rank by length within each optimizer step: steps keep their rows, their micro-batches trade them."""
-    window = min(plan.gradient_accumulation_steps, plan.steps_per_generation) * plan.per_device_batch_size
-    order: list[int] = []
-    for start in range(0, len(lengths), window):
-        order += sorted(range(start, min(start + window, len(lengths))), key=lambda row: lengths[row])
-    return order
-
-
 def engine_metrics(engine: object) -> dict[str, float]:
     """What an engine has to say about itself since the last call; nothing where it has no ``pop_metrics``."""
     pop = getattr(engine, "pop_metrics", None)
@@ -301,11 +308,3 @@ def engine_metrics(engine: object) -> dict[str, float]:
 def gather(accelerator: Any, value: Tensor, device: torch.device) -> Tensor:
     """Rows of all ranks, rank after rank, on the CPU."""
     return accelerator.gather(value.to(device)).cpu() if accelerator.num_processes > 1 else value.cpu()
-
-
-@contextlib.contextmanager
-def timed(window: MetricWindow, name: str) -> Iterator[None]:
-    """Add the seconds that the block took to a window, summed between two logs."""
-    start = time.perf_counter()
-    yield
-    window.add(name, time.perf_counter() - start, reduce="sum")

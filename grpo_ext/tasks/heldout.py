@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from grpo_ext.advantages import weighted_rewards
 from grpo_ext.generation.engine import PromptEncoder, SamplingParams, TransformersEngine, end_token_ids
+from grpo_ext.modules.inspection import context_length
 from grpo_ext.rollouts.data import columns_of
 from grpo_ext.rollouts.rewards import RewardFunction, RewardFunctions
-from grpo_ext.trainer.models import context_length
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from transformers import TrainingArguments
 
 from grpo_ext.config import LossConfig
+from grpo_ext.generation.engine import SamplingParams
 from grpo_ext.rollouts.batching import BatchPlan, plan_batches
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -286,6 +287,18 @@ class GRPOConfig(TrainingArguments):
             self.generation_batch_size,
         )
         self.per_device_train_batch_size = self.batch_plan.per_device_batch_size
+
+    def sampling(self, temperature: float | None = None) -> SamplingParams:
+        """How completions are drawn; ``temperature`` replaces that of training."""
+        return SamplingParams(
+            self.max_completion_length,
+            self.temperature if temperature is None else temperature,
+            self.top_p,
+            self.top_k,
+            self.min_p,
+            self.repetition_penalty,
+            dict(self.generation_kwargs or {}),  # type: ignore[arg-type]
+        )
 
     def loss_config(self) -> LossConfig:
         """The constants of the loss, from the fields of the same names."""

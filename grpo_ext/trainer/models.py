@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +17,7 @@ from transformers import (
     TrainerState,
 )
 
-from grpo_ext.modules.sharding import is_sharded, made_whole, whole
+from grpo_ext.update.reference_model import ReferenceModel
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -110,96 +107,6 @@ def load_tokenizer(processing_class: PreTrainedTokenizerBase | None, model: nn.M
     return tokenizer
 
 
-def context_length(model: nn.Module) -> int | None:
-    """Longest sequence the model takes, None where its config does not say."""
-    config = getattr(model, "config", None)
-    value = getattr(config, "max_position_embeddings", None)
-    return value if isinstance(value, int) and value > 0 else None
-
-
-def is_peft_model(model: nn.Module) -> bool:
-    """Whether the model carries a PEFT adapter that can be switched off."""
-    return hasattr(model, "disable_adapter") and hasattr(model, "peft_config")
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """``model`` in eval mode: no dropout noise in what is kept."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-class Reference:
-    """The reference policy of the KL term: the model with its adapter switched off, or a frozen copy of it.
-
-    The copy is whole on every process, however the model in training is spread.
-
-    Args:
-        model: the model before training.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._frozen: nn.Module | None = None
-        if is_peft_model(model):
-            # B starts at 0; the adapter of a model that has been trained before does not.
-            if any(p.any() for name, p in model.named_parameters() if ".lora_B." in name and not is_sharded(p)):
-                warnings.warn(
-                    "the model comes with an adapter that changes it, and the reference of the KL term (beta > 0) is "
-                    "the model without the adapter: merge it first (model.merge_and_unload()) to stay near it",
-                    stacklevel=4,
-                )
-        else:
-            with made_whole(model):
-                self._frozen = copy.deepcopy(model).eval().requires_grad_(False)
-
-    @contextlib.contextmanager
-    def using(self, model: nn.Module) -> Iterator[nn.Module]:
-        """The reference in eval mode, given the model in training (unwrapped)."""
-        if self._frozen is not None:
-            self._frozen.to(next(model.parameters()).device)
-            yield self._frozen
-            return
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        with evaluating(model), model.disable_adapter():  # type: ignore[operator]
-            # PEFT freezes an adapter that is off, and its way back knows one form of a weight, FSDP2 has two: a weight
-            # that this pass puts together would stay frozen.
-            for parameter in trained:
-                parameter.requires_grad_(True)
-            yield model
-
-    def check_can_move(self) -> None:
-        """Refuse to move the reference of an adapter.
-
-        Raises:
-            ValueError: the reference is the model without its adapter, whose weights stay.
-        """
-        if self._frozen is None:
-            raise ValueError(
-                "sync_ref_model=True moves a reference model, and with an adapter the reference is the model without "
-                "it: leave sync_ref_model off, or train all weights"
-            )
-
-    @torch.no_grad()
-    def move_towards(self, model: nn.Module, share: float) -> None:
-        """``reference = share * model + (1 - share) * reference``, in the reference's own dtype."""
-        assert self._frozen is not None
-        for mine, theirs in zip(self._frozen.parameters(), model.parameters(), strict=True):
-            mine.lerp_(whole(theirs).to(mine.device, mine.dtype), share)
-
-    def state_dict(self) -> dict[str, torch.Tensor] | None:
-        """Weights of a reference that moves with the run; None for one that the adapter's model is."""
-        return None if self._frozen is None else {k: v.cpu() for k, v in self._frozen.state_dict().items()}
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """The inverse."""
-        assert self._frozen is not None
-        self._frozen.load_state_dict(state)
-
-
 class ReferenceSync(TrainerCallback):
     """Moves a reference model towards the policy every ``ref_model_sync_steps`` optimizer steps.
 
@@ -208,7 +115,7 @@ class ReferenceSync(TrainerCallback):
         policy: returns the unwrapped model in training.
     """
 
-    def __init__(self, reference: Reference, policy: Callable[[], nn.Module]) -> None:
+    def __init__(self, reference: ReferenceModel, policy: Callable[[], nn.Module]) -> None:
         self.reference = reference
         self.policy = policy
 
@@ -216,14 +123,6 @@ class ReferenceSync(TrainerCallback):
         """Move it when it is time."""
         if state.global_step % args.ref_model_sync_steps == 0:
             self.reference.move_towards(self.policy(), args.ref_model_mixup_alpha)
-
-
-def has_dropout(model: nn.Module) -> bool:
-    """Whether two passes in train mode differ: a dropout layer, or attention weights that are dropped."""
-    if any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in model.modules()):
-        return True
-    config: Any = getattr(model, "config", None)
-    return bool(getattr(config, "attention_dropout", 0.0) or 0.0)
 
 
 def keep_logits_dtype(model: nn.Module, autocast: Any) -> None:

@@ -16,18 +16,14 @@ from transformers.trainer_callback import ProgressCallback
 
 from grpo_ext._ops import kernel_calls
 from grpo_ext.config import LOSS_TYPES
-from grpo_ext.generation.engine import (
-    GenerationEngine,
-    PromptEncoder,
-    TransformersEngine,
-    end_token_ids,
-)
-from grpo_ext.generation.vllm import EngineError, build_engine
+from grpo_ext.generation.engine import GenerationEngine, PromptEncoder, TransformersEngine, end_token_ids
+from grpo_ext.generation.errors import EngineError
 from grpo_ext.modules.checkpointing import checkpointing_arguments
 from grpo_ext.modules.fused_head import FusedHead
+from grpo_ext.modules.inspection import context_length, has_dropout
 from grpo_ext.modules.lora import FusedLora
 from grpo_ext.modules.norms import FusedNorms
-from grpo_ext.modules.sharding import prefetch_in_order, wait_for_gathers
+from grpo_ext.modules.sharding import prefetch_in_order
 from grpo_ext.rollouts.batching import MicroStep, PromptSchedule
 from grpo_ext.rollouts.data import (
     MicroStepNumbers,
@@ -37,20 +33,12 @@ from grpo_ext.rollouts.data import (
 )
 from grpo_ext.rollouts.evaluation import measure
 from grpo_ext.rollouts.rewards import RewardFunction, RewardFunctions
-from grpo_ext.rollouts.rollout import MicroBatch, Rollout, Sample
-from grpo_ext.rollouts.rollout_maker import RolloutMaker, gather, timed
+from grpo_ext.rollouts.rollout import Rollout, Sample
+from grpo_ext.rollouts.rollout_maker import RolloutMaker, gather
 from grpo_ext.trainer.checkpoint import check_processes, load_reference, load_state, save_reference, save_state
 from grpo_ext.trainer.config import GRPOConfig
-from grpo_ext.trainer.models import (
-    Reference,
-    ReferenceSync,
-    add_adapter,
-    context_length,
-    has_dropout,
-    keep_logits_dtype,
-    load_model,
-    load_tokenizer,
-)
+from grpo_ext.trainer.engine import build_engine
+from grpo_ext.trainer.models import ReferenceSync, add_adapter, keep_logits_dtype, load_model, load_tokenizer
 from grpo_ext.trainer.records import (
     MetricsFileCallback,
     RewardProgressCallback,
@@ -59,11 +47,14 @@ from grpo_ext.trainer.records import (
     print_completions,
     write_completions,
 )
-from grpo_ext.update.forward import CompletionForward
+from grpo_ext.trainer.slices import Slices
+from grpo_ext.update.backward import run_backward
 from grpo_ext.update.guard import FOLDER, NonfiniteGuard
+from grpo_ext.update.layouts import LayoutChooser
+from grpo_ext.update.loss import ModelPass
 from grpo_ext.update.metrics import MetricWindow
-from grpo_ext.update.policy import Policy
-from grpo_ext.update.update import Updates
+from grpo_ext.update.micro_batch import MicroBatch
+from grpo_ext.update.reference_model import ReferenceModel
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -76,7 +67,7 @@ TOKEN_NORMALISED = frozenset(LOSS_TYPES) - {"grpo", "bnpo", "dr_grpo", "luspo", 
 
 
 class GRPOTrainer(Trainer):
-    """Trains a causal language model by Group Relative Policy Optimization and its relatives.
+    """Trains a causal language model by Group Relative ModelPass Optimization and its relatives.
 
     Args:
         model: hub name, folder or module.
@@ -141,7 +132,7 @@ class GRPOTrainer(Trainer):
             # Ranks may hold completions of the same prompt: on one stream they would draw the same tokens.
             set_seed(args.seed, device_specific=True)
         self._choose_checkpointing(module)
-        self.reference = Reference(module) if args.beta != 0 else None
+        self.reference = ReferenceModel(module) if args.beta != 0 else None
         if args.sync_ref_model and self.reference is not None:
             self.reference.check_can_move()
         self.schedule = PromptSchedule(
@@ -155,7 +146,7 @@ class GRPOTrainer(Trainer):
         self.pad_id: int = tokenizer.pad_token_id
         self.window = MetricWindow()
         one_process = self.accelerator.num_processes == 1
-        may_skip_all = one_process and not self.is_deepspeed_enabled and self.accelerator.scaler is None
+        may_skip_backward = one_process and not self.is_deepspeed_enabled and self.accelerator.scaler is None
         self.rollouts = RolloutMaker(
             args,
             self.accelerator,
@@ -165,9 +156,9 @@ class GRPOTrainer(Trainer):
             self._make_engine(module, tokenizer),
             self.rewards,
             self.window,
-            may_skip_all,
+            may_skip_backward,
         )
-        self.completion_forward = CompletionForward(
+        self.layouts = LayoutChooser(
             module, args.share_prompts and one_process and not args.gradient_checkpointing, args.padding_free
         )
         compiled = bool(args.torch_compile)
@@ -175,8 +166,8 @@ class GRPOTrainer(Trainer):
         self.fused_lora = FusedLora(module, args.use_fused_lora, compiled=compiled)
         self.fused_norms = FusedNorms(module, args.use_fused_norm, compiled=compiled)
         over_ranks = args.top_entropy_quantile != 1.0 and not one_process
-        self.policy = Policy(
-            self.completion_forward,
+        self.model_pass = ModelPass(
+            self.layouts,
             self.fused_head,
             self.loss_config,
             self._entropy_threshold if over_ranks else None,
@@ -189,15 +180,15 @@ class GRPOTrainer(Trainer):
             Path(str(args.output_dir)) / FOLDER,
             self.accelerator.process_index,
         )
-        self.updates = Updates(
+        self.slices = Slices(
             args,
             self.plan,
-            self.policy,
+            self.model_pass,
             self.reference,
             self.window,
             self.pad_id,
             self.accelerator.autocast,
-            may_skip_all,
+            may_skip_backward,
             has_dropout(module),
         )
         self._path_said = False
@@ -282,30 +273,25 @@ class GRPOTrainer(Trainer):
                 at_start = place.slice_index == place.iteration == 0
                 self._rollout = self._make_rollout(model, place.generation_key, now, at_start)
             rollout, index = self._rollout, place.slice_index
-            keep = self.updates.rows(rollout, index)
+            keep = self.slices.rows(rollout, index)
             loss = (
                 self._train_on(model, rollout, index, keep, place.iteration)
                 if keep
-                else self.updates.without_gradient(model, rollout)
+                else self.slices.without_gradient(model, rollout)
             )
-        self.updates.count(rollout, len(rollout.rows_of(index)), len(keep))
+        self.slices.count(rollout, len(rollout.rows_of(index)), len(keep))
         self.guard.watch(loss, rollout, index)
         return loss
 
     def _train_on(self, model: nn.Module, rollout: Rollout, index: int, keep: list[int], iteration: int) -> Tensor:
         """Forward and backward of the rows ``keep`` of a slice; the detached loss of the whole slice."""
-        batch = self.updates.micro_batch(rollout, index, keep)
-        with timed(self.window, "time/forward"):
-            loss = self.compute_loss(model, batch)
+        batch = self.slices.micro_batch(rollout, index, keep)
+        with self.window.timed("time/forward"):
+            loss, output = self.compute_loss(model, batch, return_outputs=True)
         if iteration + 1 < self.plan.num_iterations and batch.old_logps is None:
-            assert batch.new_logps is not None
-            rollout.old_logps[index] = rollout.whole_slice(index, keep, batch.new_logps)
-        with timed(self.window, "time/backward"):
-            if self.is_deepspeed_enabled:  # takes its step in there, where this was the window's last micro-batch
-                self.accelerator.backward(self.guard.spoilt_by_others(loss), scale_wrt_gas=False)
-            else:
-                self.accelerator.backward(loss)
-                wait_for_gathers(model)
+            rollout.old_logps[index] = rollout.whole_slice(index, keep, output.logps)
+        with self.window.timed("time/backward"):
+            run_backward(self.accelerator, model, loss, self.guard, deepspeed=self.is_deepspeed_enabled)
         return loss.detach()
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -326,14 +312,14 @@ class GRPOTrainer(Trainer):
         inputs: MicroBatch,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
+    ) -> Any:
         """The loss of one micro-batch, scaled so that an accumulation window sums to SPEC section 3.
 
         Raises:
             RuntimeError: when the compiled loss did not serve the call.
         """
         calls = kernel_calls()
-        output = self.policy.loss(model, inputs)
+        output = self.model_pass.loss(model, inputs)
         served = kernel_calls() - calls
         if served < 1:
             raise RuntimeError(
@@ -342,12 +328,11 @@ class GRPOTrainer(Trainer):
             )
         self.kernel_calls += served
         self._say_path()
-        inputs.new_logps = output.logps
         self.window.add_loss(output.metrics, self.args.beta != 0, inputs.sampling_logps is not None)
         loss = output.loss if inputs.weight == 1 else output.loss * inputs.weight
-        if self.args.loss_type in TOKEN_NORMALISED:
-            return loss
-        return loss / self.plan.gradient_accumulation_steps
+        if self.args.loss_type not in TOKEN_NORMALISED:
+            loss = loss / self.plan.gradient_accumulation_steps
+        return (loss, output) if return_outputs else loss
 
     def _entropy_threshold(self, entropy: Tensor, loss_mask: Tensor) -> Tensor | None:
         """The entropy quantile over the tokens of all ranks, None where there are none."""
@@ -370,7 +355,7 @@ class GRPOTrainer(Trainer):
                 if fused.layers:
                     self.accelerator.print(fused)
             if self.args.padding_free:
-                reason = self.completion_forward.padded_because or self.fused_head.reason
+                reason = self.layouts.padded_because or self.fused_head.reason
                 self.accelerator.print(f"padding_free: rows are padded, {reason}" if reason else "padding_free: in use")
 
     # ---- generation ----------------------------------------------------------------------------------------
@@ -389,8 +374,8 @@ class GRPOTrainer(Trainer):
         """
         unwrapped = self.accelerator.unwrap_model(model)
         rollout, sample, rewards = self.rollouts.make(unwrapped, key, start)
-        with timed(self.window, "time/logps"):
-            self.updates.add_logps(model, unwrapped, rollout, at_start)
+        with self.window.timed("time/logps"):
+            self.slices.add_logps(model, unwrapped, rollout, at_start)
         self.state.num_input_tokens_seen += rollout.tokens_seen
         self.window.add("num_tokens", float(self.state.num_input_tokens_seen), reduce="last")
         self._record_completions(sample, rewards, rollout.advantages)

@@ -1,36 +1,44 @@
-"""Fewer micro-batches of the same padded size: short completions share one."""
+"""Deal the rows of an optimizer step to slices by length, so that fewer padded positions go through the model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from grpo_ext.rollouts.batching import BatchPlan
-
 #: From the number of slices that this process needs in each optimizer step to the most that any process needs.
 Agree = Callable[[list[int]], list[int]]
 
 
+def sorted_order(lengths: Sequence[int], rows_per_step: int) -> list[int]:
+    """Rows of one process by length within each optimizer step: a step keeps its rows, its slices exchange them."""
+    order: list[int] = []
+    for start in range(0, len(lengths), rows_per_step):
+        order += sorted(range(start, min(start + rows_per_step, len(lengths))), key=lambda row: lengths[row])
+    return order
+
+
 def filled_slices(
-    lengths: Sequence[int], trained: Sequence[bool], plan: BatchPlan, agree: Agree | None = None
+    lengths: Sequence[int],
+    trained: Sequence[bool],
+    rows_per_slice: int,
+    slices_per_step: int,
+    agree: Agree | None = None,
 ) -> tuple[list[int], list[int]]:
     """Rows of one process in the order of its slices, and the number of rows of each slice.
 
-    An optimizer step keeps its rows. The longest come first, and a slice takes rows while their number times the
-    longest of them stays within that of a slice of ``per_device_batch_size`` of the step's longest rows: no slice is
-    larger than the largest that there would be without. So there are at most as many slices as before; the rest are
-    empty, and come first.
+    An optimizer step keeps its rows. Its longest rows come first. A slice takes rows while their number times its
+    longest row stays within ``rows_per_slice`` times the step's longest row, so no slice is larger than the largest
+    unfilled one. A step needs at most as many slices as before; the others are empty and come first.
 
     Args:
         lengths: tokens of each row, prompt and completion.
-        trained: whether a row goes through the model; the others are put to the step's last slice, where nobody
-            computes them.
-        plan: the batch numbers.
-        agree: where a backward of this process waits for the others': then the same slices hold a row on all of them.
+        trained: whether a row goes through the model. The others join the step's last slice and are not computed.
+        rows_per_slice: rows of a micro-batch without filling.
+        slices_per_step: slices of an optimizer step.
+        agree: makes all processes use equally many slices; None where a process may skip backward alone.
     """
-    count = min(plan.gradient_accumulation_steps, plan.steps_per_generation)
-    window = count * plan.per_device_batch_size
+    window = slices_per_step * rows_per_slice
     steps = [range(start, min(start + window, len(lengths))) for start in range(0, len(lengths), window)]
-    filled = [_fill([row for row in rows if trained[row]], lengths, plan.per_device_batch_size) for rows in steps]
+    filled = [_fill([row for row in rows if trained[row]], lengths, rows_per_slice) for rows in steps]
     needed = [len(slices) for slices in filled]
     if agree is not None:
         needed = agree(needed)
@@ -39,7 +47,7 @@ def filled_slices(
     for rows, slices, number in zip(steps, filled, needed, strict=True):
         idle = [row for row in rows if not trained[row]]
         _spread(slices, idle, lengths, number)
-        slices = [[] for _ in range(count - len(slices))] + slices
+        slices = [[] for _ in range(slices_per_step - len(slices))] + slices
         slices[-1] = slices[-1] + idle
         order += [row for part in slices for row in part]
         sizes += [len(part) for part in slices]
@@ -58,7 +66,7 @@ def _fill(rows: list[int], lengths: Sequence[int], per_slice: int) -> list[list[
 
 
 def _spread(slices: list[list[int]], idle: list[int], lengths: Sequence[int], count: int) -> None:
-    """Slices until there are ``count``: the largest are halved; where all hold one row, rows of ``idle`` are added."""
+    """Grow to ``count`` slices: halve the largest; once all hold one row, add rows of ``idle``."""
     while len(slices) < count:
         parted = [i for i, rows in enumerate(slices) if len(rows) > 1]
         if parted:

@@ -48,10 +48,10 @@ class NonfiniteGuard:
         self._losses.append(loss.detach().float())
         self._slices.append((rollout, slice_index))
 
-    def spoilt_by_others(self, loss: Tensor) -> Tensor:
-        """A loss whose gradient is not finite where any loss of its window is not, with nobody waiting.
+    def poison_if_window_nonfinite(self, loss: Tensor) -> Tensor:
+        """Give this loss a NaN gradient if any loss of the accumulation window is non-finite, without a host sync.
 
-        For DeepSpeed, which steps inside of backward and refuses gradients that are not finite, and nothing else.
+        For DeepSpeed, which steps inside backward and rejects non-finite gradients, but not non-finite losses.
         """
         losses = torch.stack([*self._losses, loss.detach().float()])
         return loss * torch.where(losses.isfinite().all(), 1.0, math.nan).to(loss.dtype)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
 import torch
@@ -33,6 +35,13 @@ class MetricWindow:
         _, values, weights = self._values.setdefault(name, (reduce, [], []))
         values.append(value.detach() if isinstance(value, Tensor) else value)
         weights.append(weight.detach() if isinstance(weight, Tensor) else weight)
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the seconds that the block takes; a window sums them."""
+        start = time.perf_counter()
+        yield
+        self.add(name, time.perf_counter() - start, reduce="sum")
 
     def update(self, values: dict[str, float]) -> None:
         """Add several means."""

@@ -15,10 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 from toys import EOS, PAD, build_model
 
 from grpo_ext import LossConfig
-from grpo_ext.modules.fused_head import FusedHead, causal_lm
-from grpo_ext.rollouts.rollout import MicroBatch, Rollout
-from grpo_ext.update.forward import CompletionForward
-from grpo_ext.update.policy import Policy
+from grpo_ext.modules.fused_head import FusedHead
+from grpo_ext.modules.inspection import causal_lm
+from grpo_ext.rollouts.rollout import Rollout
+from grpo_ext.update.layouts import LayoutChooser
+from grpo_ext.update.loss import ModelPass
+from grpo_ext.update.micro_batch import MicroBatch
 
 #: Whether there are old log probabilities. Off-policy at sequence level the head is needed in backward once more: a
 #: sharded weight must be whole there, too.
@@ -58,7 +60,7 @@ def wrapped(kind: str) -> nn.Module:
 def step(model: nn.Module, inner: nn.Module, batch: MicroBatch, config: LossConfig) -> dict[str, torch.Tensor]:
     """Log probabilities and gradients of one micro-batch."""
     head = FusedHead(inner)
-    policy = Policy(CompletionForward(inner, False), head, config)
+    policy = ModelPass(LayoutChooser(inner, False), head, config)
     values = {"logps": policy.logps(model, batch)}
     output = policy.loss(model, batch)
     output.loss.backward()

@@ -10,10 +10,11 @@ from toys import EOS, PAD, build_model
 
 from grpo_ext import LossConfig
 from grpo_ext.modules.fused_head import FusedHead
-from grpo_ext.rollouts.rollout import MicroBatch, Rollout
-from grpo_ext.update.aligned import AlignedBatch
-from grpo_ext.update.forward import CompletionForward
-from grpo_ext.update.policy import Policy
+from grpo_ext.rollouts.rollout import Rollout
+from grpo_ext.update.layouts import LayoutChooser
+from grpo_ext.update.layouts.left_aligned import LeftAlignedLayout
+from grpo_ext.update.loss import ModelPass
+from grpo_ext.update.micro_batch import MicroBatch
 
 UNEQUAL = [[5, 8, 6], [5, 8, 6], [5, 9, 9, 6], [7]]
 COMPLETIONS = [[9, 8, EOS], [9], [10, 11, 12, 13, 14], [3, EOS]]
@@ -28,11 +29,11 @@ def batch_of(prompts: list[list[int]]) -> MicroBatch:
     return rollout.micro_batch(0, PAD, "cpu")
 
 
-def results(model: Any, batch: MicroBatch, masked: bool) -> tuple[CompletionForward, list[torch.Tensor]]:
-    forward = CompletionForward(model, share_prompts=False)
+def results(model: Any, batch: MicroBatch, masked: bool) -> tuple[LayoutChooser, list[torch.Tensor]]:
+    forward = LayoutChooser(model, share_prompts=False)
     if masked:
         forward.masked_because = "the test"
-    policy = Policy(forward, FusedHead(model), LossConfig())
+    policy = ModelPass(forward, FusedHead(model), LossConfig())
     model.zero_grad()
     output = policy.loss(model, batch)
     output.loss.backward()
@@ -53,7 +54,7 @@ def test_aligned_equals_masked(prompts: list[list[int]], attention: str) -> None
     assert masks[0] is not None  # what the attempt is compared with
     assert masks[1:] == [None] * 3  # the attempt, the loss, the log probabilities
     # The longest row has 4 + 5 (or 3 + 5) tokens, of which the last is not fed.
-    assert forward.tokens == 2 * 4 * (8 if prompts is UNEQUAL else 7)
+    assert forward.positions == 2 * 4 * (8 if prompts is UNEQUAL else 7)
     for ours, reference in zip(got, want, strict=True):
         torch.testing.assert_close(ours, reference, rtol=2e-5, atol=1e-6)
 
@@ -75,7 +76,7 @@ def test_a_model_that_looks_ahead_keeps_its_mask() -> None:
     model, batch = build_model(), batch_of(UNEQUAL)
     model.__class__ = Ahead
     forward, got = results(model, batch, masked=False)
-    assert forward.masked_because == "the model looks at tokens behind the one it predicts from"
+    assert forward.masked_because == "the model attends to tokens behind the one it predicts from"
     _, want = results(model, batch, masked=True)
     for ours, reference in zip(got, want, strict=True):
         torch.testing.assert_close(ours, reference)
@@ -83,14 +84,14 @@ def test_a_model_that_looks_ahead_keeps_its_mask() -> None:
 
 def test_layout() -> None:
     batch = batch_of(UNEQUAL)
-    aligned = AlignedBatch(batch)
+    aligned = LeftAlignedLayout(batch)
     ids = aligned.inputs()["input_ids"]
     for row, (prompt, completion) in enumerate(zip(UNEQUAL, COMPLETIONS, strict=True)):
         fed = (prompt + completion)[: ids.shape[1]]
         assert ids[row, : len(fed)].tolist() == fed
-    # Each position's number through `by_row`: completion token t of a row is predicted from position len(prompt)-1+t.
+    # Each position's number through `completion_rows`: token t of a row is predicted from position len(prompt)-1+t.
     numbers = torch.arange(ids.shape[1]).float().expand(4, -1)[:, -aligned.kept :].unsqueeze(-1)
-    found = aligned.by_row(numbers).squeeze(-1)
+    found = aligned.completion_rows(numbers).squeeze(-1)
     for row, (prompt, completion) in enumerate(zip(UNEQUAL, COMPLETIONS, strict=True)):
         assert found[row, : len(completion)].tolist() == [len(prompt) - 1 + t for t in range(len(completion))]
 

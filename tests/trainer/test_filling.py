@@ -19,6 +19,10 @@ from grpo_ext.update.filling import filled_slices
 Make = Callable[..., GRPOTrainer]
 
 
+def filled(lengths: list[int], trained: list[bool], plan: BatchPlan, agree: Any = None) -> Any:
+    return filled_slices(lengths, trained, plan.per_device_batch_size, plan.slices_per_step, agree)
+
+
 def parts_of(order: list[int], sizes: list[int]) -> list[list[int]]:
     return [order[sum(sizes[:i]) : sum(sizes[: i + 1])] for i in range(len(sizes))]
 
@@ -26,11 +30,13 @@ def parts_of(order: list[int], sizes: list[int]) -> list[list[int]]:
 def test_example() -> None:
     plan = BatchPlan(2, 1, 3, 3, 2)
     # 2 x 8 tokens at most: rows of 8 and 4; then four of 3, 2, 2 and 1.
-    order, sizes = filled_slices([3, 8, 2, 4, 2, 1], [True] * 6, plan)
+    order, sizes = filled([3, 8, 2, 4, 2, 1], [True] * 6, plan)
     assert parts_of(order, sizes) == [[], [1, 3], [0, 2, 4, 5]]
-    order, sizes = filled_slices([3, 8, 2, 4, 2, 1], [True, False, True, True, True, False], plan)
+    order, sizes = filled_slices(
+        [3, 8, 2, 4, 2, 1], [True, False, True, True, True, False], plan.per_device_batch_size, plan.slices_per_step
+    )
     assert parts_of(order, sizes) == [[], [3, 0], [2, 4, 1, 5]]
-    assert filled_slices([3, 8], [False, False], BatchPlan(2, 1, 1, 1, 2)) == ([0, 1], [2])
+    assert filled_slices([3, 8], [False, False], 2, 1) == ([0, 1], [2])
 
 
 def test_several_processes_fill_as_many() -> None:
@@ -42,13 +48,17 @@ def test_several_processes_fill_as_many() -> None:
         asked.append(counts)
         return [3]
 
-    order, sizes = filled_slices(lengths, all_of_them, plan, agree)
+    order, sizes = filled(lengths, all_of_them, plan, agree)
     assert asked == [[2]]
     assert parts_of(order, sizes) == [[1], [3], [0, 2, 4, 5]]  # of 16 and 12 padded tokens the first is halved
     # Rows that nobody computes serve where there are not enough others, the shortest first.
-    order, sizes = filled_slices(lengths, [False, True, False, False, False, False], plan, agree)
+    order, sizes = filled_slices(
+        lengths, [False, True, False, False, False, False], plan.per_device_batch_size, plan.slices_per_step, agree
+    )
     assert parts_of(order, sizes) == [[1], [5], [2, 0, 3, 4]]
-    order, sizes = filled_slices(lengths, [False] * 6, plan, lambda counts: [1])
+    order, sizes = filled_slices(
+        lengths, [False] * 6, plan.per_device_batch_size, plan.slices_per_step, lambda counts: [1]
+    )
     assert parts_of(order, sizes) == [[], [], [5, 0, 1, 2, 3, 4]]
 
 
@@ -68,7 +78,9 @@ def test_never_more_and_never_larger(seed: int) -> None:
         needed.extend(counts)
         return [max(pair) for pair in zip(counts, others, strict=True)]
 
-    order, sizes = filled_slices(lengths, trained, plan, agree if world_size > 1 else None)
+    order, sizes = filled_slices(
+        lengths, trained, plan.per_device_batch_size, plan.slices_per_step, agree if world_size > 1 else None
+    )
     assert sorted(order) == list(range(len(lengths)))
     assert len(sizes) == plan.steps_per_generation
     window = min(plan.gradient_accumulation_steps, plan.steps_per_generation)

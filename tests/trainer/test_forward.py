@@ -11,9 +11,11 @@ from torch import nn
 from toys import EOS, PAD, build_model
 
 from grpo_ext import LossConfig, grpo_loss
-from grpo_ext.rollouts.rollout import MicroBatch, Rollout
+from grpo_ext.rollouts.rollout import Rollout
 from grpo_ext.trainer.models import keep_logits_dtype
-from grpo_ext.update.forward import CompletionForward, positions_that_pay
+from grpo_ext.update.layouts.chooser import LayoutChooser
+from grpo_ext.update.layouts.shared_prompt import least_saving_on_gpu
+from grpo_ext.update.micro_batch import MicroBatch
 
 
 def rollout(**changes: Any) -> Rollout:
@@ -41,8 +43,8 @@ def test_micro_batch_is_trimmed_to_its_own_rows() -> None:
     assert first.prompt_ids.tolist()[0] == [PAD, 5, 8, 6]
     assert first.completion_mask.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 0]]
     assert first.loss_mask.tolist() == [[1, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0]]
-    assert first.prompt_first.tolist() == [0, 2]
-    assert first.prompt_of_row.tolist() == [0, 0, 1, 1]
+    assert first.distinct_prompts.tolist() == [0, 2]
+    assert first.prompt_index.tolist() == [0, 0, 1, 1]
 
 
 def test_sampling_logps_are_padded_like_the_completions() -> None:
@@ -69,6 +71,11 @@ def plain_logits(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
     return logits[:, batch.prompt_ids.shape[1] - 1 : -1]
 
 
+def logits_of(chooser: LayoutChooser, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
+    layout = chooser.choose(model, batch, for_logits=True)
+    return layout.completion_rows(model(**layout.inputs()).logits)
+
+
 def gradients(model: nn.Module, logits: torch.Tensor, batch: MicroBatch) -> dict[str, torch.Tensor]:
     model.zero_grad()
     config = LossConfig(loss_type="dapo")
@@ -86,8 +93,8 @@ def test_equals_whole_rows(kind: str, share: bool) -> None:
     if kind == "lora":
         model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
     batch = rollout().micro_batch(0, PAD, "cpu")
-    forward = CompletionForward(model, share)
-    logits = forward(model, batch)
+    forward = LayoutChooser(model, share)
+    logits = logits_of(forward, model, batch)
     expected = plain_logits(model, batch)
     assert logits.shape == (4, 3, expected.shape[-1])
     mask = batch.completion_mask.bool()
@@ -104,25 +111,25 @@ def test_each_distinct_prompt_is_computed_once() -> None:
     batch = rollout().micro_batch(0, PAD, "cpu")
     seen: list[int] = []
     model.get_input_embeddings().register_forward_hook(lambda _m, args, _o: seen.append(args[0].numel()))
-    CompletionForward(model, True)(model, batch)
+    logits_of(LayoutChooser(model, True), model, batch)
     assert sum(seen) == 2 * 3 + 4 * 3  # two prompts without their last token, then three tokens per row
     seen.clear()
-    CompletionForward(model, False)(model, batch)
+    logits_of(LayoutChooser(model, False), model, batch)
     assert sum(seen) == 4 * (4 + 2)
 
 
 def test_on_a_gpu_few_positions_do_not_pay_for_a_pass_of_their_own() -> None:
     model = build_model()
     body = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name and "lm_head" not in name)
-    assert positions_that_pay(model) == int(3e10 * 2 / body)
+    assert least_saving_on_gpu(model) == int(3e10 * 2 / body)
     batch = rollout().micro_batch(0, PAD, "cpu")
-    forward = CompletionForward(model, True)
+    forward = LayoutChooser(model, True)
     spared = 2 * 3  # two repeated prompts of three positions
     seen: list[int] = []
     model.get_input_embeddings().register_forward_hook(lambda _m, args, _o: seen.append(args[0].numel()))
     for pays, passes in ((0, 2), (spared, 2), (spared + 1, 1)):
-        forward._pays["cpu"] = pays
-        forward(model, batch)
+        forward._least_saving["cpu"] = pays
+        logits_of(forward, model, batch)
         assert len(seen) == passes
         seen.clear()
     assert forward.share_prompts is True
@@ -131,10 +138,10 @@ def test_on_a_gpu_few_positions_do_not_pay_for_a_pass_of_their_own() -> None:
 def test_sliding_window_falls_back_to_whole_rows() -> None:
     model = build_model(use_sliding_window=True, sliding_window=3, max_window_layers=0)
     batch = rollout().micro_batch(0, PAD, "cpu")
-    forward = CompletionForward(model, True)
+    forward = LayoutChooser(model, True)
     mask = batch.completion_mask.bool()
     expected = plain_logits(model, batch)
-    torch.testing.assert_close(forward(model, batch)[mask], expected[mask], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits_of(forward, model, batch)[mask], expected[mask], rtol=1e-5, atol=1e-5)
     assert forward.share_prompts is False
 
 
@@ -148,7 +155,7 @@ def test_plain_module_without_cache_or_positions() -> None:
             return self.inner(input_ids=input_ids, attention_mask=attention_mask)
 
     model, batch = Bare(), rollout().micro_batch(0, PAD, "cpu")
-    assert CompletionForward(model)(model, batch).shape == (4, 3, model.inner.config.vocab_size)
+    assert logits_of(LayoutChooser(model), model, batch).shape == (4, 3, model.inner.config.vocab_size)
 
 
 def test_mixed_precision_logits_stay_bf16() -> None:
@@ -160,9 +167,9 @@ def test_mixed_precision_logits_stay_bf16() -> None:
         accelerator = Accelerator(cpu=True, mixed_precision="bf16")
         model = accelerator.prepare_model(build_model())
         batch = rollout().micro_batch(0, PAD, "cpu")
-        assert CompletionForward(model)(model, batch).dtype == torch.float32
+        assert logits_of(LayoutChooser(model), model, batch).dtype == torch.float32
         keep_logits_dtype(accelerator.unwrap_model(model), accelerator.autocast)
-        assert CompletionForward(model)(model, batch).dtype == torch.bfloat16
+        assert logits_of(LayoutChooser(model), model, batch).dtype == torch.bfloat16
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         PartialState._reset_state()

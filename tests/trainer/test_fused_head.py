@@ -14,11 +14,13 @@ from torch import nn
 from toys import EOS, PAD, WORDS, FixedEngine, build_model
 
 from grpo_ext import LossConfig
-from grpo_ext.modules.fused_head import FusedHead, causal_lm, output_layer
-from grpo_ext.rollouts.rollout import MicroBatch, Rollout
+from grpo_ext.modules.fused_head import FusedHead
+from grpo_ext.modules.inspection import causal_lm, output_layer
+from grpo_ext.rollouts.rollout import Rollout
 from grpo_ext.trainer import GRPOTrainer
-from grpo_ext.update.forward import CompletionForward
-from grpo_ext.update.policy import Policy
+from grpo_ext.update.layouts import LayoutChooser
+from grpo_ext.update.loss import ModelPass
+from grpo_ext.update.micro_batch import MicroBatch
 
 Make = Callable[..., GRPOTrainer]
 
@@ -83,9 +85,9 @@ def micro_batch() -> MicroBatch:
 
 def results(
     model: nn.Module, fused: bool, config: LossConfig, batch: MicroBatch, share: bool = True
-) -> tuple[Policy, dict[str, torch.Tensor]]:
+) -> tuple[ModelPass, dict[str, torch.Tensor]]:
     """Loss, log probabilities (with and without gradient) and every gradient."""
-    policy = Policy(CompletionForward(model, share), FusedHead(model, fused or False), config)
+    policy = ModelPass(LayoutChooser(model, share), FusedHead(model, fused or False), config)
     model.zero_grad()
     output = policy.loss(model, batch)
     output.loss.backward()
@@ -144,7 +146,7 @@ def test_head_trained_beside_an_adapter() -> None:
     assert_same(fused, plain)
     with model.disable_adapter():
         off = policy.logps(model, micro_batch())
-        want = Policy(CompletionForward(model), FusedHead(model, False), LossConfig()).logps(model, micro_batch())
+        want = ModelPass(LayoutChooser(model), FusedHead(model, False), LossConfig()).logps(model, micro_batch())
     torch.testing.assert_close(off, want)
     assert (off - fused["kept logps"]).abs().max() > 1e-2
 
@@ -242,13 +244,13 @@ def changed(kind: type[nn.Module]) -> nn.Module:
 def test_logits_path_with_a_reason(make: Callable[[], nn.Module], reason: str) -> None:
     model, batch = make(), micro_batch()
     # No sharing: the strange models above take whole batches only.
-    policy = Policy(CompletionForward(model, False), FusedHead(model), LossConfig())
+    policy = ModelPass(LayoutChooser(model, False), FusedHead(model), LossConfig())
     loss = policy.loss(model, batch).loss
     assert policy.head.describe().startswith("logits: ")
     assert policy.head.reason is not None
     with pytest.raises((ValueError, RuntimeError), match=f"use_fused_head=True, but .*{reason}"):
-        Policy(CompletionForward(model, False), FusedHead(model, True), LossConfig()).loss(model, batch)
-    want = Policy(CompletionForward(model, False), FusedHead(model, False), LossConfig()).loss(model, batch).loss
+        ModelPass(LayoutChooser(model, False), FusedHead(model, True), LossConfig()).loss(model, batch)
+    want = ModelPass(LayoutChooser(model, False), FusedHead(model, False), LossConfig()).loss(model, batch).loss
     torch.testing.assert_close(loss, want)
     loss.backward()
 
@@ -270,7 +272,7 @@ def test_heads_that_are_no_plain_linear() -> None:
 
 def test_errors_of_later_calls_are_not_swallowed() -> None:
     model, batch = build_model(), micro_batch()
-    policy = Policy(CompletionForward(model), FusedHead(model), LossConfig())
+    policy = ModelPass(LayoutChooser(model), FusedHead(model), LossConfig())
     policy.loss(model, batch)
     advantages, batch.advantages = batch.advantages, batch.advantages[:2]
     with pytest.raises(ValueError, match="advantages must be"):

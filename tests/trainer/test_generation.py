@@ -8,18 +8,9 @@ import pytest
 import torch
 from toys import EOS, PAD, WORDS, build_model, build_tokenizer
 
-from grpo_ext.generation.engine import (
-    PromptEncoder,
-    SamplingParams,
-    TransformersEngine,
-    cut_after_end,
-    end_token_ids,
-    left_pad,
-    position_ids,
-    right_pad,
-    shared_prompt_cache,
-    unique_rows,
-)
+from grpo_ext.generation.engine import PromptEncoder, SamplingParams, TransformersEngine, cut_after_end, end_token_ids
+from grpo_ext.modules.prompt_cache import position_ids, shared_prompt_cache
+from grpo_ext.update.micro_batch import left_pad, right_pad, unique_rows
 
 
 def test_cut_where_pad_is_eos() -> None:

@@ -18,14 +18,15 @@ from grpo_ext import LossConfig, reference
 from grpo_ext.config import LOSS_TYPES
 from grpo_ext.modules.fused_head import FusedHead
 from grpo_ext.rollouts.batching import plan_batches
-from grpo_ext.rollouts.rollout import MicroBatch, Rollout
-from grpo_ext.rollouts.rollout_maker import sorted_order
+from grpo_ext.rollouts.rollout import Rollout
 from grpo_ext.trainer import GRPOTrainer
-from grpo_ext.trainer.models import Reference
-from grpo_ext.update.forward import CompletionForward
+from grpo_ext.update.filling import sorted_order
 from grpo_ext.update.guard import NonfiniteError, NonfiniteGuard
+from grpo_ext.update.layouts import LayoutChooser
+from grpo_ext.update.loss import ModelPass, companions
 from grpo_ext.update.metrics import MetricWindow
-from grpo_ext.update.policy import Policy, _companions
+from grpo_ext.update.micro_batch import MicroBatch
+from grpo_ext.update.reference_model import ReferenceModel
 from grpo_ext.update.skipping import rows_with_gradient
 
 Make = Callable[..., GRPOTrainer]
@@ -148,10 +149,10 @@ def test_one_forward_equals_two(loss_type: str, mode: str, fused: bool) -> None:
         vllm_importance_sampling_clip_min=0.5,
     )
     model, batch = build_model(), example()
-    batch.sampling_logps = 0.9 * Policy(CompletionForward(model), FusedHead(model), config).logps(model, batch) - 0.1
+    batch.sampling_logps = 0.9 * ModelPass(LayoutChooser(model), FusedHead(model), config).logps(model, batch) - 0.1
     results = []
     for passes in (1, 2):
-        policy = Policy(CompletionForward(model), FusedHead(model, fused), config)
+        policy = ModelPass(LayoutChooser(model), FusedHead(model, fused), config)
         batch.old_logps = policy.logps(model, batch) if passes == 2 else None
         model.zero_grad()
         output = policy.loss(model, batch)
@@ -210,8 +211,8 @@ def test_packed_equals_padded(attention: str) -> None:
     model, batch = build_model(attn_implementation=attention), example()
     results = []
     for padding_free in (True, False):
-        forward = CompletionForward(model, False, padding_free)
-        policy = Policy(forward, FusedHead(model), LossConfig())
+        forward = LayoutChooser(model, False, padding_free)
+        policy = ModelPass(forward, FusedHead(model), LossConfig())
         model.zero_grad()
         output = policy.loss(model, batch)
         output.loss.backward()
@@ -219,7 +220,7 @@ def test_packed_equals_padded(attention: str) -> None:
         results.append([output.loss.detach(), logps, output.entropy, *(p.grad.clone() for p in model.parameters())])
         assert forward.padded_because is None
         # Prompts of 3, 3, 4, 1 and completions of 3, 1, 5, 2 tokens, whose last ones are not fed.
-        assert forward.tokens == 2 * (18 if padding_free else 4 * 8)
+        assert forward.positions == 2 * (18 if padding_free else 4 * 8)
     for packed, padded in zip(*results, strict=True):
         torch.testing.assert_close(packed, padded, rtol=2e-5, atol=1e-6)
 
@@ -234,8 +235,8 @@ def test_packing_where_the_attention_does_not_allow_it() -> None:
 
     model, batch = build_model(), example()
     model.__class__ = Mixing
-    forward = CompletionForward(model, False, True)
-    policy = Policy(forward, FusedHead(model), LossConfig())
+    forward = LayoutChooser(model, False, True)
+    policy = ModelPass(forward, FusedHead(model), LossConfig())
     policy.loss(model, batch)
     assert forward.padded_because == "the model does not keep sequences apart that lie end to end (sdpa)"
     assert policy.head.serves
@@ -317,7 +318,8 @@ def test_tokens_of_a_step_with_and_without_each_measure(make_trainer: Make) -> N
 
 def test_sorted_order_stays_within_optimizer_steps() -> None:
     plan = plan_batches(2, 1, 2, 2, steps_per_generation=4)
-    assert sorted_order([5, 1, 4, 2, 9, 3, 8, 3], plan) == [1, 3, 2, 0, 5, 7, 6, 4]
+    rows = plan.slices_per_step * plan.per_device_batch_size
+    assert sorted_order([5, 1, 4, 2, 9, 3, 8, 3], rows) == [1, 3, 2, 0, 5, 7, 6, 4]
 
 
 # ---- dropout, precision, references
@@ -335,7 +337,7 @@ def test_late_log_probabilities_know_no_dropout(make_trainer: Make) -> None:
     trainer.train()
     assert trainer.model.training
     batch = kept[0].micro_batch(1, PAD, "cpu")
-    want = Policy(CompletionForward(start), FusedHead(start), LossConfig()).logps(start, batch)
+    want = ModelPass(LayoutChooser(start), FusedHead(start), LossConfig()).logps(start, batch)
     torch.testing.assert_close(batch.old_logps, want, rtol=1e-5, atol=1e-5)
 
 
@@ -356,12 +358,12 @@ def test_autocast_with_a_gradient_scaler(dtype: torch.dtype, fused: bool) -> Non
     plain torch is, and finite under fp16's scale."""
     model, batch = build_model(), example()
     batch.normaliser = 4000.0  # as many tokens: coefficients that fp16 cannot hold without the scale
-    policy = Policy(CompletionForward(model), FusedHead(model, fused), LossConfig())
+    policy = ModelPass(LayoutChooser(model), FusedHead(model, fused), LossConfig())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
 
     def plain() -> torch.Tensor:
         given = batch.completion_ids, batch.advantages, batch.loss_mask, policy.config
-        return reference.grpo_loss(policy.forward(model, batch).float(), *given, **_companions(batch)).loss
+        return reference.grpo_loss(policy.logits(model, batch).float(), *given, **companions(batch)).loss
 
     def gradients(loss: Callable[[], torch.Tensor], autocast: bool) -> list[torch.Tensor]:
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, enabled=autocast and dtype == torch.float16)
@@ -400,12 +402,12 @@ def test_a_reference_without_an_adapter_that_is_trained_already_warns(make_train
     model = get_peft_model(build_model(), LoraConfig(r=2, target_modules="all-linear"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Reference(model)
+        ReferenceModel(model)
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.ones_(parameter)
     with pytest.warns(UserWarning, match="reference of the KL term .* is the model without the adapter"):
-        Reference(model)
+        ReferenceModel(model)
 
 
 def test_a_generation_batch_made_inside_itself_has_old_logps(make_trainer: Make) -> None:

@@ -18,7 +18,7 @@ from toys import EOS, FixedEngine, build_model, build_tokenizer, reward_number
 import grpo_ext
 from grpo_ext.modules.fused_head import FusedHead
 from grpo_ext.trainer import GRPOConfig, GRPOTrainer, RewardError
-from grpo_ext.update.policy import Policy
+from grpo_ext.update.loss import ModelPass
 
 Make = Callable[..., GRPOTrainer]
 LORA = LoraConfig(r=2, target_modules="all-linear")
@@ -264,8 +264,8 @@ def test_entropy_threshold_is_the_quantile_over_all_ranks(make_trainer: Make) ->
     trainer = make_trainer(engine=FixedEngine(), top_entropy_quantile=0.3)
     rollout, _, _ = trainer.rollouts.make(trainer.model, (0, 0), 0)
     batch = rollout.micro_batch(0, trainer.pad_id, "cpu")
-    assert trainer.policy.threshold is None  # one rank: the loss's own quantile
-    logits = trainer.completion_forward(trainer.model, batch).detach()
+    assert trainer.model_pass.threshold is None  # one rank: the loss's own quantile
+    logits = trainer.model_pass.logits(trainer.model, batch).detach()
     trainer.accelerator = TwoRanks()
     x = logits.log_softmax(-1)
     entropies = -(x.exp() * x).sum(-1)
@@ -276,8 +276,8 @@ def test_entropy_threshold_is_the_quantile_over_all_ranks(make_trainer: Make) ->
     # What a run of several ranks asks for, by both paths.
     for head in (None, False):
         asked: list[torch.Tensor] = []
-        policy = Policy(
-            trainer.completion_forward,
+        policy = ModelPass(
+            trainer.layouts,
             FusedHead(trainer.model, head),
             trainer.loss_config,
             lambda entropy, mask, asked=asked: asked.append(entropy) or trainer._entropy_threshold(entropy, mask),

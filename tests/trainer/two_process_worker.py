@@ -222,7 +222,7 @@ def run(
         "kind": kind,
         "dropped all-gathers": dropped[0],
         "lora layers": served.latest,
-        "packed": trainer.args.padding_free and trainer.completion_forward.padded_because is None,
+        "packed": trainer.args.padding_free and trainer.layouts.padded_because is None,
         "sharded": any(is_sharded(p) for p in model.parameters()),
     }
     # Greedy completions of the model itself, which end at different steps: a rank that is done has to go on.

@@ -14,10 +14,10 @@ from vllm_toys import EOS, PAD, build_model, change_weights, engine_around, need
 
 from grpo_ext.generation.engine import SamplingParams, TransformersEngine
 from grpo_ext.generation.vllm import WeightMismatchError
-from grpo_ext.generation.vllm.build import adapter_update
 from grpo_ext.generation.vllm.colocate import ColocatedClient
 from grpo_ext.generation.vllm.weights import base_weights, check_adapter, checkpoint_weights, write_adapter
 from grpo_ext.trainer import GRPOConfig
+from grpo_ext.trainer.engine import adapter_update
 
 PROMPTS = [[5, 6, 7, 8], [9, 10], list(range(3, 40)) * 4]
 GREEDY = SamplingParams(8, temperature=0.0)

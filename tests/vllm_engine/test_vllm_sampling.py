@@ -13,11 +13,11 @@ from vllm_toys import CONTEXT, EOS, VOCABULARY, build_model, build_tokenizer, ch
 
 from grpo_ext.generation.engine import SamplingParams
 from grpo_ext.generation.vllm import EngineError, WeightMismatchError
-from grpo_ext.generation.vllm.build import build_engine
 from grpo_ext.generation.vllm.check import LENGTH, TOP, WeightCheck
 from grpo_ext.generation.vllm.client import Answer
 from grpo_ext.generation.vllm.sampling import sampling_fields, warn_of_bias
 from grpo_ext.trainer import GRPOConfig
+from grpo_ext.trainer.engine import build_engine
 
 IDS = list(range(3, VOCABULARY))
 

@@ -73,7 +73,7 @@ def test_training_full_weights_dies_and_resumes(
             raise RuntimeError("engine core died")
         return generate(*args, **kwargs)
 
-    monkeypatch.setattr("grpo_ext.generation.vllm.build.ColocatedClient", lambda *_: client)
+    monkeypatch.setattr("grpo_ext.trainer.engine.ColocatedClient", lambda *_: client)
     second = make(output_dir=str(tmp_path / "second"))
     monkeypatch.setattr(client.llm, "generate", dying)
     with pytest.raises(EngineError, match=r"engine core died(.|\n)*after step 2 is saved.*checkpoint-2"):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from grpo_ext.generation.errors import WeightMismatchError
 from grpo_ext.generation.vllm.client import Answer
-from grpo_ext.trainer.models import evaluating
+from grpo_ext.modules.inspection import evaluating
 
 #: Longest prefix in tokens, prefixes, and log probabilities of each.
 LENGTH, PREFIXES, TOP = 160, 8, 20

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grpo_ext.modules.inspection import is_peft_model
 from grpo_ext.modules.sharding import made_whole, whole
-from grpo_ext.trainer.models import is_peft_model
 
 
 def base_of(model: nn.Module) -> Any:

@@ -1,8 +1,7 @@
-"""Micro-batches whose rows all begin in the first column, so that causal attention needs no mask.
+"""Rows that all begin in the first column, so that causal attention needs no mask.
 
-Prompts are padded on their left, completions on their right, and a mask has to hide the gap. A mask costs attention its
-fastest form: torch then leaves FlashAttention, writes out ``(B, 1, N, N)`` and repeats grouped keys and values. With
-all padding behind a row's last token a causal model cannot see it, and nothing is left to mask.
+Left-padded prompts need a mask, and with a mask torch leaves FlashAttention, writes out ``(B, 1, N, N)`` and repeats
+grouped keys and values. With all padding behind a row's last token a causal model cannot attend to it.
 """
 
 from __future__ import annotations
@@ -12,16 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_ext.rollouts.rollout import MicroBatch
-from grpo_ext.update.packing import TOLERANCE
+from grpo_ext.update.layouts.layout import same_logits
+from grpo_ext.update.micro_batch import MicroBatch
 
 
-class AlignedBatch:
-    """A micro-batch as ``(B, W)`` ids, prompt and completion joined, without the last token of the longest row.
+class LeftAlignedLayout:
+    """``(B, W)`` ids, prompt and completion joined, without the last token of the longest row.
 
     Attributes:
-        positions: B * W.
-        kept: the last so many columns hold everything that predicts a completion token.
+        kept: number of last columns that hold every position which predicts a completion token.
     """
 
     def __init__(self, batch: MicroBatch) -> None:
@@ -49,21 +47,20 @@ class AlignedBatch:
             self._where = torch.cat(ranges).to(device)
 
     def inputs(self) -> dict[str, Any]:
-        """Keyword arguments of a model of transformers."""
         return {"input_ids": self._ids, "logits_to_keep": self.kept, "use_cache": False}
 
-    def by_row(self, hidden: Tensor) -> Tensor:
-        """``(B, kept, H)`` as ``(B, T, H)``: what predicts each completion token; anything where there is none."""
-        hidden = hidden[:, -self.kept :]
+    def completion_rows(self, outputs: Tensor) -> Tensor:
+        """Any value where there is no completion token."""
+        outputs = outputs[:, -self.kept :]
         if self._source is None:
-            return hidden
-        size = hidden.shape[-1]
-        found = hidden.reshape(-1, size).index_select(0, self._source)
-        return hidden.new_zeros((self._shape.numel(), size)).index_copy(0, self._where, found).view(*self._shape, size)
+            return outputs
+        size = outputs.shape[-1]
+        found = outputs.reshape(-1, size).index_select(0, self._source)
+        return outputs.new_zeros((self._shape.numel(), size)).index_copy(0, self._where, found).view(*self._shape, size)
 
 
-def looks_ahead(model: nn.Module, batch: MicroBatch) -> str | None:
-    """Why a model needs a mask for padding behind a row, found by trying; None where it does not."""
+def reason_for_mask(model: nn.Module, batch: MicroBatch) -> str | None:
+    """Run one row with and without tokens behind it: the reason why the model needs a mask, None if it needs none."""
     prompts, completions = batch.lengths()
     row = max(range(len(prompts)), key=lambda r: prompts[r] + completions[r])
     whole = torch.cat([batch.prompt_ids[row, -prompts[row] :], batch.completion_ids[row, : completions[row]]])
@@ -74,10 +71,10 @@ def looks_ahead(model: nn.Module, batch: MicroBatch) -> str | None:
         input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, use_cache=False, logits_to_keep=1
     ).logits[0, -1]
     try:
-        followed = torch.cat([ids, (ids == 0).to(ids.dtype)], dim=1)  # by other tokens, whatever they are
+        followed = torch.cat([ids, (ids == 0).to(ids.dtype)], dim=1)  # any tokens that differ from the row's own
         beside = model(input_ids=followed, use_cache=False, logits_to_keep=count + 1).logits[0, 0]
     except (RuntimeError, ValueError, TypeError) as error:
         return f"the model does not run without a mask ({type(error).__name__})"
-    if bool((beside.float() - alone.float()).norm() <= TOLERANCE.get(alone.dtype, 1e-4) * alone.float().norm()):
+    if same_logits(beside, alone):
         return None
-    return "the model looks at tokens behind the one it predicts from"
+    return "the model attends to tokens behind the one it predicts from"

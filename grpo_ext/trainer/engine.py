@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from grpo_ext.generation.engine import SamplingParams
 from grpo_ext.generation.vllm.check import LENGTH, WeightCheck
 from grpo_ext.generation.vllm.colocate import ColocatedClient, EngineSettings, kept_folder, scratch_folder
 from grpo_ext.generation.vllm.engine import VllmEngine
@@ -18,8 +17,8 @@ from grpo_ext.generation.vllm.parallel import Ranks
 from grpo_ext.generation.vllm.sampling import sampling_fields, warn_of_bias
 from grpo_ext.generation.vllm.server import ServerClient
 from grpo_ext.generation.vllm.weights import base_of, base_weights, check_adapter, write_config, write_weights
+from grpo_ext.modules.inspection import context_length, is_peft_model
 from grpo_ext.trainer.config import GRPOConfig
-from grpo_ext.trainer.models import context_length, is_peft_model
 
 
 def build_engine(
@@ -45,15 +44,7 @@ def build_engine(
         ValueError: a parameter that does not fit the model, the adapter or the device.
         EngineError: vLLM does not start, or the server does not answer.
     """
-    sampling = SamplingParams(
-        args.max_completion_length,
-        args.temperature,
-        args.top_p,
-        args.top_k,
-        args.min_p,
-        args.repetition_penalty,
-        dict(args.generation_kwargs or {}),  # type: ignore[arg-type]
-    )
+    sampling = args.sampling()
     sampling_fields(sampling, end_ids)
     if args.vllm_importance_sampling_correction:
         warn_of_bias(sampling)

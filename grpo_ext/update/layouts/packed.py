@@ -1,4 +1,4 @@
-"""Micro-batches without padding: all sequences end to end in one row, told apart by their position ids."""
+"""All sequences end to end in one row without padding; position ids that start again at 0 separate them."""
 
 from __future__ import annotations
 
@@ -7,18 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_ext.rollouts.rollout import MicroBatch
-
-#: Greatest relative difference of the logits of a sequence alone and beside others, by their dtype.
-TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3}
+from grpo_ext.update.layouts.layout import same_logits
+from grpo_ext.update.micro_batch import MicroBatch
 
 
-class PackedBatch:
-    """The real tokens of a micro-batch as ``(1, N)``, without the last token of each row, which predicts nothing.
-
-    Attributes:
-        positions: N.
-    """
+class PackedLayout:
+    """``(1, N)`` ids: the tokens of all rows without the last of each."""
 
     def __init__(self, batch: MicroBatch) -> None:
         ids = torch.cat([batch.prompt_ids, batch.completion_ids], dim=1)
@@ -39,7 +33,6 @@ class PackedBatch:
         self.positions = self._ids.shape[1]
 
     def inputs(self) -> dict[str, Any]:
-        """Keyword arguments of a model of transformers; its head sees the positions that predict a token only."""
         return {
             "input_ids": self._ids,
             "position_ids": self._position_ids,
@@ -47,28 +40,27 @@ class PackedBatch:
             "use_cache": False,
         }
 
-    def by_row(self, hidden: Tensor) -> Tensor:
-        """``(1, M, H)`` of the kept positions as ``(B, T, H)``, zeros where there is no token."""
-        size = hidden.shape[-1]
-        rows = hidden.new_zeros((self._shape.numel(), size)).index_copy(0, self._where, hidden.reshape(-1, size))
+    def completion_rows(self, outputs: Tensor) -> Tensor:
+        """Zeros where there is no completion token."""
+        size = outputs.shape[-1]
+        rows = outputs.new_zeros((self._shape.numel(), size)).index_copy(0, self._where, outputs.reshape(-1, size))
         return rows.view(*self._shape, size)
 
 
-def keeps_apart(model: nn.Module, batch: MicroBatch) -> str | None:
-    """Why a model mixes sequences that lie end to end, found by trying; None where it keeps them apart."""
+def reason_against_packing(model: nn.Module, batch: MicroBatch) -> str | None:
+    """Run one sequence alone and behind another: the reason why the model cannot be packed, None if it can."""
     row = (batch.prompt_mask.sum(dim=1) + batch.completion_mask.sum(dim=1)).argmax()
     mask = torch.cat([batch.prompt_mask, batch.completion_mask], dim=1)[row].bool()
     ids = torch.cat([batch.prompt_ids, batch.completion_ids], dim=1)[row][mask][-16:].unsqueeze(0)
     count = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
     alone = model(input_ids=ids, position_ids=count, use_cache=False, logits_to_keep=1).logits[0, -1]
     try:
-        # In front of it lies the same sequence backwards, so that a model which looks there sees something else.
+        # The sequence in front is the same one backwards, so that a model which attends to it computes other logits.
         both, positions = torch.cat([ids.flip(1), ids], dim=1), torch.cat([count, count], dim=1)
         beside = model(input_ids=both, position_ids=positions, use_cache=False, logits_to_keep=1).logits[0, -1]
     except (RuntimeError, ValueError, TypeError) as error:
         return f"the model's attention refuses sequences that lie end to end ({type(error).__name__})"
-    bound = TOLERANCE.get(alone.dtype, 1e-4) * alone.float().norm()
-    if bool((beside.float() - alone.float()).norm() <= bound):
+    if same_logits(beside, alone):
         return None
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None) or "its attention"
     return f"the model does not keep sequences apart that lie end to end ({attention})"

@@ -1,0 +1,63 @@
+"""Facts about a transformers model that the layers above ask for: adapter, dropout, context, head."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+
+
+def is_peft_model(model: nn.Module) -> bool:
+    """Whether the model carries a PEFT adapter that can be switched off."""
+    return hasattr(model, "disable_adapter") and hasattr(model, "peft_config")
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether two passes in train mode differ, through a dropout layer or dropped attention weights."""
+    if any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in model.modules()):
+        return True
+    config: Any = getattr(model, "config", None)
+    return bool(getattr(config, "attention_dropout", 0.0) or 0.0)
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Longest sequence in tokens that the model takes; None if its config does not say."""
+    config = getattr(model, "config", None)
+    value = getattr(config, "max_position_embeddings", None)
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def causal_lm(model: nn.Module) -> nn.Module:
+    """Return the transformers model inside the wrappers of DDP, FSDP, `torch.compile` and PEFT."""
+    inner: Any = model
+    if isinstance(getattr(model, "module", None), nn.Module) or "_orig_mod" in model.__dict__:
+        inner = extract_model_from_parallel(model)  # scans every module, so only if there is a wrapper
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
+def output_layer(model: nn.Module) -> nn.Module | None:
+    """Return the head that computes the logits; of a head trained beside an adapter, the copy in use."""
+    getter = getattr(model, "get_output_embeddings", None)
+    try:
+        head: Any = getter() if callable(getter) else None
+    except (NotImplementedError, AttributeError):
+        return None
+    copies = getattr(head, "modules_to_save", None)
+    if isinstance(copies, nn.ModuleDict) and hasattr(head, "original_module"):
+        active = [name for name in head.active_adapters if name in copies]
+        return copies[active[0]] if active and not head.disable_adapters else head.original_module
+    return head
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Hold the model in eval mode, so that what is kept has no dropout noise."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

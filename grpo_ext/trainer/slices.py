@@ -1,0 +1,150 @@
+"""The slices of a generation batch: which rows go through the model, their micro-batches, their log probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grpo_ext.modules.inspection import evaluating
+from grpo_ext.output import METRIC_NAMES
+from grpo_ext.rollouts.batching import BatchPlan
+from grpo_ext.rollouts.rollout import Rollout
+from grpo_ext.trainer.config import GRPOConfig
+from grpo_ext.update.loss import ModelPass
+from grpo_ext.update.metrics import MetricWindow
+from grpo_ext.update.micro_batch import MicroBatch
+from grpo_ext.update.reference_model import ReferenceModel
+from grpo_ext.update.skipping import remaining_weight, rows_with_gradient
+
+
+class Slices:
+    """Cut micro-batches of the rows that have a gradient, with everything the loss needs.
+
+    Args:
+        args: the run's parameters.
+        plan: its batch numbers.
+        model_pass: runs the model.
+        reference: the model of the KL term; None without one.
+        window: collects the metrics.
+        pad_id: id of padding.
+        autocast: context in which the reference runs as the policy does.
+        may_skip_backward: whether a micro-batch with no gradient may skip backward. False with several processes or a
+            gradient scaler; its shortest row is then kept. A slice without rows, which has none on any process, skips
+            in any case.
+        dropout: whether two passes in train mode differ; the log probabilities that a replay is compared with are
+            then computed in eval mode before the first update.
+    """
+
+    def __init__(
+        self,
+        args: GRPOConfig,
+        plan: BatchPlan,
+        model_pass: ModelPass,
+        reference: ReferenceModel | None,
+        window: MetricWindow,
+        pad_id: int,
+        autocast: Callable[[], AbstractContextManager[Any]],
+        may_skip_backward: bool,
+        dropout: bool,
+    ) -> None:
+        self.args = args
+        self.plan = plan
+        self.model_pass = model_pass
+        self.reference = reference
+        self.window = window
+        self.pad_id = pad_id
+        self.autocast = autocast
+        self.may_skip_backward = may_skip_backward
+        self.replays_with_dropout = dropout and plan.num_iterations > 1
+        # Of the policy since the last call of `count`; passes of the reference are counted apart.
+        self._positions = self._passes = self._reference_passes = 0
+
+    def rows(self, rollout: Rollout, index: int) -> list[int]:
+        """Positions in slice ``index`` of the rows that go through the model."""
+        rows = rollout.rows_of(index)
+        if not self.args.skip_zero_gradient_sequences:
+            return list(range(len(rows)))
+        advantages = [float(rollout.advantages[row]) for row in rows]
+        keep = rows_with_gradient(self.model_pass.config, advantages, [rollout.trained[row] for row in rows])
+        if keep or not rows or self.may_skip_backward:
+            return keep
+        lengths = [len(rollout.prompt_ids[row]) + len(rollout.completion_ids[row]) for row in rows]
+        return [lengths.index(min(lengths))]
+
+    def micro_batch(self, rollout: Rollout, index: int, keep: list[int]) -> MicroBatch:
+        """The rows ``keep`` of slice ``index``; its weighted loss has the gradient of the whole slice."""
+        batch = rollout.micro_batch(index, self.pad_id, self.args.device, keep)
+        rows = rollout.rows_of(index)
+        tokens = [len(rollout.completion_ids[row]) * rollout.trained[row] for row in rows]
+        kept = sum(tokens[position] for position in keep)
+        count: float = len(rows)
+        total: float = sum(tokens)
+        if rollout.sizes is not None:  # filled slices differ in size; divide by what an unfilled slice would hold
+            lengths = zip(rollout.completion_ids, rollout.trained, strict=True)
+            total = sum(len(ids) for ids, use in lengths if use) / len(rollout.sizes)
+            count = rollout.rows_per_slice
+        batch.weight = remaining_weight(self.args.loss_type, count, len(keep), total, kept)
+        return batch
+
+    def add_logps(self, model: nn.Module, unwrapped: nn.Module, rollout: Rollout, from_start: bool = True) -> None:
+        """Compute the log probabilities that must be fixed before the first update of a generation batch.
+
+        Old ones only for slices first used after an optimizer step: for the others the update's own forward is the
+        sampling policy, and replays reuse what that forward computed (with dropout they are computed here, too).
+        Reference ones only if beta is not 0.
+
+        Args:
+            from_start: the first slice comes next. False for a batch made anew by a resumed run, which may continue
+                at any slice; all slices then get old ones.
+        """
+        for index in range(self.plan.steps_per_generation):
+            after_step = not from_start or not self.plan.is_on_policy(rollout.start, index)
+            needs_old = after_step or self.replays_with_dropout
+            keep = self.rows(rollout, index)
+            if not keep or (not needs_old and self.reference is None):
+                continue
+            batch = rollout.micro_batch(index, self.pad_id, self.args.device, keep)
+            if needs_old:
+                with evaluating(model):
+                    old = self.model_pass.logps(model, batch)
+                rollout.old_logps[index] = rollout.whole_slice(index, keep, old)
+            if self.reference is not None:
+                passes = self.model_pass.passes
+                with self.reference.using(unwrapped) as reference, self.autocast():
+                    ref = self.model_pass.logps(reference, batch)
+                rollout.ref_logps[index] = rollout.whole_slice(index, keep, ref)
+                self._reference_passes += self.model_pass.passes - passes
+
+    def without_gradient(self, model: nn.Module, rollout: Rollout) -> Tensor:
+        """Return the loss 0 of a slice that skips the model; parameters without a gradient get one of zeros."""
+        if self.may_skip_backward:  # else another micro-batch of the step runs backward
+            for parameter in model.parameters():
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)  # the optimizer skips parameters without one
+        sampled = rollout.sampling_logps is not None
+        self.window.add_loss(dict.fromkeys(METRIC_NAMES, 0.0), self.args.beta != 0, sampled)
+        for name in ("time/forward", "time/backward"):
+            self.window.add(name, 0.0, reduce="sum")
+        return torch.zeros((), device=self.args.device)
+
+    def count(self, rollout: Rollout, rows: int, kept: int) -> None:
+        """Add the metrics of one micro-batch's model passes, earlier passes for log probabilities included.
+
+        ``tokens/padded`` is what one pass would take with every row padded to the whole generation batch and none
+        skipped.
+        """
+        passes = self.model_pass.passes - self._passes
+        positions = self.model_pass.layouts.positions - self._positions
+        self._passes, self._positions = self.model_pass.passes, self.model_pass.layouts.positions
+        add = self.window.add
+        add("skipped_sequences", 1 - kept / max(rows, 1), weight=rows)
+        add("forwards_per_micro_batch", float(passes - self._reference_passes))
+        if self.reference is not None:
+            add("reference_forwards_per_micro_batch", float(self._reference_passes))
+        self._reference_passes = 0
+        add("tokens/computed", float(positions), reduce="sum")
+        add("tokens/padded", float(rollout.padded_tokens(rows)), reduce="sum")

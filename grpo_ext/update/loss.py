@@ -1,0 +1,171 @@
+"""Loss and log probabilities of a micro-batch: one pass of a model, through the fused head or from its logits."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import grpo_ext
+from grpo_ext.config import LossConfig
+from grpo_ext.linear.plan import TRAINER_BUDGET
+from grpo_ext.modules.fused_head import FusedHead, Result
+from grpo_ext.output import GRPOLossOutput
+from grpo_ext.update.layouts import LayoutChooser
+from grpo_ext.update.micro_batch import MicroBatch
+
+#: ``(batch, hidden, weight, bias)`` to a loss or log probabilities; hidden is ``(B, T, H)``.
+AtHead = Callable[[MicroBatch, Tensor, Tensor, Tensor | None], Result]
+
+#: Entropies and loss mask, ``(B, T)`` each, of this rank's tokens to the entropy threshold over all ranks.
+Threshold = Callable[[Tensor, Tensor], Tensor | None]
+
+
+class ModelPass:
+    """Run a model over micro-batches.
+
+    Args:
+        layouts: lays out the model's input.
+        head: the fused head, or the reason why there is none.
+        config: the constants of the loss.
+        threshold: returns the entropy threshold of a micro-batch; None leaves it to the loss.
+        memory_budget: bytes of the fused head's buffers; None: `TRAINER_BUDGET`, else the losses' own default.
+
+    Attributes:
+        passes: passes over a micro-batch so far.
+    """
+
+    def __init__(
+        self,
+        layouts: LayoutChooser,
+        head: FusedHead,
+        config: LossConfig,
+        threshold: Threshold | None = None,
+        memory_budget: int | None = None,
+    ) -> None:
+        self.layouts = layouts
+        self.head = head
+        self.config = config
+        self.threshold = threshold
+        self.memory_budget = memory_budget
+        self.passes = 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # issued when the config was made
+            #: The same loss from the head's own product, before the model's scale and softcap.
+            self.head_config = config.replace(logit_scale=head.logit_scale, logit_softcap=head.logit_softcap)
+
+    def loss(self, model: nn.Module, batch: MicroBatch) -> GRPOLossOutput:
+        """The loss of a micro-batch; its ``loss`` has the gradient, the rest is detached."""
+        output = self._through_head(model, batch, self._loss_from_hidden)
+        return self._loss_from_logits(model, batch) if output is None else output
+
+    @torch.no_grad()
+    def logps(self, model: nn.Module, batch: MicroBatch) -> Tensor:
+        """Log probabilities of the completion tokens ``(B, T)``, fp32 without gradient, 0 where there is no token."""
+        logps = self._through_head(model, batch, self._logps_from_hidden)
+        if logps is not None:
+            return logps
+        logits = self.logits(model, batch)
+        found: Any = grpo_ext.selective_log_softmax(logits, batch.completion_ids, temperature=self.config.temperature)
+        return found.masked_fill(batch.completion_mask == 0, 0.0)
+
+    def _through_head(self, model: nn.Module, batch: MicroBatch, function: AtHead[Result]) -> Result | None:
+        """``function`` of the batch, the hidden states ``(B, T, H)`` and the head; None if the head does not serve."""
+        if not self.head.serves:
+            return None
+        layout = self.layouts.choose(model, batch)
+
+        def at_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Result:
+            return function(batch, layout.completion_rows(hidden), weight, bias)
+
+        result = self.head.run(model, layout.inputs(), at_head)
+        if result is not None:
+            self.passes += 1
+        elif self.layouts.padding_free:
+            self.layouts.stop_packing("the fused head is not in use")
+        return result
+
+    def logits(self, model: nn.Module, batch: MicroBatch) -> Tensor:
+        """Logits ``(B, T, V)`` in the model's own dtype; row t predicts ``completion_ids[:, t]``."""
+        layout = self.layouts.choose(model, batch, for_logits=True)
+        self.passes += 1
+        return layout.completion_rows(model(**layout.inputs()).logits)
+
+    def _loss_from_logits(self, model: nn.Module, batch: MicroBatch) -> GRPOLossOutput:
+        logits = self.logits(model, batch)
+        threshold = None
+        if self.threshold is not None:
+            with torch.no_grad():
+                _, entropy = grpo_ext.selective_log_softmax(
+                    logits, batch.completion_ids, temperature=self.config.temperature, return_entropy=True
+                )
+            threshold = self.threshold(entropy, batch.loss_mask)
+        return grpo_ext.grpo_loss(
+            logits,
+            batch.completion_ids,
+            batch.advantages,
+            batch.loss_mask,
+            self.config,
+            entropy_threshold=threshold,
+            inplace=True,
+            **companions(batch),
+        )
+
+    def _loss_from_hidden(
+        self, batch: MicroBatch, hidden: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> GRPOLossOutput:
+        threshold = None
+        if self.threshold is not None:
+            with torch.no_grad():
+                _, entropy = self._linear_logps(batch, batch.loss_mask, hidden, weight, bias, return_entropy=True)
+            threshold = self.threshold(entropy, batch.loss_mask)
+        return grpo_ext.linear_grpo_loss(
+            hidden,
+            weight,
+            batch.completion_ids,
+            batch.advantages,
+            batch.loss_mask,
+            self.head_config,
+            bias=bias,
+            entropy_threshold=threshold,
+            valid_rows=sum(batch.lengths()[1]),
+            memory_budget=self._budget(hidden),
+            **companions(batch),
+        )
+
+    def _logps_from_hidden(self, batch: MicroBatch, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._linear_logps(batch, batch.completion_mask, hidden, weight, bias)
+
+    def _linear_logps(
+        self, batch: MicroBatch, mask: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, **options: Any
+    ) -> Any:
+        config = self.head_config
+        return grpo_ext.linear_selective_log_softmax(
+            hidden,
+            weight,
+            batch.completion_ids,
+            bias=bias,
+            mask=mask,
+            valid_rows=sum(batch.lengths()[1]),
+            memory_budget=self._budget(hidden),
+            temperature=config.temperature,
+            logit_softcap=config.logit_softcap,
+            logit_scale=config.logit_scale,
+            **options,
+        )
+
+    def _budget(self, hidden: Tensor) -> int | None:
+        return self.memory_budget or TRAINER_BUDGET.get(hidden.device.type)
+
+
+def companions(batch: MicroBatch) -> dict[str, Any]:
+    """Keyword arguments of a loss that come with the batch."""
+    return {
+        "old_logps": batch.old_logps,
+        "ref_logps": batch.ref_logps,
+        "sampling_logps": batch.sampling_logps,
+        "num_items_in_batch": batch.normaliser,
+    }
