@@ -55,6 +55,7 @@ from grpo_ext.update.loss import ModelPass
 from grpo_ext.update.metrics import MetricWindow
 from grpo_ext.update.micro_batch import MicroBatch
 from grpo_ext.update.reference_model import ReferenceModel
+from grpo_ext.update.step_losses import StepLosses
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -180,6 +181,7 @@ class GRPOTrainer(Trainer):
             Path(str(args.output_dir)) / FOLDER,
             self.accelerator.process_index,
         )
+        self.step_losses = StepLosses(lambda: self._tr_loss)
         self.slices = Slices(
             args,
             self.plan,
@@ -227,6 +229,7 @@ class GRPOTrainer(Trainer):
             self.args.gradient_checkpointing_kwargs = given
 
     def _add_callbacks(self) -> None:
+        self.add_callback(self.step_losses)
         self.add_callback(StepTimer(self.window))
         self.add_callback(MetricsFileCallback())
         if self.args.sync_ref_model and self.reference is not None:
@@ -303,7 +306,8 @@ class GRPOTrainer(Trainer):
         if self.is_deepspeed_enabled:
             engine: Any = model
             scaled, taken = engine.fp16_enabled(), engine.was_step_applied()
-        self.guard.before_step(model, norm, self.state.global_step + 1, scaled, taken)
+        skipped = self.guard.before_step(model, norm, self.state.global_step + 1, scaled, taken)
+        self.step_losses.end_step(skipped)
         return norm
 
     def compute_loss(
@@ -405,7 +409,7 @@ class GRPOTrainer(Trainer):
         if "loss" in logs:
             self.window.add("kernel_calls", float(self.kernel_calls), reduce="last")
             self.window.add("fused_head", float(self.fused_head.serves), reduce="last")
-            logs = {**logs, **self.window.flush(self._gather)}
+            logs = {**logs, **self.window.flush(self._gather), "loss": self.step_losses.logged(logs["loss"])}
         super().log(logs, start_time)
 
     # ---- evaluation ----------------------------------------------------------------------------------------
@@ -475,6 +479,12 @@ class GRPOTrainer(Trainer):
         keep_logits_dtype(self.accelerator.unwrap_model(self.model_wrapped), self.accelerator.autocast)
         prefetch_in_order(self.model_wrapped)
         return result
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Called by transformers after the last step, which divides the sum of losses by all steps."""
+        self._total_loss_scalar = self.step_losses.of_run(self._total_loss_scalar + self._tr_loss.item())
+        self._tr_loss.zero_()
+        return super()._finalize_training(*args, **kwargs)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Save, beside the random states, the generation batch in use: a resumed run goes on inside it."""

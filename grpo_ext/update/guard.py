@@ -56,7 +56,7 @@ class NonfiniteGuard:
         losses = torch.stack([*self._losses, loss.detach().float()])
         return loss * torch.where(losses.isfinite().all(), 1.0, math.nan).to(loss.dtype)
 
-    def before_step(self, model: nn.Module, norm: Any, step: int, scaled: bool, taken: bool | None = None) -> None:
+    def before_step(self, model: nn.Module, norm: Any, step: int, scaled: bool, taken: bool | None = None) -> bool:
         """Drop the gradients of a step that must not be taken.
 
         Args:
@@ -65,6 +65,9 @@ class NonfiniteGuard:
             scaled: a gradient scaler is at work: it skips such steps itself, and a gradient out of range is how it
                 finds its scale; only the losses are looked at.
             taken: what became of the step where it is over already (DeepSpeed); None where it is still to come.
+
+        Returns:
+            Whether the step is skipped, the same on all ranks.
 
         Raises:
             NonfiniteError: the limit is reached, or such a step was taken; names the file with the batch.
@@ -77,7 +80,7 @@ class NonfiniteGuard:
         self.window.add("nonfinite_steps", float(bad and self.rank == 0), reduce="sum")  # one step, not one per rank
         if not bad:
             self.in_a_row = 0
-            return
+            return False
         self.in_a_row += 1
         what = "loss" if bad_loss else f"gradient (norm {norm})"
         if taken:
@@ -95,6 +98,7 @@ class NonfiniteGuard:
                 f"taken; the batch is in {path} (max_nonfinite_steps={self.limit}). Look for a learning rate that is "
                 "too high, fp16 out of its range, or a reward or prompt that is out of the ordinary"
             )
+        return True
 
     def _save(self, step: int, slices: list[tuple[Rollout, int]], wrong: Tensor) -> Path:
         """Prompts, completions, advantages and log probabilities of the step's micro-batches, for ``torch.load``."""

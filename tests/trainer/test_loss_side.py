@@ -496,6 +496,32 @@ def test_nonfinite_steps_are_skipped_and_then_an_error(make_trainer: Make) -> No
     assert Rollout.from_state_dict(saved["rollouts"][(0, 1)]).completion_ids == trainer._rollout.completion_ids
 
 
+@pytest.mark.parametrize("every", [1, 2, 4])
+def test_a_skipped_step_leaves_the_loss(make_trainer: Make, every: int) -> None:
+    """The second of four steps has a NaN in its second micro-batch: `loss` and `train_loss` are means of the others."""
+    trainer = make_trainer(engine=FixedEngine(), max_steps=4, gradient_accumulation_steps=2, logging_steps=every)
+    losses: list[float] = []
+    compute_loss = trainer.compute_loss
+
+    def spoilt(*args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = compute_loss(*args, **kwargs) + (math.nan if len(losses) == 3 else 1.0)
+        losses.append(float(loss.detach()))
+        return loss
+
+    trainer.compute_loss = spoilt  # type: ignore[method-assign]
+    output = trainer.train()
+    steps = [a + b for a, b in zip(losses[::2], losses[1::2], strict=True)]
+    taken = [loss for loss in steps if not math.isnan(loss)]
+    assert len(taken) == 3
+    logged = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    known = [[x for x in steps[i : i + every] if not math.isnan(x)] for i in range(0, 4, every)]
+    expected = [sum(part) / len(part) if part else math.nan for part in known]
+    assert logged == pytest.approx(expected, nan_ok=True)
+    assert output.training_loss == pytest.approx(sum(taken) / 3)
+    assert output.metrics["train_loss"] == trainer.state.log_history[-1]["train_loss"] == output.training_loss
+    assert sum(log["nonfinite_steps"] for log in trainer.state.log_history if "loss" in log) == 1
+
+
 def test_one_bad_step_among_good_ones(make_trainer: Make) -> None:
     """The gradient of the second step is spoiled: it is not taken, the third is."""
     trainer = make_trainer(engine=FixedEngine(), max_steps=3, max_nonfinite_steps=2)

@@ -259,6 +259,8 @@ def nonfinite(folder: Path, kind: str) -> dict[str, Any]:
     same = [all(torch.equal(a[n], b[n]) for n in a) for a, b in zip(seen.steps, seen.steps[1:], strict=False)]
     result: dict[str, Any] = {"steps that moved nothing": same}
     result["counted"] = [line["nonfinite_steps"] for line in trainer.state.log_history if "loss" in line]
+    result["losses"] = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    result["train_loss"] = trainer.state.log_history[-1]["train_loss"]
     trainer = make_trainer(folder / "ends", "dapo", 2, kind, max_nonfinite_steps=1)
     calls[0], compute_loss = 2, trainer.compute_loss
     trainer.compute_loss = spoilt  # type: ignore[method-assign]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -71,6 +72,9 @@ def compare(one: dict[str, Any], two: dict[str, Any], case: str, tolerance: floa
 def check_the_rest(two: dict[str, Any]) -> None:
     """A loss that is not finite, and resuming."""
     assert two["nonfinite"]["counted"] == [0.0, 1.0, 0.0]
+    first, skipped, third = two["nonfinite"]["losses"]
+    assert math.isnan(skipped)
+    assert math.isfinite(first + third + two["nonfinite"]["train_loss"])
     assert two["nonfinite"]["steps that moved nothing"] == [True, False]
     assert (
         "step 1: the loss is not finite, for 1 step(s) in a row, none of which was taken" in two["nonfinite"]["error"]
