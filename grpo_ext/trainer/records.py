@@ -125,13 +125,28 @@ def completion_records(
     ]
 
 
-def write_completions(folder: Path, step: int, records: Sequence[dict[str, Any]]) -> Path:
-    """Write the completions made for optimizer step ``step``, one JSON object per line; the file's path."""
+def write_completions(
+    folder: Path, step: int, generation: int, records: Sequence[dict[str, Any]], several: bool = False
+) -> Path:
+    """Write one generation batch, one JSON object per line with its ``step`` and ``generation``.
+
+    A run that is resumed writes the batches that it makes again under the names that they had.
+
+    Args:
+        folder: made where it is missing.
+        step: optimizer step that the batch was made for, from 1.
+        generation: number of the batch in the run, from 1.
+        records: of `completion_records`.
+        several: a step may span several batches; then the file's name has their number, too.
+
+    Returns:
+        The file's path: ``step-<step>.jsonl``, or ``step-<step>-generation-<generation>.jsonl``.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step-{step:06d}.jsonl"
+    path = folder / (f"step-{step:06d}-generation-{generation:06d}.jsonl" if several else f"step-{step:06d}.jsonl")
     with path.open("w", encoding="utf-8") as file:
         for record in records:
-            file.write(json.dumps({"step": step, **record}, default=str) + "\n")
+            file.write(json.dumps({"step": step, "generation": generation, **record}, default=str) + "\n")
     return path
 
 

@@ -382,22 +382,25 @@ class GRPOTrainer(Trainer):
             self.slices.add_logps(model, unwrapped, rollout, at_start)
         self.state.num_input_tokens_seen += rollout.tokens_seen
         self.window.add("num_tokens", float(self.state.num_input_tokens_seen), reduce="last")
-        self._record_completions(sample, rewards, rollout.advantages)
+        self._record_completions(rollout, sample, rewards)
         return rollout
 
     # ---- records -------------------------------------------------------------------------------------------
 
-    def _record_completions(self, sample: Sample, rewards: Tensor, advantages: Tensor) -> None:
+    def _record_completions(self, rollout: Rollout, sample: Sample, rewards: Tensor) -> None:
         args = self.args
         step = self.state.global_step + 1
         show = args.log_completions and self.state.global_step % max(int(args.logging_steps), 1) == 0
         if not (args.save_completions or show):
             return
-        records = gather_object(completion_records(sample, self.rewards.names, rewards, advantages))
+        records = gather_object(completion_records(sample, self.rewards.names, rewards, rollout.advantages))
         if not self.accelerator.is_main_process:
             return
         if args.save_completions:
-            write_completions(Path(str(args.output_dir)) / "completions", step, records)
+            micro_steps = self.plan.micro_steps_per_generation
+            several = micro_steps % self.plan.gradient_accumulation_steps != 0
+            folder = Path(str(args.output_dir)) / "completions"
+            write_completions(folder, step, rollout.start // micro_steps + 1, records, several)
         if show:
             print_completions(records, step, args.num_completions_to_print)
 

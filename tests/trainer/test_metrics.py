@@ -108,9 +108,12 @@ def test_table() -> None:
 
 
 def test_completion_file(tmp_path: Path) -> None:
-    path = write_completions(tmp_path / "completions", 12, [RECORD, RECORD])
+    path = write_completions(tmp_path / "completions", 12, 6, [RECORD, RECORD])
     assert path.name == "step-000012.jsonl"
-    assert [json.loads(line)["rewards"]["right"] for line in path.read_text().splitlines()] == [1.0, 1.0]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines == [{"step": 12, "generation": 6, **RECORD}] * 2
+    path = write_completions(tmp_path / "completions", 12, 46, [RECORD], several=True)
+    assert path.name == "step-000012-generation-000046.jsonl"
 
 
 def test_prompt_text() -> None:

@@ -357,6 +357,27 @@ def test_training_twice_starts_anew(make_trainer: Make) -> None:
     assert 0 < trainer.kernel_calls <= once + 1  # counted anew; how many calls a loss takes depends on its rows
 
 
+@pytest.mark.parametrize(("slices", "iterations"), [(1, 1), (2, 1), (1, 3), (2, 2)])
+def test_every_completion_is_kept(make_trainer: Make, slices: int, iterations: int) -> None:
+    """Steps of four micro-batches that span several generation batches, resumed after the first step too."""
+    changes: dict[str, Any] = {
+        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "steps_per_generation": slices,
+        "num_iterations": iterations, "max_steps": 3, "save_strategy": "steps", "save_steps": 1,
+    }  # fmt: skip
+    trainer, seen = recorded_run(make_trainer, None, **changes)
+    folder = Path(str(trainer.args.output_dir)) / "completions"
+    files = sorted(folder.iterdir())
+    kept = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    assert [[line["prompt"] + "->" + line["completion"] for line in lines] for lines in kept] == seen
+    assert [lines[0]["generation"] for lines in kept] == list(range(1, len(seen) + 1))
+    assert len(files) == -(-12 // (slices * iterations))
+    assert all(file.name.startswith(f"step-{lines[0]['step']:06d}") for file, lines in zip(files, kept, strict=True))
+    resumed, _ = recorded_run(make_trainer, f"{trainer.args.output_dir}/checkpoint-1", **changes)
+    again = sorted((Path(str(resumed.args.output_dir)) / "completions").iterdir())
+    assert [file.name for file in again] == [file.name for file in files]
+    assert [[json.loads(line) for line in file.read_text().splitlines()] for file in again] == kept
+
+
 def recorded_run(make_trainer: Make, resume: str | None, **changes: Any) -> tuple[GRPOTrainer, list[list[str]]]:
     """A run with real sampling, and the prompts and completions of every generation batch."""
     seen: list[list[str]] = []
