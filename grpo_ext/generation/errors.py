@@ -11,5 +11,9 @@ class WeightMismatchError(EngineError):
     """The engine's probabilities are not those of the trainer's weights."""
 
 
-class PromptLengthError(EngineError, ValueError):
+class PromptError(EngineError, ValueError):
+    """A dataset's row without a prompt, or a prompt that cannot be encoded; names the row, and the remedy."""
+
+
+class PromptLengthError(PromptError):
     """A prompt that leaves no room for a completion; the message says what to change."""

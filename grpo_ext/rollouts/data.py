@@ -24,11 +24,29 @@ def check_dataset(dataset: Any, name: str) -> None:
         )
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty: there is no prompt to generate from")
-    row = dataset[0]
+    read_row(dataset, 0, name)
+
+
+def read_row(dataset: Any, number: int, name: str) -> dict[str, Any]:
+    """Row ``number`` of a dataset, checked when it is read: a large dataset is not read twice.
+
+    Raises:
+        TypeError: for a row that is no dict.
+        ValueError: for one without a ``prompt``; both name the dataset and the row.
+    """
+    row: Any = dataset[number]
     if not isinstance(row, dict):
-        raise TypeError(f"{name} holds {type(row).__name__} rows: each must be a dict with a 'prompt'")
-    if "prompt" not in row:
-        raise ValueError(f"{name} has no 'prompt' column, only: {', '.join(map(str, row)) or 'nothing'}")
+        raise TypeError(
+            f"{name} holds {type(row).__name__} rows ({name}[{number}]): each must be a dict with a 'prompt'"
+        )
+    if row.get("prompt") is None:
+        only = (
+            "prompt=None" if "prompt" in row else f"no 'prompt' column, only: {', '.join(map(str, row)) or 'nothing'}"
+        )
+        raise ValueError(
+            f"{name}[{number}] has {only}; give every row a prompt (text or chat messages), or drop the row"
+        )
+    return row
 
 
 def named_datasets(dataset: Any, name: str) -> list[tuple[str, Any]]:

@@ -24,9 +24,10 @@ def measure(rollouts: RolloutMaker, model: nn.Module, dataset: Any, prefix: str)
     world = accelerator.num_processes
     rows = evaluation_rows(len(dataset), args.num_generations_eval, world, accelerator.process_index)
     longest = -(-len(dataset) * args.num_generations_eval // world)
+    name = "eval_dataset" if prefix == "eval" else f"eval_dataset ({prefix})"
 
     def generate(batch: list[int]) -> tuple[Completions, Tensor]:
-        sample = rollouts.generate(model, dataset, batch, sampling)
+        sample = rollouts.generate(model, dataset, batch, sampling, name=name)
         return sample.completions, rollouts.score(sample)
 
     devices = [args.device] if args.device.type == "cuda" else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import copy
 import inspect
 import math
 from collections.abc import Awaitable, Callable, Sequence
@@ -27,7 +28,7 @@ class RewardFunctions:
     Args:
         functions: one function or several, each ``f(prompts, completions, completion_ids, **columns)``
             returning one number (or None: does not apply) per completion; it may leave out arguments it does
-            not use.
+            not use. Each call gets copies of its own, deep ones of what can be copied, so it may change them.
         weights: one factor per function, None = 1.0 each.
 
     Raises:
@@ -96,13 +97,13 @@ class RewardFunctions:
         """
         arguments = {
             **columns,
-            "prompts": list(prompts),
-            "completions": list(completions),
+            "prompts": prompts,
+            "completions": completions,
             "completion_ids": [list(ids) for ids in completion_ids],
         }
         results: list[Any] = []
         for function, name, accepts in zip(self.functions, self.names, self._accepts, strict=True):
-            chosen = arguments if accepts is None else {k: v for k, v in arguments.items() if k in accepts}
+            chosen = {k: _copies(v) for k, v in arguments.items() if accepts is None or k in accepts}
             try:
                 results.append(function(**chosen))
             except Exception as error:
@@ -186,6 +187,20 @@ def _run_together(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
     # A notebook already runs a loop in this thread: use another thread's.
     with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
         return pool.submit(asyncio.run, gather()).result()
+
+
+def _copies(values: Sequence[Any]) -> list[Any]:
+    """Deep copies, one by one: rows of a group hold the same objects of the dataset."""
+    return [_copy(value) for value in values]
+
+
+def _copy(value: Any) -> Any:
+    if type(value) is list and set(map(type, value)) == {int}:  # token ids, where deepcopy is slow
+        return value.copy()
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # a lock, a connection: what cannot be copied is shared
+        return value
 
 
 def _close(results: Sequence[Any]) -> None:

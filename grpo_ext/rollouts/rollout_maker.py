@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from grpo_ext.advantages import group_advantages
 from grpo_ext.config import LossConfig
 from grpo_ext.generation.engine import GenerationEngine, PromptEncoder, SamplingParams
-from grpo_ext.generation.errors import PromptLengthError
+from grpo_ext.generation.errors import PromptError
 from grpo_ext.rollouts.batching import PromptSchedule
-from grpo_ext.rollouts.data import columns_of
+from grpo_ext.rollouts.data import columns_of, read_row
 from grpo_ext.rollouts.rewards import RewardFunctions, reward_metrics
 from grpo_ext.rollouts.rollout import Rollout, Sample, replies
 from grpo_ext.rollouts.scoring import Scoring
@@ -187,11 +187,20 @@ class RolloutMaker:
         rows: list[int],
         sampling: SamplingParams,
         scoring: Scoring | None = None,
+        name: str = "train_dataset",
     ) -> Sample:
-        """Completions for rows of a dataset; ``scoring`` gets those of a row as soon as all of them are there."""
-        examples = [dataset[row] for row in rows]
+        """Completions for rows of a dataset.
+
+        Args:
+            scoring: gets the completions of a row as soon as all of them are there.
+            name: of the dataset, for errors.
+
+        Raises:
+            PromptError: for a row without a prompt, or one that does not fit; on every rank, before anything is
+                generated.
+        """
+        examples, prompt_ids = self._read(dataset, rows, name)
         prompts = [example["prompt"] for example in examples]
-        prompt_ids = self._encode(prompts)
         columns = columns_of(examples)
         if scoring is None:
             completions = self.engine.generate(model, prompt_ids, sampling)
@@ -201,21 +210,26 @@ class RolloutMaker:
         texts = self.encoder.decode(completions.ids)
         return Sample(prompts, columns, prompt_ids, completions, texts)
 
-    def _encode(self, prompts: list[Any]) -> list[list[int]]:
-        """Token ids of each prompt; one that is too long is an error on every rank, so that all save a checkpoint."""
-        error: PromptLengthError | None = None
+    def _read(self, dataset: Any, rows: list[int], name: str) -> tuple[list[dict[str, Any]], list[list[int]]]:
+        """Rows and the token ids of their prompts; an error of one rank is raised on all, which save a checkpoint."""
+        error: PromptError | None = None
+        examples: list[dict[str, Any]] = []
         encoded: list[list[int]] = []
         try:
-            encoded = self.encoder.encode(prompts)
-        except PromptLengthError as raised:
+            examples = [read_row(dataset, row, name) for row in rows]
+            encoded = self.encoder.encode([example["prompt"] for example in examples])
+        except PromptError as raised:
             error = raised
+        except (TypeError, ValueError) as raised:
+            error = PromptError(str(raised))
+            error.__cause__ = raised
         if self.accelerator.num_processes > 1:
             said = [message for message in gather_object([None if error is None else str(error)]) if message]
             if said and error is None:
-                raise PromptLengthError(f"on another process: {said[0]}")
+                raise PromptError(f"on another process: {said[0]}")
         if error is not None:
             raise error
-        return encoded
+        return examples, encoded
 
     def score(self, sample: Sample) -> Tensor:
         """``(n, functions)`` rewards of a sample."""

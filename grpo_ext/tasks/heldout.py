@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from grpo_ext.advantages import weighted_rewards
 from grpo_ext.generation.engine import PromptEncoder, SamplingParams, TransformersEngine, end_token_ids
 from grpo_ext.modules.inspection import context_length
-from grpo_ext.rollouts.data import columns_of
+from grpo_ext.rollouts.data import columns_of, read_row
 from grpo_ext.rollouts.rewards import RewardFunction, RewardFunctions
 
 
@@ -71,7 +71,8 @@ def heldout_reward(
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
     rewards = RewardFunctions(reward_funcs, reward_weights)
-    rows = [dict(row) for row in dataset for _ in range(samples)]
+    questions = [read_row(dataset, number, "dataset") for number in range(len(dataset))]
+    rows = [dict(row) for row in questions for _ in range(samples)]
     encoder = PromptEncoder(tokenizer, max_prompt_length, context_length(model), sampling.max_new_tokens)
     prompt_ids = encoder.encode([row["prompt"] for row in rows])
     engine = TransformersEngine(end_token_ids(model, tokenizer), tokenizer.pad_token_id)

@@ -252,7 +252,9 @@ class GRPOConfig(TrainingArguments):
     # Records
     log_completions: bool = _field(False, "Print a table of sample completions at every log.")
     num_completions_to_print: int | None = _field(8, "Rows of that table; None = the whole generation batch.")
-    save_completions: bool = _field(True, "Write every generation batch to output_dir/completions/ as JSON lines, one file each.")
+    save_completions: bool = _field(
+        True, "Write every generation batch to output_dir/completions/ as JSON lines, one file each."
+    )
 
     def __post_init__(self) -> None:
         self._check_vllm()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import math
+import threading
 import time
 from typing import Any
 
@@ -71,6 +73,33 @@ def test_async_inside_a_running_loop() -> None:
         return call(one)
 
     assert asyncio.run(notebook()).tolist() == [[1.0]] * 3
+
+
+def test_each_function_gets_copies_of_its_own() -> None:
+    """Rows of a group hold one object: changing one row's changes neither the others' nor the dataset's."""
+    message, extra, shared = {"role": "user", "content": "add"}, {"answer": [1]}, threading.Lock()
+    seen: list[Any] = []
+
+    def spoil(prompts: list[Any], completions: list[Any], completion_ids: list[Any], extra: list[Any], lock: list[Any]):
+        seen.append(copy.deepcopy((prompts, completions, completion_ids, extra)))
+        assert lock == [shared, shared]  # what cannot be copied
+        prompts[0][0]["content"] = completions[0][0]["content"] = "spoilt"
+        completion_ids[0].append(9)
+        extra[0]["answer"].append(2)
+        assert extra[1]["answer"] == [1]
+        for values in (prompts, completions, completion_ids, extra):
+            values.pop()
+        return [0.0, 0.0]
+
+    async def later(**arguments: Any) -> list[float]:
+        return spoil(**arguments)
+
+    prompts, ids = [[message]] * 2, [[5, 0], [6, 0]]
+    completions = [[{"role": "assistant", "content": str(i)}] for i in range(2)]
+    given = copy.deepcopy((prompts, completions, ids, [extra] * 2))
+    RewardFunctions([spoil, later, spoil])(prompts, completions, ids, {"extra": [extra] * 2, "lock": [shared] * 2})
+    assert seen == [given] * 3
+    assert (prompts, completions, ids, [extra] * 2) == given
 
 
 def raises(**_: Any) -> list[float]:

@@ -337,6 +337,26 @@ def test_evaluation_needs_a_dataset(make_trainer: Make) -> None:
 # ---- resume
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "1"}, r"train_dataset\[4\] has no 'prompt' column, only: question; give every row a prompt"),
+        ({"prompt": None}, r"train_dataset\[4\] has prompt=None; give every row a prompt"),
+        ("text", r"train_dataset holds str rows \(train_dataset\[4\]\)"),
+    ],
+)
+def test_a_later_row_without_prompt(make_trainer: Make, row: Any, message: str) -> None:
+    """Found when the row is read, before its batch is generated; the steps before it are kept."""
+    rows = [{"prompt": f"add {i}"} for i in range(4)] + [row] + [{"prompt": "add"}]
+    engine = FixedEngine()
+    trainer = make_trainer(engine=engine, train_dataset=rows, eval_dataset=rows, shuffle_dataset=False, max_steps=2)
+    with pytest.raises(ValueError, match=message + r"(.|\n)*after step 1 is saved"):
+        trainer.train()
+    assert len(engine.prompts) == 1
+    with pytest.raises(ValueError, match=message.replace("train", "eval")):
+        trainer.evaluate()
+
+
 def test_a_prompt_too_long_leaves_a_checkpoint(make_trainer: Make) -> None:
     rows = [{"prompt": "add 1"}] * 3 + [{"prompt": "add " * 70}] * 3
     trainer = make_trainer(engine=FixedEngine(), train_dataset=rows, shuffle_dataset=False, max_steps=2)

@@ -22,6 +22,9 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     first, second = two["too long"]
     assert first.startswith("on another process: prompt 0 has 70 tokens")
     assert second.startswith("prompt 0 has 70 tokens")
+    first, second = two["no prompt"]
+    assert first.startswith("train_dataset[0] has no 'prompt' column, only: question; give every row a prompt")
+    assert second.startswith("on another process: train_dataset[0] has no 'prompt' column")
     for case in worker.CASES["ddp"]:
         one = worker.run(tmp_path, case, 1)
         for kind in (kind for kind in ("ddp", "fsdp2") if case in worker.CASES[kind]):

@@ -29,7 +29,7 @@ from toys import EOS, WORDS, GradientCatcher, build_model, build_tokenizer, rewa
 from transformers import TrainerCallback
 
 from grpo_ext.generation.engine import Completions, SamplingParams
-from grpo_ext.generation.errors import PromptLengthError
+from grpo_ext.generation.errors import PromptError
 from grpo_ext.generation.vllm.weights import checkpoint_weights
 from grpo_ext.modules.sharding import is_sharded, whole
 from grpo_ext.trainer import GRPOConfig, GRPOTrainer
@@ -295,7 +295,18 @@ def too_long(folder: Path) -> list[str]:
     trainer.rollouts.dataset = [*ROWS[:2], {"prompt": "add " * 70}, *ROWS[3:]]
     try:
         trainer.train()
-    except PromptLengthError as error:
+    except PromptError as error:
+        return gather_object([str(error)])
+    return []
+
+
+def no_prompt(folder: Path) -> list[str]:
+    """What each rank says of a row without a prompt, which the first has."""
+    trainer = make_trainer(folder, "dapo", 2, "ddp", shuffle_dataset=False)
+    trainer.rollouts.dataset = [{"question": "add"}, *ROWS[1:]]
+    try:
+        trainer.train()
+    except PromptError as error:
         return gather_object([str(error)])
     return []
 
@@ -339,6 +350,7 @@ def main(folder: Path, kinds: Sequence[str]) -> None:
     if "ddp" in kinds:
         results["sampled"] = sampled(folder)
         results["too long"] = too_long(folder / "too-long")
+        results["no prompt"] = no_prompt(folder / "no-prompt")
     if "ddp" in kinds and not torch.cuda.is_available():
         results["fsdp without GPUs"] = without_gpus(folder / "without-gpus")
     if torch.distributed.get_rank() == 0:
