@@ -5,13 +5,14 @@ Errors name the argument, what it is, and what to pass instead.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from grpo_ext._ops import DTYPE_CODES
-from grpo_ext.config import LossConfig
+from grpo_ext.config import LossConfig, plain_value
 
 Number = int | float
 
@@ -83,6 +84,12 @@ def check_device(name: str, tensor: Tensor, device: torch.device, other: str) ->
         raise ValueError(f"{name} is on {tensor.device}, {other} on {device}; move it: {name}.to({str(device)!r})")
 
 
+def check_real(name: str, tensor: Tensor) -> None:
+    """No complex numbers: a conversion would drop their imaginary parts."""
+    if tensor.is_complex():
+        raise TypeError(f"{name} must hold real numbers, got {describe(tensor)}; pass {name}.real")
+
+
 def _plain(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Detached, of the dtype, contiguous: the tensor itself where it is all that, since three operations cost 4 µs.
 
@@ -103,9 +110,38 @@ class _Tokens(NamedTuple):
     dtype: torch.dtype  # of the statistics
 
 
-def _mask(mask: Tensor, tokens: _Tokens) -> Tensor:
-    _check_companion("completion_mask", mask, tokens)
-    return _plain(mask, torch.bool)
+def checked_mask(name: str, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A mask as bool: an integer counts as 1 unless it is 0, a float has to be 0 or 1.
+
+    Returns:
+        The mask, and where floats cannot be looked at now (on a GPU without a synchronisation, or by a compiler) a 0-d
+        bool: whether all of them are 0 or 1, for `poisoned`.
+
+    Raises:
+        TypeError: for complex numbers.
+        ValueError: for a float other than 0 and 1, NaN among them, on the CPU.
+    """
+    if mask.is_complex():
+        raise TypeError(f"{name} must be of bool, integers or floats, got {describe(mask)}; pass {name}.bool()")
+    if not mask.is_floating_point():
+        return _plain(mask, torch.bool), None
+    mask = mask.detach()
+    ones = mask != 0
+    right = ((mask == 1) == ones).all()
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return ones.contiguous(), right
+    if not bool(right):
+        wrong = mask[(mask == 1) != ones][0]
+        raise ValueError(
+            f"{name} must hold 0 and 1 only, got {float(wrong):g}: a token counts or does not; weigh tokens by "
+            "(B,T) advantages instead"
+        )
+    return ones.contiguous(), None
+
+
+def poisoned(right: Tensor | None, tensor: Tensor) -> Tensor:
+    """``tensor``, NaN if a mask turned out wrong where it could not be looked at: no wrong number without a sign."""
+    return tensor if right is None else torch.where(right, tensor, math.nan)
 
 
 def _token_tensor(name: str, tensor: Tensor | None, tokens: _Tokens) -> Tensor | None:
@@ -119,6 +155,7 @@ def _token_tensor(name: str, tensor: Tensor | None, tokens: _Tokens) -> Tensor |
 def _check_companion(name: str, tensor: Tensor, tokens: _Tokens) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {describe(tensor)}; pass one value per token")
+    check_real(name, tensor)
     if tensor.shape != tokens.shape:
         raise ValueError(
             f"{name} must have the shape of {tokens.argument} {tuple(tokens.shape)}, got {describe(tensor)}"
@@ -132,6 +169,7 @@ def _sequence_or_token_tensor(name: str, tensor: Tensor, tokens: _Tokens) -> Ten
     allowed = "(B,), (B,1) or (B,T)" if len(shape) == 2 else "(N,)"
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {describe(tensor)}; pass {allowed}")
+    check_real(name, tensor)
     check_device(name, tensor, tokens.device, tokens.argument)
     if tensor.shape == shape or tensor.shape == shape[:1]:
         return _plain(tensor, tokens.dtype)
@@ -145,9 +183,13 @@ def _scalar_tensor(name: str, value: Number | Tensor | None, device: torch.devic
     if value is None:
         return None
     if not isinstance(value, Tensor):
+        value = plain_value(name, value, "float")
+        if math.isnan(value):
+            raise ValueError(f"{name} must be a number, got nan; pass None to leave it out")
         return torch.full((), float(value), dtype=dtype, device=device)
     if value.numel() != 1:
         raise ValueError(f"{name} must be a number or a tensor of one element, got {describe(value)}")
+    check_real(name, value)
     return value.detach().to(device=device, dtype=dtype, non_blocking=True).reshape(())
 
 
@@ -174,7 +216,8 @@ def policy_tensors(
     if not isinstance(config, LossConfig):
         raise TypeError(f"config must be a LossConfig, got {describe(config)}; pass grpo_ext.LossConfig(...)")
     tokens = _Tokens(tokens_argument, shape, device, dtype)
-    mask = _mask(completion_mask, tokens)
+    _check_companion("completion_mask", completion_mask, tokens)
+    mask, right = checked_mask("completion_mask", completion_mask)
     if advantages is None:
         raise TypeError("advantages must be a tensor, got None; see grpo_ext.group_advantages")
     if config.beta != 0 and ref_logps is None:
@@ -186,7 +229,7 @@ def policy_tensors(
     weights = importance_weights
     tensors = PolicyTensors(
         mask,
-        _sequence_or_token_tensor("advantages", advantages, tokens),
+        poisoned(right, _sequence_or_token_tensor("advantages", advantages, tokens)),
         _token_tensor("old_logps", old_logps, tokens),
         _token_tensor("ref_logps", ref_logps, tokens) if config.beta != 0 else None,
         _token_tensor("sampling_logps", sampling_logps, tokens),

@@ -8,10 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .config import IMPORTANCE_MODES
+from grpo_ext._checks import check_real, checked_mask, poisoned
+
+from .config import IMPORTANCE_MODES, plain_value
 
 #: Added to the standard deviation that divides an advantage.
 STD_EPSILON = 1e-4
+
+#: Weighted sums up to here have squares that fp64 holds.
+LARGEST_REWARD = 1e150
 
 _SCALES: dict[object, str] = {
     True: "group",
@@ -45,11 +50,12 @@ def group_advantages(
             ``"batch"`` by the one over all rows, ``"none"`` (or False) not at all.
 
     Returns:
-        ``(n,)`` tensor on the rewards' device, fp32 (fp64 for fp64 rewards). A row without any reward gets 0
-        and is left out of the baseline; a group whose rewards are all equal gets exactly 0.
+        ``(n,)`` tensor on the rewards' device, computed in fp64, fp32 (fp64 for fp64 tensors). A row without any
+        reward gets 0 and is left out of the baseline; a group whose rewards are all equal gets exactly 0.
 
     Raises:
-        ValueError: for a shape, number or name that does not fit, or an infinite reward.
+        ValueError: for a shape, number or name that does not fit, a reward that is infinite, or one whose weighted sum
+            or advantage is out of range.
 
     Source: https://arxiv.org/abs/2402.03300 section 4.1; without division https://arxiv.org/abs/2503.20783.
     """
@@ -65,14 +71,18 @@ def group_advantages(
             f"scale_rewards must be 'group', 'batch', 'none', True or False; got {scale_rewards!r}"
         ) from None
 
+    dtype = rewards.dtype if isinstance(rewards, Tensor) and rewards.dtype == torch.float64 else torch.float32
     total = weighted_rewards(rewards, reward_weights)
+    if dtype == torch.float32:
+        rounded = total.float().double()  # sums that differ in the order of additions only are equal
+        total = torch.where(rounded.isinf(), total, rounded)
     n = total.shape[0]
     if n % num_generations:
         raise ValueError(
             f"rewards has {n} rows, which is not a multiple of num_generations={num_generations}: "
             "pass the rewards of whole groups"
         )
-    reward = total.double().view(-1, num_generations)
+    reward = total.view(-1, num_generations)
     valid = ~reward.isnan()
     reward = torch.where(valid, reward, 0.0)
     count = valid.sum(dim=1, keepdim=True)
@@ -90,11 +100,19 @@ def group_advantages(
         deviation = torch.where(valid, reward - batch_mean, 0.0)
         variance = deviation.square().sum() / (valid.sum() - 1).clamp(min=1)
         centred = centred / (variance.sqrt() + STD_EPSILON)
-    return torch.where(differs & valid, centred, 0.0).view(-1).to(total.dtype)
+    exact = torch.where(differs & valid, centred, 0.0).view(-1)
+    advantages = exact.to(dtype)
+    if bool(advantages.isinf().any()):
+        row = int(advantages.isinf().nonzero()[0])
+        raise ValueError(
+            f"the advantage of row {row} is {float(exact[row]):.3g}, beyond float32: scale the rewards down, "
+            "or pass scale_rewards='group'"
+        )
+    return advantages
 
 
 def weighted_rewards(rewards: Rewards, reward_weights: Sequence[float] | Tensor | None = None) -> Tensor:
-    """Weighted sum over reward functions, ``(n,)``; NaN for a row to which no function applies.
+    """Weighted sum over reward functions, ``(n,)`` in fp64; NaN for a row to which no function applies.
 
     Args and errors as in :func:`group_advantages`.
     """
@@ -103,7 +121,7 @@ def weighted_rewards(rewards: Rewards, reward_weights: Sequence[float] | Tensor 
     if reward_weights is None:
         weights = table.new_ones(functions)
     else:
-        weights = torch.as_tensor(reward_weights, dtype=table.dtype, device=table.device)
+        weights = _weights(reward_weights).to(table.device)
         if weights.shape != (functions,):
             raise ValueError(
                 f"reward_weights has shape {tuple(weights.shape)}, rewards has {functions} function(s): "
@@ -113,17 +131,34 @@ def weighted_rewards(rewards: Rewards, reward_weights: Sequence[float] | Tensor 
             raise ValueError(f"reward_weights must be finite, got {weights.tolist()}")
     applies = ~table.isnan()
     total = (torch.where(applies, table, 0.0) * weights).sum(dim=1)
+    outside = ~(total.abs() <= LARGEST_REWARD)
+    if bool(outside.any()):
+        row = int(outside.nonzero()[0])
+        raise ValueError(
+            f"the weighted sum of the rewards in row {row} is {float(total[row]):.3g}, beyond {LARGEST_REWARD:.0e}: "
+            "scale the rewards or reward_weights down"
+        )
     return torch.where(applies.any(dim=1), total, math.nan)
 
 
+def _weights(reward_weights: Sequence[float] | Tensor) -> Tensor:
+    """Reward weights as an fp64 tensor."""
+    if isinstance(reward_weights, Tensor) and not reward_weights.is_complex():
+        return reward_weights.detach().double()
+    try:
+        numbers = [float(plain_value("a weight", weight, "float")) for weight in reward_weights]
+        return torch.tensor(numbers, dtype=torch.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"reward_weights must be one number per reward function: {error}") from None
+
+
 def _reward_table(rewards: Rewards) -> Tensor:
-    """Rewards as a floating ``(n, functions)`` tensor, NaN where a function does not apply."""
+    """Rewards as an fp64 ``(n, functions)`` tensor, NaN where a function does not apply."""
     if isinstance(rewards, Tensor):
         table = rewards.detach()
         if table.is_complex():
             raise ValueError(f"rewards must be real numbers, got a tensor of {table.dtype}")
-        if table.dtype not in (torch.float32, torch.float64):
-            table = table.float()
+        table = table.double()
     else:
         table = _table_from_lists(rewards)
     if table.dim() == 1:
@@ -144,10 +179,17 @@ def _table_from_lists(rewards: object) -> Tensor:
         if value is None:
             return math.nan
         try:
+            if isinstance(value, (str, bytes)):
+                raise TypeError
             return float(value)  # type: ignore[arg-type]
         except (TypeError, ValueError):
             raise ValueError(
                 f"rewards holds {value!r} in row {row}: pass numbers, or None where a function does not apply"
+            ) from None
+        except OverflowError:
+            raise ValueError(
+                f"rewards holds a number beyond float64 in row {row}: scale it, or pass None where a function does not "
+                "apply"
             ) from None
 
     rows: list[list[float]] = []
@@ -159,7 +201,7 @@ def _table_from_lists(rewards: object) -> Tensor:
                 f"rewards has {len(rows[i])} value(s) in row {i} and {len(rows[0])} in row 0: "
                 "pass one value (or None) per function in every row"
             )
-    return torch.tensor(rows, dtype=torch.float32) if rows else torch.empty((0, 1), dtype=torch.float32)
+    return torch.tensor(rows, dtype=torch.float64) if rows else torch.empty((0, 1), dtype=torch.float64)
 
 
 def importance_weights(
@@ -174,12 +216,14 @@ def importance_weights(
     """Weights that correct for tokens sampled by an engine whose log probabilities differ from the trainer's.
 
     ``delta = (old - sampling) * mask`` with NaN counted as 0; the weight is ``exp(delta)`` per token or
-    ``exp(sum over t of delta)`` per sequence.
+    ``exp(sum over t of delta)`` per sequence. A sum that is NaN (+inf and -inf in one sequence: 0 to 0, as a token's
+    NaN is) counts as 0, too.
 
     Args:
         old_logps: ``(B, T)`` log probabilities of the behaviour policy from the trainer's own model.
         sampling_logps: ``(B, T)`` log probabilities that the generation engine reported.
-        mask: ``(B, T)``, bool, int or float; values where it is 0 are never looked at.
+        mask: ``(B, T)``, bool, int or float; values where it is 0 are never looked at. Floats have to be 0 or 1; with
+            others all weights are NaN on a GPU.
         mode: ``{token,sequence}_truncate`` clamps the weight to ``[min, cap]``, ``{token,sequence}_mask``
             sets it to 0 outside.
         cap: upper bound.
@@ -190,13 +234,16 @@ def importance_weights(
         without gradient. Where one sequence is given as ``(T,)`` tensors: ``(T,)`` and ``(1,)``.
 
     Raises:
-        ValueError: for an unknown mode, bounds that do not fit or shapes that disagree.
+        ValueError: for an unknown mode, bounds that do not fit, shapes that disagree, or a mask of floats other
+            than 0 and 1 (CPU).
+        TypeError: for complex numbers.
 
     Source: truncated importance sampling, https://fengyao.notion.site/off-policy-rl
     """
     if mode not in IMPORTANCE_MODES:
         raise ValueError(f"mode must be one of {', '.join(IMPORTANCE_MODES)}; got {mode!r}")
-    low = 0.0 if min is None else float(min)
+    low = plain_value("min", 0.0 if min is None else min, "float")
+    cap = plain_value("cap", cap, "float")
     if not (math.isfinite(cap) and cap > 0):
         raise ValueError(f"cap must be positive and finite, got {cap}")
     if not 0.0 <= low <= cap:
@@ -212,12 +259,18 @@ def importance_weights(
         if tensor.device != old_logps.device:
             raise ValueError(f"{name} is on {tensor.device}, old_logps on {old_logps.device}: move them to one device")
 
+    check_real("old_logps", old_logps)
+    check_real("sampling_logps", sampling_logps)
+    live, right = checked_mask("mask", mask)
     dtype = torch.float64 if old_logps.dtype == torch.float64 else torch.float32
     delta = old_logps.detach().to(dtype) - sampling_logps.detach().to(dtype)
-    delta = torch.where((mask != 0) & ~delta.isnan(), delta, 0.0)
+    delta = torch.where(live & ~delta.isnan(), delta, 0.0)
     if mode.startswith("sequence"):
         delta = delta.sum(dim=-1, keepdim=True)
+        delta = torch.where(delta.isnan(), 0.0, delta)
     weight = delta.exp()
     if mode.endswith("truncate"):
-        return weight.clamp(min=low, max=cap)
-    return torch.where((weight >= low) & (weight <= cap), weight, 0.0)
+        weight = weight.clamp(min=low, max=cap)
+    else:
+        weight = torch.where((weight >= low) & (weight <= cap), weight, 0.0)
+    return poisoned(right, weight)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"]
 Level = Literal["token", "sequence"]
@@ -14,6 +13,9 @@ ImportanceMode = Literal["token_truncate", "token_mask", "sequence_truncate", "s
 LOSS_TYPES: tuple[str, ...] = get_args(LossType)
 LEVELS: tuple[str, ...] = get_args(Level)
 IMPORTANCE_MODES: tuple[str, ...] = get_args(ImportanceMode)
+
+#: Positive numbers that float32 holds with all its digits, and whose reciprocals are finite.
+FLOAT32_SMALLEST, FLOAT32_LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 
 #: Loss types whose ratio is clipped to [1 - epsilon, 1 + epsilon_high] from both sides of the objective.
 CLIPPED_LOSS_TYPES = frozenset({"grpo", "bnpo", "dr_grpo", "dapo", "luspo"})
@@ -50,8 +52,10 @@ class LossConfig:
         vllm_importance_sampling_clip_max: another name of the cap; wins when set.
         vllm_importance_sampling_clip_min: lower bound of the weight, None = 0.
 
+    Numbers of numpy and 0-d tensors become plain ones; text is never read as a number or a truth value.
+
     Raises:
-        ValueError: naming the field, its value and what is allowed.
+        ValueError: naming the field, its value and what is allowed. Numbers have to be finite in float32.
 
     Warns:
         UserWarning: a ``delta`` inside the clip range, or a ``cispo`` cap below 1: legal, and hardly what is meant.
@@ -87,25 +91,28 @@ class LossConfig:
         _one_of("loss_type", self.loss_type, LOSS_TYPES)
         _one_of("importance_sampling_level", self.importance_sampling_level, LEVELS)
         _one_of("vllm_importance_sampling_mode", self.vllm_importance_sampling_mode, IMPORTANCE_MODES)
-        for name in ("temperature", "sapo_temperature_pos", "sapo_temperature_neg"):
+        for name, hint in _HINTS:
+            given = getattr(self, name)
+            value = plain_value(name, given, hint)
+            if value is not given:
+                object.__setattr__(self, name, value)  # frozen
+        check_logit_transform(self.temperature, self.logit_softcap, self.logit_scale)
+        for name in ("sapo_temperature_pos", "sapo_temperature_neg"):
             _positive(name, getattr(self, name))
         for name in ("epsilon", "beta"):
             _non_negative(name, getattr(self, name))
-        for name in ("logit_scale", "entropy_coef", "top_entropy_quantile"):
+        for name in ("entropy_coef", "top_entropy_quantile"):
             _finite(name, getattr(self, name))
         for name in ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"):
             _finite(name, getattr(self, name))
         # None is a value of these.
-        for name in ("logit_softcap", "delta"):
-            if getattr(self, name) is not None:
-                _positive(name, getattr(self, name))
+        if self.delta is not None:
+            _positive("delta", self.delta)
         for name in ("epsilon_high", "vllm_importance_sampling_clip_min"):
             if getattr(self, name) is not None:
                 _non_negative(name, getattr(self, name))
         if self.off_policy_mask_threshold is not None:
             _finite("off_policy_mask_threshold", self.off_policy_mask_threshold)
-        if self.logit_scale == 0:
-            raise ValueError("logit_scale must not be 0: every token would be equally likely")
         if not 0.0 < self.top_entropy_quantile <= 1.0:
             raise ValueError(f"top_entropy_quantile must be in (0, 1], got {self.top_entropy_quantile}")
         if self.max_completion_length is not None and self.max_completion_length < 1:
@@ -158,23 +165,68 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
 
 
-def _is_finite(name: str, value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except TypeError:
-        raise ValueError(f"{name} must be a number, got {value!r}") from None
+def check_logit_transform(temperature: float, logit_softcap: float | None, logit_scale: float) -> None:
+    """Raise a ValueError for numbers with which ``softcap(logit_scale * z) / temperature`` is not finite in float32."""
+    _positive("temperature", temperature)
+    _finite("logit_scale", logit_scale)
+    if logit_scale == 0:
+        raise ValueError("logit_scale must not be 0: every token would be equally likely")
+    slope = abs(logit_scale)
+    if logit_softcap is not None:
+        _positive("logit_softcap", logit_softcap)
+        _positive("logit_scale / logit_softcap", slope / logit_softcap)
+        slope = logit_softcap
+    _positive(f"{'logit_scale' if logit_softcap is None else 'logit_softcap'} / temperature", slope / temperature)
+
+
+def plain_value(name: str, value: Any, hint: str) -> Any:
+    """A field's value, checked against its annotation: ``bool``, ``int`` or ``float``, perhaps ``| None``.
+
+    Other annotations are not looked at.
+
+    Raises:
+        ValueError: for text, a bool instead of a number, a fraction instead of a whole number.
+    """
+    kind, _, rest = hint.partition(" | ")
+    if kind not in _WHAT or rest not in ("", "None") or (rest and value is None):
+        return value
+    if getattr(value, "shape", None) == ():
+        value = value.item()  # a number of numpy or a 0-d tensor
+    fits = isinstance(value, bool) if kind == "bool" else isinstance(value, int) and not isinstance(value, bool)
+    if fits or (kind == "float" and isinstance(value, float)):
+        return value
+    what, remedy = _WHAT[kind]
+    raise ValueError(f"{name} must be {what}{' or None' if rest else ''}, got {value!r}: {remedy}")
+
+
+_WHAT = {
+    "bool": ("True or False", "pass a bool, since any text and any number but 0 would count as true"),
+    "int": ("a whole number", "pass an int"),
+    "float": ("a number", "pass a float or an int"),
+}
+
+
+def _is_finite(value: float) -> bool:
+    return -FLOAT32_LARGEST <= value <= FLOAT32_LARGEST
 
 
 def _finite(name: str, value: float) -> None:
-    if not _is_finite(name, value):
-        raise ValueError(f"{name} must be finite, got {value}")
+    plain_value(name, value, "float")
+    if not _is_finite(value):
+        raise ValueError(f"{name} must be finite, got {value}{_RANGE}")
 
 
 def _positive(name: str, value: float) -> None:
-    if not (_is_finite(name, value) and value > 0):
-        raise ValueError(f"{name} must be positive and finite, got {value}")
+    plain_value(name, value, "float")
+    if not FLOAT32_SMALLEST <= value <= FLOAT32_LARGEST:
+        raise ValueError(f"{name} must be positive and finite, got {value}{_RANGE}")
 
 
 def _non_negative(name: str, value: float) -> None:
-    if not (_is_finite(name, value) and value >= 0):
-        raise ValueError(f"{name} must be at least 0 and finite, got {value}")
+    plain_value(name, value, "float")
+    if not (_is_finite(value) and value >= 0):
+        raise ValueError(f"{name} must be at least 0 and finite, got {value}{_RANGE}")
+
+
+_RANGE = " (float32 holds 1.2e-38 to 3.4e38)"
+_HINTS = tuple((field.name, str(field.type)) for field in dataclasses.fields(LossConfig))

@@ -197,6 +197,7 @@ def grpo_loss(
         completion_ids: int64 ``(B,T)`` or ``(N,)``.
         advantages: ``(B,)`` or ``(B,T)``; ``(N,)`` for ``(N,V)`` logits. See `grpo_ext.group_advantages`.
         completion_mask: ``(B,T)`` or ``(N,)``, bool, integer or float; rows with 0 are never read, whatever they hold.
+            An integer but 0 counts as 1. Floats have to be 0 or 1; with others the loss is NaN on a GPU.
         config: which loss, with its constants.
         old_logps: behaviour-policy log probabilities ``(B,T)``; None means on-policy, where the ratio is exactly 1.
         ref_logps: reference-model log probabilities ``(B,T)``; needed when ``config.beta != 0``.

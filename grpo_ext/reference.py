@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._checks import check_real, checked_mask, poisoned
 from ._reference_parts import (
     Exp,
     ScaleGradient,
@@ -246,7 +247,8 @@ def policy_loss(
         raise ValueError(f"logps has shape {tuple(logps.shape)}: pass (B, T), or (N,) for one sequence")
     shape = logps.shape
     require_shape("completion_mask", completion_mask, shape)
-    m = rows(completion_mask != 0)
+    mask, right = checked_mask("completion_mask", completion_mask)
+    m = rows(mask)
     dtype = upcast(logps).dtype
 
     def tokens(name: str, tensor: Tensor | None) -> Tensor | None:
@@ -262,7 +264,8 @@ def policy_loss(
     ref = tokens("ref_logps", detached(ref_logps))
     sampling = tokens("sampling_logps", detached(sampling_logps))
     H = tokens("entropy", entropy)
-    A = per_sequence_or_token("advantages", advantages.detach(), shape, m, 0.0, dtype)
+    check_real("advantages", advantages)
+    A = poisoned(right, per_sequence_or_token("advantages", advantages.detach(), shape, m, 0.0, dtype))
     if config.beta != 0 and ref is None:
         raise ValueError(f"beta={config.beta} needs ref_logps: pass the reference model's log probabilities")
     if config.entropy_coef != 0 and H is None:
@@ -390,7 +393,7 @@ def linear_selective_log_softmax(
         logits_dtype: round the logits to this dtype, None = leave them as the product gives them.
     """
     require_whole_vocabulary(process_group)
-    m = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
+    m, right = (torch.ones_like(ids, dtype=torch.bool), None) if mask is None else checked_mask("mask", mask)
     require_shape("mask", m, ids.shape)
     z = project(hidden, weight, bias, m, logits_dtype)
     check_ids(z, ids, m)
@@ -402,7 +405,7 @@ def linear_selective_log_softmax(
         logit_scale=logit_scale,
         return_entropy=True,
     )
-    logp, entropy = torch.where(m, logp, 0.0), torch.where(m, entropy, 0.0)
+    logp, entropy = (poisoned(right, torch.where(m, x, 0.0)) for x in (logp, entropy))
     return (logp, entropy) if return_entropy else logp
 
 

@@ -204,7 +204,11 @@ GRPO_HOST_DEVICE SequenceTerms<Real> sequence_terms(const PolicyParams<Real>& p,
   terms.importance = Real(1);
   double log_importance = sums.log_importance;
   const bool formed = forms_importance(p) && per_sequence(p.spec.importance_mode);
-  if (formed) terms.importance = bound_importance(p.spec, std::exp(Real(sums.sampling_gap)));
+  if (formed) {
+    // NaN is +inf and -inf together: a ratio of 0 to 0 counts as 1, as in sampling_gap.
+    const double gap = sums.sampling_gap == sums.sampling_gap ? sums.sampling_gap : 0;
+    terms.importance = bound_importance(p.spec, std::exp(Real(gap)));
+  }
   if (p.importance_shape == ImportanceShape::kPerSequence) terms.importance = p.importance[b];
   if (formed || p.importance_shape == ImportanceShape::kPerSequence)
     log_importance = double(clamp(std::log(terms.importance), Real(kLogTiny), Real(kLogHuge)));

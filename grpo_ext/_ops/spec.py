@@ -8,7 +8,7 @@ import math
 import torch
 
 from grpo_ext import _C
-from grpo_ext.config import IMPORTANCE_MODES, LEVELS, LOSS_TYPES, LossConfig
+from grpo_ext.config import IMPORTANCE_MODES, LEVELS, LOSS_TYPES, LossConfig, check_logit_transform
 
 
 def loss_spec(config: LossConfig, grad_scale: float) -> list[float]:
@@ -37,5 +37,6 @@ _cached_loss_spec = functools.lru_cache(maxsize=256)(_loss_spec)
 
 
 def logit_transform(temperature: float, logit_softcap: float | None, logit_scale: float) -> list[float]:
-    """The C++ ``LogitTransform``."""
+    """The C++ ``LogitTransform``; a softcap of None or 0 is none. ValueError for numbers that float32 does not hold."""
+    check_logit_transform(temperature, logit_softcap or None, logit_scale)
     return [float(logit_scale), float(logit_softcap or 0.0), float(temperature)]

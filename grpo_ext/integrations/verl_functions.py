@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_ext._checks import checked_mask, poisoned
 from grpo_ext.config import LossConfig
 from grpo_ext.linear import linear_selective_log_softmax
 from grpo_ext.policy import policy_loss
@@ -65,8 +66,10 @@ def grpo_ext_policy_loss(
     clip = _of(config, "clip_ratio", 0.2)
     low, high = _of(config, "clip_ratio_low", clip), _of(config, "clip_ratio_high", clip)
     dual = _of(config, "clip_ratio_c", 3.0)
-    mask = response_mask != 0
-    weighted, divisor = _aggregation(advantages, mask, loss_agg_mode, _of(config, "global_batch_info", {}))
+    mask, right = checked_mask("response_mask", response_mask)
+    weighted, divisor = _aggregation(
+        poisoned(right, advantages), mask, loss_agg_mode, _of(config, "global_batch_info", {})
+    )
     if rollout_is_weights is not None:
         rollout_is_weights = rollout_is_weights.expand(mask.shape)
     out = policy_loss(

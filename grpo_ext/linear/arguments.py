@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_ext._checks import check_device, describe
+from grpo_ext._checks import check_device, checked_mask, describe
 from grpo_ext._ops import DTYPE_CODES, logit_transform, statistics_dtype
 from grpo_ext.config import LossConfig
 from grpo_ext.linear.chunks import Numerics
@@ -81,13 +81,14 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, weight_grad:
         check_device("weight_grad", weight_grad, hidden.device, "hidden")
 
 
-def check_mask(mask: Tensor | None, ids: Tensor) -> Tensor | None:
+def check_mask(mask: Tensor | None, ids: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """As `checked_mask`."""
     if mask is None:
-        return None
+        return None, None
     if not isinstance(mask, Tensor) or mask.shape != ids.shape:
         raise ValueError(f"mask must be a tensor of the shape of ids {tuple(ids.shape)}, got {describe(mask)}")
     check_device("mask", mask, ids.device, "ids")
-    return mask.detach().to(torch.bool)
+    return checked_mask("mask", mask)
 
 
 def check_sizes(memory_budget: int | None, valid_rows: int | None) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from grpo_ext._checks import poisoned
 from grpo_ext.config import LossConfig
 from grpo_ext.linear.arguments import (
     Gather,
@@ -196,7 +197,8 @@ def linear_selective_log_softmax(
             whose dtype the products then have.
         ids: int64 ``(B,T)`` or ``(N,)``.
         bias: ``(V,)`` or None.
-        mask: shape of ``ids``; rows with 0 enter no product, whatever they hold, and give 0.
+        mask: shape of ``ids``; rows with 0 enter no product, whatever they hold, and give 0. Floats have to be 0 or 1;
+            with others all results are NaN on a GPU.
         temperature, logit_softcap, logit_scale: processed logits are
             ``softcap(logit_scale * logits) / temperature`` with ``softcap(u) = c * tanh(u / c)``.
         return_entropy: also return the entropy of each row's distribution, in nats, with gradient.
@@ -219,12 +221,13 @@ def linear_selective_log_softmax(
         whatever the other rows, their number and their masks (for one head, budget and thread count).
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices that do not fit.
+        ValueError, TypeError: shapes, dtypes, devices or numbers that do not fit; a mask of floats other than 0 and 1
+            (CPU).
         IndexError: an id outside [0, V) at an unmasked row (CPU).
     """
     check_hidden(hidden, ids, "ids")
     check_sizes(memory_budget, valid_rows)
-    mask = check_mask(mask, ids)
+    mask, right = check_mask(mask, ids)
     full_weight, full_bias = whole(weight), whole(bias)
     assert full_weight is not None
     if gather is None:
@@ -234,4 +237,5 @@ def linear_selective_log_softmax(
     wanted = wanted_gradients(hidden, full_weight, full_bias)
     request = Request(numerics, wanted, return_entropy, False, valid_rows, gather)
     logps, entropy = linear_logps(hidden, full_weight, full_bias, ids, mask, None, weight_grad, request)
+    logps, entropy = poisoned(right, logps), poisoned(right, entropy)
     return (logps, entropy) if return_entropy else logps

@@ -13,6 +13,8 @@ import math
 import random
 import warnings
 
+from grpo_ext.config import plain_value
+
 
 @dataclasses.dataclass(frozen=True)
 class BatchPlan:
@@ -116,6 +118,7 @@ def plan_batches(
         ("steps_per_generation", steps_per_generation),
         ("generation_batch_size", generation_batch_size),
     ):
+        plain_value(name, value, "int | None")
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if num_generations < 2:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from grpo_ext.advantages import weighted_rewards
+from grpo_ext.config import FLOAT32_LARGEST
 
 RewardFunction = Callable[..., Any]
 
@@ -227,18 +228,24 @@ def _check(result: Any, name: str, n: int) -> Tensor:
             f"reward function {name!r} returned {count} value(s) for {n} completions: return one for each "
             "(None where it does not apply)"
         )
-    rewards = []
-    for index, value in enumerate(values):
-        try:
-            number = math.nan if value is None else float(value)
-        except (TypeError, ValueError):
-            raise RewardError(
-                f"reward function {name!r} returned {value!r} for completion {index}: return a number or None"
-            ) from None
-        if math.isinf(number):
-            raise RewardError(
-                f"reward function {name!r} returned {number} for completion {index}: rewards must be finite "
-                "(None or NaN where it does not apply)"
-            )
-        rewards.append(number)
-    return torch.tensor(rewards, dtype=torch.float32)
+    return torch.tensor([_number(value, name, index) for index, value in enumerate(values)], dtype=torch.float32)
+
+
+def _number(value: Any, name: str, index: int) -> float:
+    """One reward, NaN for None."""
+    told = f"reward function {name!r} returned"
+    remedy = (
+        f"for completion {index}: rewards must be finite in float32, at most 3.4e38; scale it (None or NaN where it "
+    )
+    remedy += "does not apply)"
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
+        number = math.nan if value is None else float(value)
+    except (TypeError, ValueError):
+        raise RewardError(f"{told} {value!r} for completion {index}: return a number or None") from None
+    except OverflowError:
+        raise RewardError(f"{told} a number beyond 1.7e308 {remedy}") from None
+    if abs(number) > FLOAT32_LARGEST:
+        raise RewardError(f"{told} {number} {remedy}")
+    return number

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from dataclasses import field
 from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
-from grpo_ext.config import LossConfig
+from grpo_ext.config import FLOAT32_LARGEST, FLOAT32_SMALLEST, LossConfig, plain_value
 from grpo_ext.generation.engine import SamplingParams
 from grpo_ext.rollouts.batching import BatchPlan, plan_batches
 
@@ -39,6 +40,8 @@ class GRPOConfig(TrainingArguments):
 
     ``per_device_train_batch_size`` counts completions, not prompts. After construction ``batch_plan`` holds
     the resolved batch numbers and ``loss_config()`` gives the constants of the loss.
+
+    Fields that are truth values or numbers take no text: `HfArgumentParser` and the command line convert it before.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -257,6 +260,11 @@ class GRPOConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        for name, hint in _HINTS:
+            value = plain_value(name, getattr(self, name), hint)
+            if isinstance(value, float) and math.isnan(value):
+                raise ValueError(f"{name} must be a number, got nan")
+            setattr(self, name, value)
         self._check_vllm()
         self._check_rewards()
         self._check_reference()
@@ -318,10 +326,12 @@ class GRPOConfig(TrainingArguments):
             raise ValueError(f"top_k must be at least 0 (0 or None = off), got {self.top_k}")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
-        if not self.repetition_penalty > 0:
-            raise ValueError(f"repetition_penalty must be positive, got {self.repetition_penalty}")
-        if self.eval_temperature < 0:
-            raise ValueError(f"eval_temperature must be at least 0 (0 = greedy), got {self.eval_temperature}")
+        if not 0 < self.repetition_penalty <= FLOAT32_LARGEST:
+            raise ValueError(f"repetition_penalty must be positive, got {self.repetition_penalty}: a finite factor")
+        if self.eval_temperature != 0 and not FLOAT32_SMALLEST <= self.eval_temperature <= FLOAT32_LARGEST:
+            raise ValueError(
+                f"eval_temperature must be at least 0 (0 = greedy), got {self.eval_temperature}: or 1.2e-38 to 3.4e38"
+            )
         for name in (
             "max_completion_length",
             "max_prompt_length",
@@ -387,9 +397,20 @@ class GRPOConfig(TrainingArguments):
             raise ValueError("sync_ref_model=True moves a reference model, and beta=0 has none: set beta, or leave it")
 
     def _check_rewards(self) -> None:
+        for weight in self.reward_weights or ():
+            if not math.isfinite(plain_value("reward_weights", weight, "float")):
+                raise ValueError(f"reward_weights must be finite, got {self.reward_weights}")
         if isinstance(self.scale_rewards, bool):
             self.scale_rewards = "group" if self.scale_rewards else "none"
         if self.scale_rewards not in SCALE_REWARDS:
             raise ValueError(
                 f"scale_rewards must be one of {', '.join(SCALE_REWARDS)}, True or False; got {self.scale_rewards!r}"
             )
+
+
+#: Fields declared above that are numbers or truth values; command lines and YAML have made them so by now.
+_HINTS = [
+    (field.name, str(field.type))
+    for field in dataclasses.fields(GRPOConfig)
+    if field.name in vars(GRPOConfig)["__annotations__"]
+]

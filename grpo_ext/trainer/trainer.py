@@ -485,7 +485,8 @@ class GRPOTrainer(Trainer):
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """Called by transformers after the last step, which divides the sum of losses by all steps."""
-        self._total_loss_scalar = self.step_losses.of_run(self._total_loss_scalar + self._tr_loss.item())
+        total: float = self._total_loss_scalar + self._tr_loss.item()  # type: ignore[has-type]
+        self._total_loss_scalar = self.step_losses.of_run(total)
         self._tr_loss.zero_()
         return super()._finalize_training(*args, **kwargs)
 

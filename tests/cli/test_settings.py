@@ -11,8 +11,19 @@ import yaml
 from grpo_ext.cli.convert import SettingsError
 from grpo_ext.cli.main import main
 from grpo_ext.cli.settings import LoraSettings, parse_overrides, read_run, read_settings
+from grpo_ext.trainer import GRPOConfig
 
 EXAMPLE = str(Path(__file__).parents[2] / "examples" / "smollm2_arithmetic.yaml")
+
+
+def test_words_for_truth_values_reach_the_trainer(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: m\ndataset: products\nlog_completions: yes\nmask_truncated_completions: 'no'\n")
+    words = "--beta=0.1 --shuffle_dataset=false --use_fused_head=false --max_completion_length=7.0"
+    fields = read_settings(str(path), words.split(" ")).trainer
+    config = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, **fields)
+    assert (config.beta, config.shuffle_dataset, config.use_fused_head) == (0.1, False, False)
+    assert (config.log_completions, config.mask_truncated_completions, config.max_completion_length) == (True, False, 7)
 
 
 def test_the_example_says_what_the_readme_says() -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
+import grpo_ext
 from grpo_ext.advantages import group_advantages, importance_weights, weighted_rewards
+from grpo_ext.config import IMPORTANCE_MODES, LossConfig
 
 NAN = math.nan
 
@@ -99,11 +102,36 @@ def test_dtype_device_and_gradient(device: torch.device) -> None:
         (torch.zeros(2, 2, 2), 2, {}, r"\(2, 2, 2\)"),
         (torch.zeros(2, 0), 2, {}, "at least one function"),
         (torch.zeros(2, dtype=torch.complex64), 2, {}, "real numbers"),
+        ([1.0, "2"], 2, {}, "'2' in row 1: pass numbers"),
+        ([1.0, 10**400], 2, {}, "a number beyond float64 in row 1: scale it"),
+        ([1e39, 0.0], 2, {"scale_rewards": "none"}, r"the advantage of row 0 is 5e\+38, beyond float32: scale the"),
+        ([1.0, 2e150], 2, {}, r"sum of the rewards in row 1 is 2e\+150, beyond 1e\+150: scale"),
+        ([[1e200, 1.0], [0.0, 0.0]], 2, {"reward_weights": [1e200, 1.0]}, "sum of the rewards in row 0 is inf"),
+        ([1.0, 2.0], 2, {"reward_weights": ["1"]}, "reward_weights must be one number per reward function.*'1'"),
+        ([1.0, 2.0], 2, {"reward_weights": [10**400]}, "reward_weights must be one number per reward function"),
+        ([1.0, 2.0], 2, {"reward_weights": torch.ones(1).cfloat()}, "reward_weights must be one number per reward"),
     ],
 )
 def test_complaints(rewards: object, generations: int, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         group_advantages(rewards, generations, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scale", ["group", "batch"])
+def test_sums_beyond_float32_are_exact(device: torch.device, scale: str) -> None:
+    """The sum of two finite rewards of float32 is 6e38; so is its distance from the mean."""
+    rewards = torch.tensor([[3e38, 3e38], [1.0, 1.0]], device=device)
+    got = group_advantages(rewards, 2, scale_rewards=scale)
+    assert got.dtype == torch.float32
+    assert got.tolist() == pytest.approx([math.sqrt(0.5), -math.sqrt(0.5)], rel=1e-7)
+    assert group_advantages(rewards.tolist(), 2, scale_rewards=scale).tolist() == got.tolist()
+    assert group_advantages([1e39, 0.0], 2, scale_rewards=scale).tolist() == got.tolist()
+    assert group_advantages(rewards / 4, 2, scale_rewards="none").tolist() == pytest.approx([7.5e37, -7.5e37])
+
+
+def test_sums_that_differ_by_rounding_are_equal() -> None:
+    for rewards in ([[0.1, 0.2], [0.3, 0.0]], torch.tensor([[0.1, 0.2], [0.3, 0.0]])):
+        assert group_advantages(rewards, 2).tolist() == [0.0, 0.0]
 
 
 OLD = torch.tensor([[4.0, 0.5, 1.0], [0.5, 2.0, NAN]]).log()
@@ -139,6 +167,27 @@ def test_unknown_log_probabilities_count_as_equal() -> None:
     old = torch.tensor([[NAN, -math.inf, -1.0]])
     sampling = torch.tensor([[-1.0, -math.inf, NAN]])
     assert importance_weights(old, sampling, torch.ones(1, 3)).tolist() == [[1.0, 1.0, 1.0]]
+
+
+@pytest.mark.parametrize("mode", IMPORTANCE_MODES)
+def test_infinities_of_both_signs_in_a_sequence(device: torch.device, mode: str) -> None:
+    """Their sum is a ratio of 0 to 0, which counts as 1; each alone stays what it is. The losses form these weights."""
+    old = torch.tensor([[-1.0, -math.inf, -1.0], [-1.0, -1.0, -1.0], [-math.inf, -1.0, -1.0]], device=device)
+    sampling = torch.tensor([[-math.inf, -1.0, -1.0], [-math.inf, -1.0, -1.0], [-1.0] * 3], device=device)
+    one = torch.ones(3, 3, device=device)
+    got = importance_weights(old, sampling, one, mode=mode)
+    high = 2.0 if mode.endswith("truncate") else 0.0
+    if mode.startswith("token"):
+        assert got.tolist() == [[high, 0.0, 1.0], [high, 1.0, 1.0], [0.0, 1.0, 1.0]]
+    else:
+        assert got.tolist() == [[1.0], [high], [0.0]]
+    config = LossConfig(loss_type="grpo", vllm_importance_sampling_mode=mode)  # type: ignore[arg-type]
+    given: Any = (-one, torch.tensor([1.0, 2.0, 4.0], device=device), one, config)
+    expected = grpo_ext.reference.policy_loss(*given, old_logps=old, importance_weights=got).loss
+    assert expected.isfinite()
+    for policy_loss in (grpo_ext.policy_loss, grpo_ext.reference.policy_loss):
+        loss = policy_loss(*given, old_logps=old, sampling_logps=sampling).loss
+        torch.testing.assert_close(loss, expected)
 
 
 def test_no_gradient_and_dtypes() -> None:

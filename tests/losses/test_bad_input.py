@@ -11,6 +11,7 @@ import torch
 
 import grpo_ext
 from grpo_ext.config import LossConfig
+from grpo_ext.integrations.row_logps import row_logps
 
 B, T, V = 2, 3, 9
 
@@ -96,6 +97,13 @@ def test_a_bad_id_leaves_no_half_written_gradient() -> None:
         ({"sampling_logps": torch.ones(B, T, device="meta")}, ValueError, "sampling_logps is on meta"),
         ({"importance_weights": torch.ones(B, 2)}, ValueError, "importance_weights must be"),
         ({"importance_weights": 1.0}, TypeError, "importance_weights must be a tensor, got float"),
+        ({"completion_mask": torch.ones(B, T).cfloat()}, TypeError, "completion_mask must hold real numbers, got"),
+        ({"advantages": torch.ones(B).cfloat()}, TypeError, r"advantages must hold real.*complex64.*advantages.real"),
+        ({"old_logps": torch.ones(B, T).cfloat()}, TypeError, "old_logps must hold real numbers"),
+        ({"importance_weights": torch.ones(B).cfloat()}, TypeError, "importance_weights must hold real numbers"),
+        ({"num_items_in_batch": torch.ones(1).cfloat()}, TypeError, "num_items_in_batch must hold real numbers"),
+        ({"num_items_in_batch": "3"}, ValueError, "num_items_in_batch must be a number, got '3'"),
+        ({"num_items_in_batch": math.nan}, ValueError, "num_items_in_batch must be a number, got nan; pass None"),
         ({"num_items_in_batch": torch.ones(2)}, ValueError, "num_items_in_batch must be a number"),
         ({"entropy_threshold": torch.ones(2)}, ValueError, "entropy_threshold must be a number"),
     ],
@@ -138,6 +146,55 @@ def test_selective_log_softmax_complains(options: dict[str, float]) -> None:
         grpo_ext.selective_log_softmax(logits, ids[:, :1])
     with pytest.raises(TypeError, match="ids must be an int64 tensor"):
         grpo_ext.selective_log_softmax(logits, ids.float())
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e39, math.inf, True, "1"])
+def test_a_temperature_that_float32_does_not_hold(temperature: Any) -> None:
+    logits, ids = torch.zeros(B, T, V), torch.zeros(B, T).long()
+    for call in (
+        lambda: grpo_ext.selective_log_softmax(logits, ids, temperature=temperature),
+        lambda: grpo_ext.linear_selective_log_softmax(logits, torch.ones(5, V), ids, temperature=temperature),
+        lambda: row_logps(logits, ids, torch.ones(B, T).bool(), temperature=temperature, overwrite=False),
+    ):
+        with pytest.raises(ValueError, match=r"temperature must be (positive|a number)"):
+            call()
+
+
+@pytest.mark.parametrize("wrong", [0.5, 2.0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_float_mask_holds_0_and_1_only(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, wrong: float, compiled: bool
+) -> None:
+    """An error on the CPU; on a GPU and for a compiler, which cannot look, NaN instead of a wrong number."""
+    mask = torch.ones(B, T, device=device)
+    mask[1, 1] = wrong
+    given = arguments(device) | {"completion_mask": mask}
+    weight, ids = torch.ones(5, V, device=device), given["completion_ids"] % 5
+    logps = torch.zeros(B, T, device=device)
+    calls = {
+        "completion_mask": lambda: grpo_ext.grpo_loss(**given).loss,
+        "completion_mask ": lambda: grpo_ext.reference.grpo_loss(**given).loss,
+        "mask": lambda: grpo_ext.linear_selective_log_softmax(given["logits"], weight, ids, mask=mask),
+        "mask ": lambda: grpo_ext.reference.linear_selective_log_softmax(given["logits"], weight, ids, mask=mask),
+        "mask  ": lambda: grpo_ext.importance_weights(logps, logps, mask),
+    }
+    if compiled:
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for name, call in calls.items():
+        if device.type == "cpu" and not compiled:
+            with pytest.raises(ValueError, match=f"^{name.strip()} must hold 0 and 1 only, got {wrong:g}: "):
+                call()
+        else:
+            assert call().isnan().all(), name
+    mask[1, 1] = 1.0
+    assert all(call().isfinite().all() for call in calls.values())
+
+
+def test_integers_in_a_mask_count_as_one() -> None:
+    given = arguments()
+    expected = grpo_ext.grpo_loss(**given).loss
+    given["completion_mask"] = torch.tensor([[1, 2, 3], [-1, 7, 1]])
+    assert torch.equal(grpo_ext.grpo_loss(**given).loss, expected)
 
 
 def test_an_unknown_loss_type() -> None:

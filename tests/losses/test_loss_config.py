@@ -6,7 +6,9 @@ import dataclasses
 import math
 import warnings
 
+import numpy as np
 import pytest
+import torch
 
 from grpo_ext.config import IMPORTANCE_MODES, LEVELS, LOSS_TYPES, LossConfig
 
@@ -87,12 +89,46 @@ def test_known_names() -> None:
         ({"loss_type": "dr_grpo"}, "dr_grpo.*pass max_completion_length"),
         ({"vllm_importance_sampling_cap": 0.0}, "vllm_importance_sampling_cap must be positive"),
         ({"vllm_importance_sampling_clip_max": -2.0}, "must be positive"),
+        (
+            {"temperature": 1e-45},
+            r"temperature must be positive and finite, got 1e-45 \(float32 holds 1.2e-38 to 3.4e38",
+        ),
+        ({"temperature": 10**400}, "temperature must be positive and finite, got 1000"),
+        ({"logit_scale": 1e30, "temperature": 1e-30}, "logit_scale / temperature must be positive and finite, got 1e"),
+        ({"logit_scale": 1e30, "logit_softcap": 1e-30}, "logit_scale / logit_softcap must be positive and finite"),
+        ({"logit_softcap": 1e30, "temperature": 1e-30}, "logit_softcap / temperature must be positive and finite"),
+        ({"sapo_temperature_neg": 1e-45}, "sapo_temperature_neg must be positive and finite, got 1e-45"),
+        ({"epsilon": 1e39}, "epsilon must be at least 0 and finite, got 1e"),
+        ({"epsilon": math.inf}, "epsilon must be at least 0 and finite, got inf"),
+        ({"epsilon": True}, "epsilon must be a number, got True: pass a float or an int"),
+        ({"epsilon_high": "0.3"}, "epsilon_high must be a number or None, got '0.3'"),
+        ({"delta": 1 + 2j}, "delta must be a number or None, got"),
+        ({"use_bias_correction_kl": "false"}, "use_bias_correction_kl must be True or False, got 'false': pass a bool"),
+        (
+            {"vllm_importance_sampling_correction": 0},
+            "vllm_importance_sampling_correction must be True or False, got 0",
+        ),
+        ({"max_completion_length": 2.5}, "max_completion_length must be a whole number or None, got 2.5: pass an int"),
+        ({"max_completion_length": True}, "max_completion_length must be a whole number or None, got True"),
+        ({"vllm_importance_sampling_cap": -1.0}, "vllm_importance_sampling_cap must be positive"),
         ({"vllm_importance_sampling_clip_min": 3.0}, r"clip_min \(3.0\) exceeds the cap \(2.0\)"),
     ],
 )
 def test_complaints(fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LossConfig(**fields)
+
+
+def test_numbers_of_numpy_and_torch_become_plain() -> None:
+    fields: dict = {
+        "epsilon": np.float32(0.25),
+        "beta": torch.tensor(0.5),
+        "max_completion_length": np.int64(7),
+        "use_bias_correction_kl": np.bool_(True),
+    }
+    config = LossConfig(**fields)
+    assert config == LossConfig(epsilon=0.25, beta=0.5, max_completion_length=7, use_bias_correction_kl=True)
+    assert [type(getattr(config, name)) for name in fields] == [float, float, int, bool]
 
 
 def test_a_cispo_cap_below_one_warns() -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from transformers import TrainingArguments
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
 
 from grpo_ext import LossConfig
 from grpo_ext.trainer import GRPOConfig
@@ -119,6 +123,22 @@ def test_loss_config_takes_over_the_fields(make_config: Make) -> None:
         ({"sync_ref_model": True}, "sync_ref_model=True moves a reference model, and beta=0 has none"),
         ({"epsilon": -0.1}, "epsilon must be at least 0"),
         ({"steps_per_generation": 2, "generation_batch_size": 12}, "set only one of them"),
+        ({"use_fused_head": "false"}, "use_fused_head must be True or False or None, got 'false': pass a bool"),
+        ({"shuffle_dataset": "no"}, "shuffle_dataset must be True or False, got 'no'"),
+        ({"use_bias_correction_kl": 1}, "use_bias_correction_kl must be True or False, got 1"),
+        ({"logging_nan_inf_filter": "false"}, "logging_nan_inf_filter must be True or False, got 'false'"),
+        ({"max_completion_length": 2.5}, "max_completion_length must be a whole number, got 2.5: pass an int"),
+        ({"num_generations": True}, "num_generations must be a whole number, got True"),
+        ({"per_device_train_batch_size": 2.5}, "per_device_train_batch_size must be a whole number or None, got 2.5"),
+        ({"epsilon": "0.2"}, "epsilon must be a number, got '0.2': pass a float or an int"),
+        ({"learning_rate": "1e-6"}, "learning_rate must be a number, got '1e-6'"),
+        ({"temperature": 1e-45}, "temperature must be positive and finite, got 1e-45"),
+        ({"eval_temperature": 1e-45}, "eval_temperature must be at least 0 .*, got 1e-45"),
+        ({"eval_temperature": math.nan}, "eval_temperature must be a number, got nan"),
+        ({"vllm_server_timeout": math.nan}, "vllm_server_timeout must be a number, got nan"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty must be positive, got inf: a finite factor"),
+        ({"reward_weights": [1.0, "2"]}, "reward_weights must be a number, got '2'"),
+        ({"reward_weights": [1.0, math.nan]}, r"reward_weights must be finite, got \[1.0, nan\]"),
         ({"generation_batch_size": 10}, r"generation_batch_size \(10\) must be divisible by per_device_train"),
         ({"gradient_accumulation_steps": 2, "steps_per_generation": 3}, r"\(3\) and gradient_accumulation_steps \(2\)"),
     ],
@@ -126,6 +146,26 @@ def test_loss_config_takes_over_the_fields(make_config: Make) -> None:
 def test_rule(make_config: Make, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_config(**changes)
+
+
+def test_text_of_a_command_line_or_a_file_is_converted_before(tmp_path: Path) -> None:
+    """What `HfArgumentParser` and YAML make of true, false and numbers fits the strict fields."""
+    parser = HfArgumentParser(GRPOConfig)
+    words = "--beta 0.1 --shuffle_dataset false --use_fused_head no --max_completion_length 7 --reward_weights 1 0.5"
+    words += f" --scale_rewards true --use_cpu true --output_dir {tmp_path}"
+    (parsed,) = parser.parse_args_into_dataclasses(words.split())
+    text = "{beta: 0.1, shuffle_dataset: false, use_fused_head: no, max_completion_length: 7, reward_weights: [1, 0.5]}"
+    (read,) = parser.parse_dict({**yaml.safe_load(text), "output_dir": str(tmp_path), "use_cpu": True})
+    for config in (parsed, read):
+        assert (config.beta, config.shuffle_dataset, config.use_fused_head) == (0.1, False, False)
+        assert (config.max_completion_length, config.reward_weights) == (7, [1.0, 0.5])
+
+
+def test_numbers_of_numpy_become_plain(make_config: Make) -> None:
+    config = make_config(beta=np.float32(0.5), max_completion_length=np.int64(7), save_completions=np.bool_(False))
+    assert (config.beta, config.max_completion_length, config.save_completions) == (0.5, 7, False)
+    assert type(config.max_completion_length) is int
+    json.dumps(config.to_dict())
 
 
 def test_delta_inside_the_clip_range_warns(make_config: Make) -> None:

@@ -126,6 +126,18 @@ def infinite(**_: Any) -> list[float]:
     return [1.0, math.inf, 0.0]
 
 
+def too_large(**_: Any) -> list[float]:
+    return [1.0, 1e39, 0.0]
+
+
+def far_too_large(**_: Any) -> list[float]:
+    return [1.0, 10**400, 0.0]
+
+
+def digits(**_: Any) -> list[str]:
+    return ["1", "2", "3"]
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
@@ -135,6 +147,15 @@ def infinite(**_: Any) -> list[float]:
         (one_number, "reward function 'one_number' returned float: return a list of 3 numbers"),
         (words, "reward function 'words' returned 'good' for completion 0"),
         (infinite, "reward function 'infinite' returned inf for completion 1"),
+        (
+            too_large,
+            r"reward function 'too_large' returned 1e\+39 for completion 1: .* float32, at most 3.4e38; scale it",
+        ),
+        (
+            far_too_large,
+            "reward function 'far_too_large' returned a number beyond 1.7e308 for completion 1: .* scale it",
+        ),
+        (digits, "reward function 'digits' returned '1' for completion 0: return a number or None"),
     ],
 )
 def test_error_names_the_function(function: Any, message: str) -> None:

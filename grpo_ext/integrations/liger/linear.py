@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_ext._checks import Number
+from grpo_ext._checks import Number, checked_mask, poisoned
 from grpo_ext.integrations.liger.terms import clipped, config_of, divisor, per_token, token_mean
 from grpo_ext.linear import linear_grpo_loss, linear_selective_log_softmax
 
@@ -96,7 +96,8 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         Returns:
             ``(loss, (kl mean, clip ratio))``, without the first where beta is 0; means over the tokens that count.
         """
-        config, mask = self.config, attention_mask != 0
+        config = self.config
+        mask, right = checked_mask("attention_mask", attention_mask)
         if _input.dim() != 3:
             raise ValueError(f"_input must be (B, T, H), got {tuple(_input.shape)}")
         ref = self._reference_logps(
@@ -109,7 +110,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
             _input,
             weight,
             selected_token_ids,
-            advantages,
+            poisoned(right, advantages),
             mask,
             dataclasses.replace(config, beta=0.0) if without_kl else config,
             bias=bias,

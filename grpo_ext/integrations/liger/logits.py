@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_ext._checks import Number
+from grpo_ext._checks import Number, checked_mask, poisoned
 from grpo_ext.integrations.liger.terms import clipped, config_of, divisor, per_token, token_losses, token_mean
 from grpo_ext.integrations.row_logps import row_logps
 from grpo_ext.policy import policy_loss
@@ -26,8 +26,12 @@ def _logps(
             f"completion_ids must be {(logits.shape[0], logits.shape[1] - 1)} for logits {tuple(logits.shape)}, got "
             f"{tuple(ids.shape)}: the last row of logits predicts nothing"
         )
-    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
-    return row_logps(logits, ids, mask, temperature=temperature, overwrite=inplace), mask
+    right = None
+    if mask is None:
+        mask = torch.ones_like(ids, dtype=torch.bool)
+    else:
+        mask, right = checked_mask("completion_mask", mask)
+    return poisoned(right, row_logps(logits, ids, mask, temperature=temperature, overwrite=inplace)), mask
 
 
 @torch.no_grad()
