@@ -362,7 +362,7 @@ class GRPOConfig(TrainingArguments):
         for name in ("top_p", "top_k", "min_p", "repetition_penalty"):
             value = given.pop(name, None)
             if value is not None:
-                setattr(self, name, value)
+                setattr(self, name, plain_value(f"generation_kwargs[{name!r}]", value, dict(_HINTS)[name]))
         self.generation_kwargs = given or None
 
     def _check_vllm(self) -> None:

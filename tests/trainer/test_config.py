@@ -139,6 +139,7 @@ def test_loss_config_takes_over_the_fields(make_config: Make) -> None:
         ({"repetition_penalty": math.inf}, "repetition_penalty must be positive, got inf: a finite factor"),
         ({"reward_weights": [1.0, "2"]}, "reward_weights must be a number, got '2'"),
         ({"reward_weights": [1.0, math.nan]}, r"reward_weights must be finite, got \[1.0, nan\]"),
+        ({"generation_kwargs": {"top_p": "0.9"}}, r"generation_kwargs\['top_p'\] must be a number, got '0.9'"),
         ({"generation_batch_size": 10}, r"generation_batch_size \(10\) must be divisible by per_device_train"),
         ({"gradient_accumulation_steps": 2, "steps_per_generation": 3}, r"\(3\) and gradient_accumulation_steps \(2\)"),
     ],

@@ -503,10 +503,11 @@ def test_a_skipped_step_leaves_the_loss(make_trainer: Make, every: int) -> None:
     losses: list[float] = []
     compute_loss = trainer.compute_loss
 
-    def spoilt(*args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = compute_loss(*args, **kwargs) + (math.nan if len(losses) == 3 else 1.0)
+    def spoilt(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
+        loss, output = compute_loss(*args, **kwargs)
+        loss = loss + (math.nan if len(losses) == 3 else 1.0)
         losses.append(float(loss.detach()))
-        return loss
+        return loss, output
 
     trainer.compute_loss = spoilt  # type: ignore[method-assign]
     output = trainer.train()

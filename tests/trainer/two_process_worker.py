@@ -250,9 +250,10 @@ def nonfinite(folder: Path, kind: str) -> dict[str, Any]:
     seen.trainer = trainer
     calls, last, compute_loss = [0], trainer.accelerator.process_index == 1, trainer.compute_loss
 
-    def spoilt(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def spoilt(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
         calls[0] += 1
-        return compute_loss(*args, **kwargs) + (math.inf if last and calls[0] == 3 else 0.0)
+        loss, output = compute_loss(*args, **kwargs)
+        return loss + (math.inf if last and calls[0] == 3 else 0.0), output
 
     trainer.compute_loss = spoilt  # type: ignore[method-assign]
     trainer.train()
