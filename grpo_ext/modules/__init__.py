@@ -1,1 +1,18 @@
-"""Faster layers for any transformers model: fused head, LoRA, RMSNorm, gradient checkpointing, sharded weights."""
+"""Faster layers for any transformers model: fused head, LoRA, RMSNorm, gradient checkpointing.
+
+    from grpo_ext import modules
+
+    with modules.attached(model):
+        ...  # train
+
+`attach` and `attached` replace the forward of LoRA and RMSNorm layers. `FusedHead` computes a loss where the model would
+compute its logits. `checkpointing_arguments` returns cheaper ``gradient_checkpointing_kwargs``.
+"""
+
+from __future__ import annotations
+
+from grpo_ext.modules.attach import FasterLayers, attach, attached
+from grpo_ext.modules.checkpointing import checkpointing_arguments
+from grpo_ext.modules.fused_head import FusedHead
+
+__all__ = ["FasterLayers", "FusedHead", "attach", "attached", "checkpointing_arguments"]
