@@ -50,7 +50,7 @@ def main() -> None:
     turns = [
         (block, *turn) for block in range(-1, options.blocks) for turn in (("vllm", engine), ("transformers", plain))
     ]
-    with trainer.fused_lora.attached(), trainer.fused_norms.attached():  # as in training
+    with trainer.faster_layers.attached():  # as in training
         for block, name, chosen in turns:
             with torch.no_grad():  # an update: the engine has to take over the weights
                 next(p for p in trainer.model.parameters() if p.requires_grad).add_(1e-4)

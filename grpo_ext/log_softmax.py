@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from grpo_ext._checks import batch_of_logits, batch_of_tokens, check_logits
 from grpo_ext._ops import kernels, logit_transform
 from grpo_ext.config import LossConfig
-from grpo_ext.linear.sharded_logits import sharded_log_softmax
+from grpo_ext.vocabulary.sharded_logits import sharded_log_softmax
 
 
 class _SelectiveLogSoftmax(torch.autograd.Function):

@@ -14,8 +14,8 @@ from grpo_ext._checks import check_device, checked_mask, describe
 from grpo_ext._ops import DTYPE_CODES, logit_transform, statistics_dtype
 from grpo_ext.config import LossConfig
 from grpo_ext.linear.chunks import Numerics
-from grpo_ext.linear.parallel import group_name
 from grpo_ext.linear.plan import parse_logits_dtype, product_dtypes
+from grpo_ext.vocabulary.shards import group_name
 
 #: Called with (weight, bias); inside the returned context the head is whole. What the context yields, (weight, bias),
 #: is used in their place; None: the same tensors, filled in place (ZeRO-3).

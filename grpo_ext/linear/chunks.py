@@ -14,11 +14,11 @@ from torch import Tensor
 from grpo_ext._checks import PolicyTensors
 from grpo_ext._ops import statistics_dtype
 from grpo_ext.linear.head import Head, HeadGradient, Rows, drop_rows
-from grpo_ext.linear.parallel import VocabularyShard, resolve_group, sum_over_ranks
 from grpo_ext.linear.plan import ChunkPlan, chunk_plan
 from grpo_ext.linear.policy import RowPolicy
 from grpo_ext.linear.rows import Selection, row_chunks, sequence_chunks
-from grpo_ext.linear.vocabulary import Statistics, Vocabulary, WholeVocabulary, kernels
+from grpo_ext.vocabulary.shards import VocabularyShard, resolve_group, sum_over_ranks
+from grpo_ext.vocabulary.statistics import Statistics, Vocabulary, WholeVocabulary, kernels
 
 
 class Numerics(NamedTuple):

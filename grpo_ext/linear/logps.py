@@ -25,7 +25,7 @@ from grpo_ext.linear.arguments import (
 from grpo_ext.linear.chunks import Numerics
 from grpo_ext.linear.operators import row_arguments
 from grpo_ext.linear.rows import Selection, select_rows
-from grpo_ext.linear.vocabulary import kernels
+from grpo_ext.vocabulary.statistics import kernels
 
 
 class Request(NamedTuple):

@@ -25,9 +25,9 @@ from grpo_ext.linear.chunks import Numerics
 from grpo_ext.linear.logps import Request, linear_logps
 from grpo_ext.linear.policy import depends_on_own_row, depends_on_own_sequence, folds_into_rows
 from grpo_ext.linear.rows import active_tokens
-from grpo_ext.linear.vocabulary import kernels
 from grpo_ext.output import GRPOLossOutput, loss_output
 from grpo_ext.policy import policy_loss
+from grpo_ext.vocabulary.statistics import kernels
 
 
 def choose_route(

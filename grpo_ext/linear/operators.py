@@ -16,11 +16,11 @@ from grpo_ext._ops.schemas import POLICY_ARGUMENTS
 from grpo_ext.linear import probabilities_loops
 from grpo_ext.linear.chunks import Numerics, Rowwise, gradients, log_probabilities, loss_gradients
 from grpo_ext.linear.head import HeadGradient
-from grpo_ext.linear.parallel import total_vocabulary
 from grpo_ext.linear.policy import RowPolicy
 from grpo_ext.linear.probabilities import Probabilities, serves
 from grpo_ext.linear.rows import Selection, select_rows, select_sequences
-from grpo_ext.linear.vocabulary import kernels
+from grpo_ext.vocabulary.shards import total_vocabulary
+from grpo_ext.vocabulary.statistics import kernels
 
 library = torch.library.Library("grpo_ext", "FRAGMENT")
 

@@ -22,9 +22,9 @@ from grpo_ext._ops.probability import TILE_COLUMNS, ChunkRows
 from grpo_ext.linear import probabilities_reference
 from grpo_ext.linear.chunks import Numerics, Tokens
 from grpo_ext.linear.head import Rows
-from grpo_ext.linear.parallel import shard_sizes
 from grpo_ext.linear.plan import ROW_ALIGNMENT, ChunkPlan, chunk_plan
 from grpo_ext.linear.rows import Selection
+from grpo_ext.vocabulary.shards import shard_sizes
 
 #: Default memory budget in bytes: 4096 rows of 151,936 bf16 probabilities at H = 4096 and all that lies beside them.
 DEFAULT_BUDGET = 1272 << 20

@@ -5,8 +5,8 @@
     with modules.attached(model):
         ...  # train
 
-`attach` and `attached` replace the forward of LoRA and RMSNorm layers. `FusedHead` computes a loss where the model would
-compute its logits. `checkpointing_arguments` returns cheaper ``gradient_checkpointing_kwargs``.
+`attach` and `attached` replace the forward of LoRA and RMSNorm layers. `FusedHead` computes a loss where the model
+would compute its logits. `checkpointing_arguments` returns cheaper ``gradient_checkpointing_kwargs``.
 """
 
 from __future__ import annotations

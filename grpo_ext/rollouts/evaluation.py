@@ -13,7 +13,7 @@ from transformers.trainer_utils import speed_metrics
 
 from grpo_ext.advantages import weighted_rewards
 from grpo_ext.generation.engine import Completions
-from grpo_ext.rollouts.rollout_maker import RolloutMaker
+from grpo_ext.rollouts.maker import RolloutMaker
 
 
 def measure(rollouts: RolloutMaker, model: nn.Module, dataset: Any, prefix: str) -> dict[str, float]:

@@ -18,11 +18,10 @@ from grpo_ext._ops import kernel_calls
 from grpo_ext.config import LOSS_TYPES
 from grpo_ext.generation.engine import GenerationEngine, PromptEncoder, TransformersEngine, end_token_ids
 from grpo_ext.generation.errors import EngineError
+from grpo_ext.modules.attach import FasterLayers
 from grpo_ext.modules.checkpointing import checkpointing_arguments
 from grpo_ext.modules.fused_head import FusedHead
 from grpo_ext.modules.inspection import context_length, has_dropout
-from grpo_ext.modules.lora import FusedLora
-from grpo_ext.modules.norms import FusedNorms
 from grpo_ext.modules.sharding import prefetch_in_order
 from grpo_ext.rollouts.batching import MicroStep, PromptSchedule
 from grpo_ext.rollouts.data import (
@@ -32,9 +31,9 @@ from grpo_ext.rollouts.data import (
     named_datasets,
 )
 from grpo_ext.rollouts.evaluation import measure
+from grpo_ext.rollouts.maker import RolloutMaker, gather
 from grpo_ext.rollouts.rewards import RewardFunction, RewardFunctions
 from grpo_ext.rollouts.rollout import Rollout, Sample
-from grpo_ext.rollouts.rollout_maker import RolloutMaker, gather
 from grpo_ext.trainer.checkpoint import check_processes, load_reference, load_state, save_reference, save_state
 from grpo_ext.trainer.config import GRPOConfig
 from grpo_ext.trainer.engine import build_engine
@@ -133,9 +132,14 @@ class GRPOTrainer(Trainer):
             # Ranks may hold completions of the same prompt: on one stream they would draw the same tokens.
             set_seed(args.seed, device_specific=True)
         self._choose_checkpointing(module)
+        assert isinstance(tokenizer.pad_token_id, int)  # load_tokenizer saw to it
+        self.pad_id: int = tokenizer.pad_token_id
+        self.window = MetricWindow()
         self.reference = ReferenceModel(module) if args.beta != 0 else None
         if args.sync_ref_model and self.reference is not None:
             self.reference.check_can_move()
+        one_process = self.accelerator.num_processes == 1
+        self.may_skip_backward = one_process and not self.is_deepspeed_enabled and self.accelerator.scaler is None
         self.schedule = PromptSchedule(
             len(train_dataset),
             self.plan,
@@ -143,36 +147,30 @@ class GRPOTrainer(Trainer):
             shuffle=args.shuffle_dataset,
             shuffle_completions=args.shuffle_completions,
         )
-        assert isinstance(tokenizer.pad_token_id, int)  # load_tokenizer saw to it
-        self.pad_id: int = tokenizer.pad_token_id
-        self.window = MetricWindow()
-        one_process = self.accelerator.num_processes == 1
-        may_skip_backward = one_process and not self.is_deepspeed_enabled and self.accelerator.scaler is None
-        self.rollouts = RolloutMaker(
-            args,
-            self.accelerator,
-            train_dataset,
-            self.schedule,
-            PromptEncoder(tokenizer, args.max_prompt_length, context_length(module), args.max_completion_length),
-            self._make_engine(module, tokenizer),
-            self.rewards,
-            self.window,
-            may_skip_backward,
-        )
+        self.rollouts = self._build_rollouts(module, tokenizer, train_dataset)
+        compiled = bool(args.torch_compile)
+        self.faster_layers = FasterLayers(module, lora=args.use_fused_lora, norm=args.use_fused_norm, compiled=compiled)
+        self.fused_head = FusedHead(module, args.use_fused_head, compiled=compiled)
         self.layouts = LayoutChooser(
             module, args.share_prompts and one_process and not args.gradient_checkpointing, args.padding_free
         )
-        compiled = bool(args.torch_compile)
-        self.fused_head = FusedHead(module, args.use_fused_head, compiled=compiled)
-        self.fused_lora = FusedLora(module, args.use_fused_lora, compiled=compiled)
-        self.fused_norms = FusedNorms(module, args.use_fused_norm, compiled=compiled)
-        over_ranks = args.top_entropy_quantile != 1.0 and not one_process
         self.model_pass = ModelPass(
             self.layouts,
             self.fused_head,
             self.loss_config,
-            self._entropy_threshold if over_ranks else None,
+            None if one_process or args.top_entropy_quantile == 1.0 else self._entropy_threshold,
             args.head_memory_budget,
+        )
+        self.slices = Slices(
+            args,
+            self.plan,
+            self.model_pass,
+            self.reference,
+            self.window,
+            self.pad_id,
+            self.accelerator.autocast,
+            self.may_skip_backward,
+            has_dropout(module),
         )
         self.guard = NonfiniteGuard(
             args.max_nonfinite_steps,
@@ -182,133 +180,73 @@ class GRPOTrainer(Trainer):
             self.accelerator.process_index,
         )
         self.step_losses = StepLosses(lambda: self._tr_loss)
-        self.slices = Slices(
-            args,
-            self.plan,
-            self.model_pass,
-            self.reference,
-            self.window,
-            self.pad_id,
-            self.accelerator.autocast,
-            may_skip_backward,
-            has_dropout(module),
-        )
-        self._path_said = False
         self.kernel_calls = 0
         self._rollout: Rollout | None = None
+        self._path_reported = False
         self._leaf = list(module.modules())[-1]
         self._add_callbacks()
 
-    def _make_engine(self, module: nn.Module, tokenizer: PreTrainedTokenizerBase) -> GenerationEngine:
-        ends = end_token_ids(module, tokenizer)
-        if not self.args.use_vllm:
-            return TransformersEngine(ends, self.pad_id, self.args.share_prompts)
-        return build_engine(self.args, module, tokenizer, self.accelerator, ends, lambda: self.state.global_step)
-
-    def _choose_checkpointing(self, module: nn.Module) -> None:
-        args = self.args
-        self.checkpointing: dict[str, Any] | None = None
-        if not args.gradient_checkpointing or args.gradient_checkpointing_kwargs is not None:
-            return
-        elsewhere = self.is_fsdp_enabled or self.is_deepspeed_enabled or args.torch_compile
-        # DDP that looks for unused parameters walks a graph that this way of checkpointing does not have.
-        if not elsewhere and not (self.accelerator.num_processes > 1 and args.ddp_find_unused_parameters):
-            self.checkpointing = checkpointing_arguments(module)
-        if self.checkpointing is not None and self.accelerator.ddp_handler is not None:
-            self.accelerator.ddp_handler.find_unused_parameters = False
-
-    @contextlib.contextmanager
-    def _checkpointing_in_args(self) -> Iterator[None]:
-        """Where transformers looks for it, and no longer than that: another trainer may be given the same args."""
-        given = self.args.gradient_checkpointing_kwargs
-        if given is None:
-            self.args.gradient_checkpointing_kwargs = self.checkpointing
-        try:
-            yield
-        finally:
-            self.args.gradient_checkpointing_kwargs = given
-
-    def _add_callbacks(self) -> None:
-        self.add_callback(self.step_losses)
-        self.add_callback(StepTimer(self.window))
-        self.add_callback(MetricsFileCallback())
-        if self.args.sync_ref_model and self.reference is not None:
-            self.add_callback(ReferenceSync(self.reference, self._unwrapped))
-        if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(RewardProgressCallback())
-
-    def _unwrapped(self) -> nn.Module:
-        return self.accelerator.unwrap_model(self.model)
-
-    # ---- data ----------------------------------------------------------------------------------------------
-
-    def get_train_dataloader(self) -> DataLoader:
-        """One item per micro-step: its number within the epoch, which `PromptSchedule` gives its meaning."""
-        return DataLoader(MicroStepNumbers(len(self.schedule)), batch_size=1, collate_fn=collate_micro_step)
-
-    def num_examples(self, dataloader: DataLoader) -> int:
-        """Completions of one epoch over all ranks."""
-        return len(dataloader) * self.plan.slice_size
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Not estimated: the inputs are made in the step itself."""
-        return 0
-
-    # ---- one micro-step ------------------------------------------------------------------------------------
+    # ---- one micro-step: prompts, completions, rewards, advantages, micro-batch, loss, backward --------------
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Generate when it is time, then forward and backward of one micro-batch; the detached loss.
+        """Run one micro-step and return its detached loss; transformers takes the optimizer step.
 
-        The division by the accumulation steps happens in `compute_loss`, so nothing is divided here.
+        A micro-step trains on one slice of a generation batch, which the first micro-step of the batch generates.
         """
-        # Not at every step: thousands of modules, a tenth of a second on a slow host. A wrapper for several processes
-        # is in train mode from its birth, around a model that may not be.
-        if not (model.training and self._leaf.training):
-            model.train()
-        optimizer_train = getattr(self.optimizer, "train", None)
-        if callable(optimizer_train):
-            optimizer_train()  # schedule-free optimizers keep two sets of weights
+        self._set_train_mode(model)
         now, place = self._place(inputs["micro_step"])
-        with self.fused_lora.cast_once(AUTOCAST.get(self.accelerator.mixed_precision)):
+        with self.faster_layers.lora.cast_once(AUTOCAST.get(self.accelerator.mixed_precision)):
             if self._rollout is None or self._rollout.key != place.generation_key:
-                at_start = place.slice_index == place.iteration == 0
-                self._rollout = self._make_rollout(model, place.generation_key, now, at_start)
+                from_start = place.slice_index == place.iteration == 0
+                self._rollout = self._make_rollout(model, place.generation_key, now, from_start)
             rollout, index = self._rollout, place.slice_index
             keep = self.slices.rows(rollout, index)
-            loss = (
-                self._train_on(model, rollout, index, keep, place.iteration)
-                if keep
-                else self.slices.without_gradient(model, rollout)
-            )
+            if keep:
+                loss = self._train_on(
+                    model, rollout, index, keep, replayed=place.iteration + 1 < self.plan.num_iterations
+                )
+            else:
+                loss = self.slices.without_gradient(model, rollout)
         self.slices.count(rollout, len(rollout.rows_of(index)), len(keep))
         self.guard.watch(loss, rollout, index)
         return loss
 
-    def _train_on(self, model: nn.Module, rollout: Rollout, index: int, keep: list[int], iteration: int) -> Tensor:
-        """Forward and backward of the rows ``keep`` of a slice; the detached loss of the whole slice."""
+    def _make_rollout(self, model: nn.Module, key: tuple[int, int], start: int, from_start: bool = True) -> Rollout:
+        """Generate and score this rank's rows of a generation batch, and fix the log probabilities it is compared with.
+
+        Args:
+            key: ``(epoch, generation)``.
+            start: micro-steps of the run so far.
+            from_start: see `Slices.add_logps`.
+        """
+        unwrapped = self.accelerator.unwrap_model(model)
+        rollout, sample, rewards = self._sample_rollout(unwrapped, key, start)
+        with self.window.timed("time/logps"):
+            self.slices.add_logps(model, unwrapped, rollout, from_start)
+        self.state.num_input_tokens_seen += rollout.tokens_seen
+        self.window.add("num_tokens", float(self.state.num_input_tokens_seen), reduce="last")
+        self._record_completions(rollout, sample, rewards)
+        return rollout
+
+    def _sample_rollout(self, model: nn.Module, key: tuple[int, int], start: int) -> tuple[Rollout, Sample, Tensor]:
+        """The rollout, its prompts and completions as they came, and their ``(n, functions)`` rewards."""
+        prompts = self.rollouts.prompts(key)
+        sample, rewards = self.rollouts.generate_and_score(model, prompts)  # a prompt is scored while others generate
+        advantages = self.rollouts.advantages(rewards, key)
+        return self.rollouts.assemble(key, start, sample, advantages), sample, rewards
+
+    def _train_on(self, model: nn.Module, rollout: Rollout, index: int, keep: list[int], *, replayed: bool) -> Tensor:
+        """Forward and backward of the rows ``keep`` of a slice; return the detached loss of the whole slice."""
         batch = self.slices.micro_batch(rollout, index, keep)
         with self.window.timed("time/forward"):
             loss, output = self.compute_loss(model, batch, return_outputs=True)
-        if iteration + 1 < self.plan.num_iterations and batch.old_logps is None:
+        if replayed and batch.old_logps is None:
             rollout.old_logps[index] = rollout.whole_slice(index, keep, output.logps)
         with self.window.timed("time/backward"):
             run_backward(self.accelerator, model, loss, self.guard, deepspeed=self.is_deepspeed_enabled)
         return loss.detach()
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Called by transformers between backward and step: the place to refuse the step."""
-        norm = super()._get_grad_norm(model, grad_norm)
-        scaled, taken = self.accelerator.scaler is not None, None
-        if scaled and not self.args.max_grad_norm:  # a scaler wants to have seen gradients, which clipping shows it
-            self.accelerator.unscale_gradients()
-        if self.is_deepspeed_enabled:
-            engine: Any = model
-            scaled, taken = engine.fp16_enabled(), engine.was_step_applied()
-        skipped = self.guard.before_step(model, norm, self.state.global_step + 1, scaled, taken)
-        self.step_losses.end_step(skipped)
-        return norm
 
     def compute_loss(
         self,
@@ -331,12 +269,40 @@ class GRPOTrainer(Trainer):
                 "grpo_ext; training stops rather than going on without them (see `grpo-ext info`)"
             )
         self.kernel_calls += served
-        self._say_path()
+        self._report_path()
         self.window.add_loss(output.metrics, self.args.beta != 0, inputs.sampling_logps is not None)
         loss = output.loss if inputs.weight == 1 else output.loss * inputs.weight
         if self.args.loss_type not in TOKEN_NORMALISED:
             loss = loss / self.plan.gradient_accumulation_steps
         return (loss, output) if return_outputs else loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Skip the step if its loss or gradient is not finite; transformers calls this between backward and step."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        scaled, taken = self.accelerator.scaler is not None, None
+        if scaled and not self.args.max_grad_norm:  # a scaler must see the gradients, which clipping would show it
+            self.accelerator.unscale_gradients()
+        if self.is_deepspeed_enabled:
+            engine: Any = model
+            scaled, taken = engine.fp16_enabled(), engine.was_step_applied()
+        skipped = self.guard.before_step(model, norm, self.state.global_step + 1, scaled, taken)
+        self.step_losses.end_step(skipped)
+        return norm
+
+    def _set_train_mode(self, model: nn.Module) -> None:
+        # Not at every step: thousands of modules take a tenth of a second on a slow host. Looks at a leaf as well, as a
+        # wrapper for several processes starts in train mode around a model that may not be.
+        if not (model.training and self._leaf.training):
+            model.train()
+        optimizer_train = getattr(self.optimizer, "train", None)
+        if callable(optimizer_train):
+            optimizer_train()  # schedule-free optimizers keep two sets of weights
+
+    def _place(self, micro_step: int) -> tuple[int, MicroStep]:
+        """Micro-steps of the run before this one, and where it belongs."""
+        steps_per_epoch = len(self.schedule) // self.plan.gradient_accumulation_steps
+        now = self.state.global_step // steps_per_epoch * len(self.schedule) + micro_step
+        return now, self.schedule.locate(now)
 
     def _entropy_threshold(self, entropy: Tensor, loss_mask: Tensor) -> Tensor | None:
         """The entropy quantile over the tokens of all ranks, None where there are none."""
@@ -351,39 +317,29 @@ class GRPOTrainer(Trainer):
         """How the loss is computed: ``fused head``, or ``logits: <why>``."""
         return self.fused_head.describe()
 
-    def _say_path(self) -> None:
-        if not self._path_said:
-            self._path_said = True
-            self.accelerator.print(f"loss from {self.loss_path}")
-            for fused in (self.fused_lora, self.fused_norms):
-                if fused.layers:
-                    self.accelerator.print(fused)
+    def _report_path(self) -> None:
+        """Print once which paths serve the run."""
+        if not self._path_reported:
+            self._path_reported = True
+            for line in (f"loss from {self.loss_path}", *self.faster_layers.report()):
+                self.accelerator.print(line)
             if self.args.padding_free:
                 reason = self.layouts.padded_because or self.fused_head.reason
                 self.accelerator.print(f"padding_free: rows are padded, {reason}" if reason else "padding_free: in use")
 
-    # ---- generation ----------------------------------------------------------------------------------------
+    # ---- data ----------------------------------------------------------------------------------------------
 
-    def _place(self, micro_step: int) -> tuple[int, MicroStep]:
-        """Micro-steps of the run before this one, and where it belongs."""
-        steps_per_epoch = len(self.schedule) // self.plan.gradient_accumulation_steps
-        now = self.state.global_step // steps_per_epoch * len(self.schedule) + micro_step
-        return now, self.schedule.locate(now)
+    def get_train_dataloader(self) -> DataLoader:
+        """One item per micro-step: its number within the epoch, which `PromptSchedule` gives its meaning."""
+        return DataLoader(MicroStepNumbers(len(self.schedule)), batch_size=1, collate_fn=collate_micro_step)
 
-    def _make_rollout(self, model: nn.Module, key: tuple[int, int], start: int, at_start: bool = True) -> Rollout:
-        """Generate, score and prepare one generation batch: this rank's rows of it.
+    def num_examples(self, dataloader: DataLoader) -> int:
+        """Completions of one epoch over all ranks."""
+        return len(dataloader) * self.plan.slice_size
 
-        Args:
-            at_start: its first slice comes next; not where a run is resumed inside it and what was saved is of no use.
-        """
-        unwrapped = self.accelerator.unwrap_model(model)
-        rollout, sample, rewards = self.rollouts.make(unwrapped, key, start)
-        with self.window.timed("time/logps"):
-            self.slices.add_logps(model, unwrapped, rollout, at_start)
-        self.state.num_input_tokens_seen += rollout.tokens_seen
-        self.window.add("num_tokens", float(self.state.num_input_tokens_seen), reduce="last")
-        self._record_completions(rollout, sample, rewards)
-        return rollout
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not estimated: the inputs are made in the step itself."""
+        return 0
 
     # ---- records -------------------------------------------------------------------------------------------
 
@@ -446,6 +402,63 @@ class GRPOTrainer(Trainer):
         )
         return metrics
 
+    # ---- wiring --------------------------------------------------------------------------------------------
+
+    def _build_rollouts(self, module: nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: Any) -> RolloutMaker:
+        args, ends = self.args, end_token_ids(module, tokenizer)
+        engine: GenerationEngine
+        if args.use_vllm:
+            engine = build_engine(args, module, tokenizer, self.accelerator, ends, lambda: self.state.global_step)
+        else:
+            engine = TransformersEngine(ends, self.pad_id, args.share_prompts)
+        encoder = PromptEncoder(tokenizer, args.max_prompt_length, context_length(module), args.max_completion_length)
+        return RolloutMaker(
+            args,
+            self.accelerator,
+            dataset,
+            self.schedule,
+            encoder,
+            engine,
+            self.rewards,
+            self.window,
+            self.may_skip_backward,
+        )
+
+    def _choose_checkpointing(self, module: nn.Module) -> None:
+        args = self.args
+        self.checkpointing: dict[str, Any] | None = None
+        if not args.gradient_checkpointing or args.gradient_checkpointing_kwargs is not None:
+            return
+        elsewhere = self.is_fsdp_enabled or self.is_deepspeed_enabled or args.torch_compile
+        # DDP's search for unused parameters needs a graph that this kind of checkpointing does not build.
+        if not elsewhere and not (self.accelerator.num_processes > 1 and args.ddp_find_unused_parameters):
+            self.checkpointing = checkpointing_arguments(module)
+        if self.checkpointing is not None and self.accelerator.ddp_handler is not None:
+            self.accelerator.ddp_handler.find_unused_parameters = False
+
+    @contextlib.contextmanager
+    def _checkpointing_in_args(self) -> Iterator[None]:
+        """Put `checkpointing` where transformers reads it, for one run only: another trainer may get the same args."""
+        given = self.args.gradient_checkpointing_kwargs
+        if given is None:
+            self.args.gradient_checkpointing_kwargs = self.checkpointing
+        try:
+            yield
+        finally:
+            self.args.gradient_checkpointing_kwargs = given
+
+    def _add_callbacks(self) -> None:
+        self.add_callback(self.step_losses)
+        self.add_callback(StepTimer(self.window))
+        self.add_callback(MetricsFileCallback())
+        if self.args.sync_ref_model and self.reference is not None:
+            self.add_callback(ReferenceSync(self.reference, self._unwrapped))
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(RewardProgressCallback())
+
+    def _unwrapped(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model)
+
     # ---- checkpoints ---------------------------------------------------------------------------------------
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -455,7 +468,7 @@ class GRPOTrainer(Trainer):
             EngineError: naming the checkpoint to go on from.
         """
         try:
-            with self._checkpointing_in_args(), self.fused_lora.attached(), self.fused_norms.attached():
+            with self._checkpointing_in_args(), self.faster_layers.attached():
                 return super().train(*args, **kwargs)
         except EngineError as error:
             raise type(error)(f"{error}\n{self._keep_checkpoint()}") from error

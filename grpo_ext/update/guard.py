@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from grpo_ext.rollouts.rollout import Rollout
 from grpo_ext.update.metrics import MetricWindow
 
 FOLDER = "nonfinite"
@@ -20,15 +19,29 @@ class NonfiniteError(RuntimeError):
     """Several optimizer steps in a row had a loss or gradient that is not finite."""
 
 
+class GenerationBatch(Protocol):
+    """What a micro-batch was cut from, as the guard saves it; `grpo_ext.rollouts.rollout.Rollout` is one."""
+
+    key: tuple[int, int]
+
+    def rows_of(self, slice_index: int) -> list[int]:
+        """Rows of one slice."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values for ``torch.save``."""
+        ...
+
+
 class NonfiniteGuard:
-    """Watches the losses of an accumulation window and the gradient that they add up to.
+    """Watch the losses of an accumulation window and their gradient; skip the step if one is not finite.
 
     Args:
-        limit: so many such steps in a row are an error.
-        window: gets ``nonfinite_steps``, their number.
+        limit: number of skipped steps in a row that is an error.
+        window: collects ``nonfinite_steps``.
         gather: joins a tensor of every rank.
-        folder: where the batch goes that the error names.
-        rank: of this process.
+        folder: takes the file with the batch that the error names.
+        rank: rank of this process.
     """
 
     def __init__(
@@ -41,10 +54,10 @@ class NonfiniteGuard:
         self.rank = rank
         self.in_a_row = 0
         self._losses: list[Tensor] = []
-        self._slices: list[tuple[Rollout, int]] = []
+        self._slices: list[tuple[GenerationBatch, int]] = []
 
-    def watch(self, loss: Tensor, rollout: Rollout, slice_index: int) -> None:
-        """Remember one micro-batch until its step; nobody waits for the device here."""
+    def watch(self, loss: Tensor, rollout: GenerationBatch, slice_index: int) -> None:
+        """Remember one micro-batch until its step, without a host sync."""
         self._losses.append(loss.detach().float())
         self._slices.append((rollout, slice_index))
 
@@ -100,7 +113,7 @@ class NonfiniteGuard:
             )
         return True
 
-    def _save(self, step: int, slices: list[tuple[Rollout, int]], wrong: Tensor) -> Path:
+    def _save(self, step: int, slices: list[tuple[GenerationBatch, int]], wrong: Tensor) -> Path:
         """Prompts, completions, advantages and log probabilities of the step's micro-batches, for ``torch.load``."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{step:06d}-rank{self.rank}.pt"

@@ -10,22 +10,24 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "grpo_ext"
 
 #: What each floor may import besides itself. The losses are the modules that lie directly in grpo_ext/.
+KERNELS = {"_ops", "losses", "vocabulary"}
+UPDATES = KERNELS | {"linear", "modules", "update"}
+RUNS = UPDATES | {"generation", "rollouts", "trainer"}
 BELOW = {
     "_ops": {"losses"},
-    "losses": {"_ops"},
-    "linear": {"_ops", "losses"},
-    "modules": {"_ops", "losses", "linear"},
-    "update": {"_ops", "losses", "linear", "modules"},
-    "generation": {"_ops", "losses", "linear", "modules", "update"},
-    "rollouts": {"_ops", "losses", "linear", "modules", "update", "generation"},
-    "trainer": {"_ops", "losses", "linear", "modules", "update", "generation", "rollouts"},
-    "integrations": {"_ops", "losses", "linear", "modules", "update", "generation"},
-    "tasks": {"_ops", "losses", "linear", "modules", "update", "generation", "rollouts"},
-    "bench": {"_ops", "losses", "linear", "modules", "update", "generation", "rollouts", "trainer", "integrations", "tasks"},
-    "cli": {
-        "_ops", "losses", "linear", "modules", "update", "generation", "rollouts", "trainer", "integrations", "tasks", "bench",
-    },
-}  # fmt: skip
+    "losses": {"_ops", "vocabulary"},
+    "vocabulary": {"_ops", "losses"},
+    "linear": KERNELS,
+    "modules": KERNELS | {"linear"},
+    "update": UPDATES - {"update"},
+    "generation": UPDATES,
+    "rollouts": UPDATES | {"generation"},
+    "trainer": RUNS - {"trainer"},
+    "integrations": UPDATES | {"generation"},
+    "tasks": RUNS - {"trainer"},
+    "bench": RUNS | {"integrations", "tasks"},
+    "cli": RUNS | {"integrations", "tasks", "bench"},
+}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import grpo_ext
-from grpo_ext.linear.parallel import VocabularyShard
+from grpo_ext.vocabulary.shards import VocabularyShard
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this torch was built without torch.distributed")

@@ -25,14 +25,13 @@ class KeepRollouts:
 
     def __init__(self, trainer: GRPOTrainer) -> None:
         self.rollouts: list[Rollout] = []
-        make = trainer.rollouts.make
+        assemble = trainer.rollouts.assemble
 
-        def remember(*args: Any) -> Any:
-            result = make(*args)
-            self.rollouts.append(result[0])
-            return result
+        def remember(*args: Any) -> Rollout:
+            self.rollouts.append(assemble(*args))
+            return self.rollouts[-1]
 
-        trainer.rollouts.make = remember  # type: ignore[method-assign]
+        trainer.rollouts.assemble = remember  # type: ignore[method-assign]
 
 
 def token_logps(model: nn.Module, prompt: list[int], completion: list[int]) -> torch.Tensor:

@@ -262,7 +262,7 @@ class TwoRanks:
 
 def test_entropy_threshold_is_the_quantile_over_all_ranks(make_trainer: Make) -> None:
     trainer = make_trainer(engine=FixedEngine(), top_entropy_quantile=0.3)
-    rollout, _, _ = trainer.rollouts.make(trainer.model, (0, 0), 0)
+    rollout, _, _ = trainer._sample_rollout(trainer.model, (0, 0), 0)
     batch = rollout.micro_batch(0, trainer.pad_id, "cpu")
     assert trainer.model_pass.threshold is None  # one rank: the loss's own quantile
     logits = trainer.model_pass.logits(trainer.model, batch).detach()

@@ -184,7 +184,7 @@ class Served(TrainerCallback):
         self.latest = ""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.latest = self.trainer.fused_lora.describe()
+        self.latest = self.trainer.faster_layers.lora.describe()
 
 
 @contextlib.contextmanager
@@ -332,7 +332,7 @@ def sampled(folder: Path) -> list[list[int]]:
         **sharding("ddp"),
     )
     trainer = GRPOTrainer(build_model(), reward_number, args, [{"prompt": "add 1"}], processing_class=build_tokenizer())
-    rollout, _, _ = trainer.rollouts.make(trainer.model, (0, 0), 0)
+    rollout, _, _ = trainer._sample_rollout(trainer.model, (0, 0), 0)
     return gather_object(rollout.completion_ids)
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from grpo_ext._ops import statistics_dtype
-from grpo_ext.linear.parallel import VocabularyShard, group_name, resolve_group, shard_sizes
-from grpo_ext.linear.vocabulary import Statistics, kernels
+from grpo_ext.vocabulary.shards import VocabularyShard, group_name, resolve_group, shard_sizes
+from grpo_ext.vocabulary.statistics import Statistics, kernels
 
 library = torch.library.Library("grpo_ext", "FRAGMENT")
 library.define(

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grpo_ext.linear.vocabulary import Statistics, WholeVocabulary
+from grpo_ext.vocabulary.statistics import Statistics, WholeVocabulary
 
 
 def group_name(process_group: Any | None) -> str:

@@ -89,25 +89,33 @@ class RolloutMaker:
         self.sampling = args.sampling()
         self._warned_truncated = False
 
-    def make(self, model: nn.Module, key: tuple[int, int], start: int) -> tuple[Rollout, Sample, Tensor]:
-        """This rank's rows of a generation batch.
+    def prompts(self, key: tuple[int, int]) -> list[int]:
+        """Dataset row of each of this rank's completions in the generation batch ``key``."""
+        rows = self.schedule.rows(*key)
+        return [rows[position] for position in self._positions]
+
+    @property
+    def _positions(self) -> list[int]:
+        return self.plan.local_rows(self.accelerator.process_index)
+
+    def advantages(self, rewards: Tensor, key: tuple[int, int]) -> Tensor:
+        """``(n,)`` fp32 advantages of this rank's completions from its ``(n, functions)`` rewards; a collective."""
+        advantages, by_group = self._over_ranks(gather(self.accelerator, rewards, self.args.device), key)
+        metrics = reward_metrics(by_group, self.plan.num_generations, self.rewards.names, self.rewards.weights)
+        self.window.update(metrics)
+        return advantages[self._positions]
+
+    def assemble(self, key: tuple[int, int], start: int, sample: Sample, advantages: Tensor) -> Rollout:
+        """Cut this rank's completions into the slices that micro-batches are made of; a collective.
 
         Args:
-            model: unwrapped.
             key: ``(epoch, generation)``.
             start: micro-steps of the run so far.
-
-        Returns:
-            The rollout, its prompts and completions as they came, and their ``(n, functions)`` rewards.
+            sample: prompts and completions.
+            advantages: ``(n,)``.
         """
-        plan = self.plan
-        positions = plan.local_rows(self.accelerator.process_index)
-        rows = self.schedule.rows(*key)
-        sample, rewards = self.generate_and_score(model, [rows[p] for p in positions])
-        advantages, by_group = self._advantages(gather(self.accelerator, rewards, self.args.device), key)
-        completions = sample.completions
+        plan, completions = self.plan, sample.completions
         trained = [done or not self.args.mask_truncated_completions for done in completions.finished]
-        lengths = [len(ids) for ids in completions.ids]
         active, seen = self._totals(sample, trained)
         if active == 0 and not self._warned_truncated:
             self._warned_truncated = True
@@ -116,19 +124,17 @@ class RolloutMaker:
                 f"its loss is 0: raise max_completion_length ({self.args.max_completion_length})",
                 stacklevel=2,
             )
-        weights = self.rewards.weights
-        self.window.update(reward_metrics(by_group, plan.num_generations, self.rewards.names, weights))
-        self.window.add_lengths(lengths, completions.finished)
+        self.window.add_lengths([len(ids) for ids in completions.ids], completions.finished)
         slices = plan.steps_per_generation
-        order, sizes = self._slices(sample, trained, advantages[positions])
-        rollout = Rollout(
+        order, sizes = self._slices(sample, trained, advantages)
+        return Rollout(
             key=key,
             start=start,
             rows_per_slice=plan.per_device_batch_size,
             prompt_ids=sample.prompt_ids,
             completion_ids=completions.ids,
             trained=trained,
-            advantages=advantages[positions],
+            advantages=advantages,
             normaliser=max(active, 1.0) / plan.world_size * plan.gradient_accumulation_steps / slices,
             tokens_seen=seen,
             old_logps=[None] * slices,
@@ -137,7 +143,6 @@ class RolloutMaker:
             order=order,
             sizes=sizes,
         )
-        return rollout, sample, rewards
 
     def _slices(
         self, sample: Sample, trained: list[bool], advantages: Tensor
@@ -246,7 +251,7 @@ class RolloutMaker:
         total = gather(self.accelerator, counts, self.args.device).sum(dim=0).tolist()
         return float(total[0]), int(total[1])
 
-    def _advantages(self, gathered: Tensor, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def _over_ranks(self, gathered: Tensor, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Advantages by position of the generation batch, and the rewards group by group.
 
         Args:
