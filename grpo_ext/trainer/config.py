@@ -231,6 +231,11 @@ class GRPOConfig(TrainingArguments):
     vllm_server_base_url: str | None = _field(None, "Such as http://127.0.0.1:8000; wins over host and port.")
     vllm_server_host: str = _field("127.0.0.1", "The server's host.")
     vllm_server_port: int = _field(8000, "The server's port.")
+    vllm_server_allow_remote: bool = _field(
+        False,
+        "Allow a server on another host than this one. It is told paths of weights; its API key comes from the "
+        "environment variable VLLM_API_KEY.",
+    )
     vllm_server_timeout: float = _field(240.0, "Seconds to wait for the server to be up.")
     vllm_request_timeout: float = _field(600.0, "Seconds to wait for one answer of the server.")
     vllm_sync_dir: str | None = _field(
@@ -389,6 +394,17 @@ class GRPOConfig(TrainingArguments):
             raise ValueError(
                 f"vllm_tensor_parallel_size={size} is of vllm_mode='colocate': a server takes --tensor-parallel-size"
             )
+
+        if self.use_vllm and self.vllm_mode == "server":
+            from grpo_ext.generation.vllm.address import server_address, server_key
+
+            server_address(self.vllm_server_address, self.vllm_server_allow_remote)
+            server_key()
+
+    @property
+    def vllm_server_address(self) -> str:
+        """Where the server is."""
+        return self.vllm_server_base_url or f"http://{self.vllm_server_host}:{self.vllm_server_port}"
 
     def _check_reference(self) -> None:
         if not 0 < self.ref_model_mixup_alpha <= 1:

@@ -58,12 +58,13 @@ def build_engine(
         run = ranks.shared(uuid.uuid4().hex[:8])
         folder = Path(args.vllm_sync_dir or Path(str(args.output_dir)) / "vllm") / run
         client = ServerClient(
-            args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}",
+            args.vllm_server_address,
             folder,
             args.vllm_server_timeout,
             args.vllm_request_timeout,
             run=run,
             pushes=accelerator.is_main_process,
+            allow_remote=args.vllm_server_allow_remote,
         )
         writes = bool(accelerator.is_main_process)
     else:

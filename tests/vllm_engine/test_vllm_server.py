@@ -184,7 +184,7 @@ def test_a_server_that_hangs(tmp_path: Path) -> None:
         listening.listen()
         client = ServerClient.__new__(ServerClient)
         client.scheme, client.host, client.port, client.prefix = "http", "127.0.0.1", listening.getsockname()[1], ""
-        client.url, client.request_timeout, client.name = "http://127.0.0.1", 0.2, "m"
+        client.url, client.request_timeout, client.name, client._key = "http://127.0.0.1", 0.2, "m", None
         with pytest.raises(EngineError, match=r"did not answer POST .* within 0.2 s \(vllm_request_timeout\)"):
             client.complete([[5]], {})
 

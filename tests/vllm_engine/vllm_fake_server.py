@@ -31,6 +31,8 @@ class FakeServer:
         dev_mode: whether ``VLLM_SERVER_DEV_MODE`` is set.
         says_start: whether ``/metrics`` holds the time of its start.
         takes_weights: not so a server of vLLM 0.24 with ``--enable-lora``.
+        key: ``VLLM_API_KEY`` of the server: asked for under ``/v1``.
+        redirect: send every request to this address.
     """
 
     def __init__(
@@ -40,8 +42,12 @@ class FakeServer:
         dev_mode: bool = True,
         says_start: bool = True,
         takes_weights: bool = True,
+        key: str | None = None,
+        redirect: str | None = None,
     ) -> None:
         self.original = model
+        self.key, self.redirect = key, redirect
+        self.authorizations: set[str | None] = set()
         self.raw, self.dev_mode, self.says_start, self.takes_weights = raw, dev_mode, says_start, takes_weights
         self.calls: list[str] = []
         self._starts = itertools.count(1795734001.25)
@@ -126,17 +132,27 @@ def serving(fake: FakeServer) -> Iterator[str]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self._answer(*fake.get(self.path))
+            self._answer(*self._refusal() or fake.get(self.path))
+
+        def _refusal(self) -> tuple[int, Any] | None:
+            given = self.headers.get("Authorization")
+            fake.authorizations.add(given)
+            if fake.redirect is not None:
+                return 307, ""
+            refused = fake.key is not None and self.path.startswith("/v1") and given != f"Bearer {fake.key}"
+            return (401, {"error": "Unauthorized"}) if refused else None
 
         def do_POST(self) -> None:
             address = urllib.parse.urlsplit(self.path)
             text = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             body = json.loads(text) if text else None
-            self._answer(*fake.post(address.path, urllib.parse.parse_qs(address.query), body))
+            self._answer(*self._refusal() or fake.post(address.path, urllib.parse.parse_qs(address.query), body))
 
         def _answer(self, status: int, content: Any) -> None:
             data = (content if isinstance(content, str) else json.dumps(content, separators=(",", ":"))).encode()
             self.send_response(status)
+            if fake.redirect is not None:
+                self.send_header("Location", fake.redirect + self.path)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)

@@ -8,6 +8,9 @@ machines you trust):
         --enable-lora --max-lora-rank 16
 
 The last line is for adapters that are hot-loaded: vLLM 0.24 takes no other base weights with it.
+
+With ``VLLM_API_KEY`` set for both, the server asks for the key and the client sends it. vLLM asks for it under ``/v1``
+only, not at the endpoints that load weights: it does not replace a private port.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_ext.generation.errors import EngineError
+from grpo_ext.generation.vllm.address import KEY_VARIABLE, server_address, server_key
 from grpo_ext.generation.vllm.client import Answer, Answered, Weights
 from grpo_ext.generation.vllm.weights import write_weights
 
@@ -49,9 +53,11 @@ class ServerClient:
         request_timeout: seconds to wait for an answer.
         run: part of the adapters' names: servers keep names apart, and ranks must agree on them.
         pushes: whether this process is the one that loads adapters and weights.
+        allow_remote: see `server_address`.
 
     Raises:
-        EngineError: when no server answers in time.
+        ValueError: see `server_address` and `server_key`.
+        EngineError: when no server answers in time, refuses the key or redirects.
     """
 
     def __init__(
@@ -62,11 +68,11 @@ class ServerClient:
         request_timeout: float,
         run: str = "run",
         pushes: bool = True,
+        allow_remote: bool = False,
     ) -> None:
-        parts = urllib.parse.urlsplit(base_url if "//" in base_url else f"http://{base_url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"vllm_server_base_url must look like http://127.0.0.1:8000; got {base_url!r}")
-        self.scheme, self.host, self.port = parts.scheme, parts.hostname, parts.port
+        parts = server_address(base_url, allow_remote)
+        self._key = server_key()
+        self.scheme, self.host, self.port = parts.scheme, str(parts.hostname), parts.port
         self.prefix = parts.path.rstrip("/")
         self.url = f"{parts.scheme}://{parts.netloc}{self.prefix}"
         self.folder = folder.absolute()
@@ -254,6 +260,8 @@ class ServerClient:
         status, text = self._exchange(method, path, body)
         if status == 404 and missing is not None and '"Not Found"' in text:
             raise EngineError(f"the vLLM server does not offer {where}: start it with {missing}. {RESUME}")
+        if status == 401:
+            raise EngineError(f"the vLLM server refuses {where} without its API key: set {KEY_VARIABLE}. {RESUME}")
         if status != 200:
             more = failed if status == 500 else ""
             raise EngineError(f"the vLLM server answered {where} with {status}: {text[:2000]} {RESUME}{more}")
@@ -284,8 +292,15 @@ class ServerClient:
         try:
             data = None if body is None else json.dumps(body).encode()
             headers = {} if data is None else {"Content-Type": "application/json"}
+            if self._key is not None:
+                headers["Authorization"] = f"Bearer {self._key}"
             connection.request(method, self.prefix + path, body=data, headers=headers)
             response = connection.getresponse()
+            if 300 <= response.status < 400:  # it would be told the key and the paths of the weights
+                raise EngineError(
+                    f"{self.url} redirects {path.split('?')[0]} to {response.getheader('Location')}: redirects are not "
+                    "followed; name the server itself in vllm_server_base_url"
+                )
             return response.status, response.read().decode(errors="replace")
         finally:
             connection.close()

@@ -1,0 +1,52 @@
+"""Which vLLM server a run may talk to, and how it proves who it is."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import urllib.parse
+
+KEY_VARIABLE = "VLLM_API_KEY"
+
+
+def server_address(base_url: str, allow_remote: bool) -> urllib.parse.SplitResult:
+    """The parts of a server's address.
+
+    Args:
+        base_url: such as ``http://127.0.0.1:8000``; ``http://`` may be left out.
+        allow_remote: whether hosts other than this machine's loopback may be named. The server is told paths of weight
+            files, and whoever answers in its place decides what the model is trained on.
+
+    Raises:
+        ValueError: not an http(s) address, one with a password in it, or a remote one that is not allowed.
+    """
+    parts = urllib.parse.urlsplit(base_url if "//" in base_url else f"http://{base_url}")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError(f"vllm_server_base_url holds a user or password: put the server's key into {KEY_VARIABLE}")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"vllm_server_base_url must look like http://127.0.0.1:8000; got {base_url!r}")
+    if not allow_remote and not _is_loopback(parts.hostname):
+        raise ValueError(
+            f"the vLLM server's host {parts.hostname!r} is not this machine: set vllm_server_allow_remote=True if you "
+            "trust it and the network to it, or name 127.0.0.1"
+        )
+    return parts
+
+
+def server_key() -> str | None:
+    """The server's API key from the environment, None where the variable is missing or empty.
+
+    Raises:
+        ValueError: characters that an HTTP header cannot hold; the message does not repeat the key.
+    """
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError(f"{KEY_VARIABLE} holds characters that an HTTP header cannot hold")
+    return key or None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
