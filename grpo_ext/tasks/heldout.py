@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from grpo_ext.advantages import weighted_rewards
 from grpo_ext.generation.engine import PromptEncoder, SamplingParams, TransformersEngine, end_token_ids
@@ -45,6 +46,7 @@ def heldout_reward(
     batch_size: int = 96,
     seed: int = 0,
     max_prompt_length: int | None = None,
+    progress: bool = False,
 ) -> HeldoutResult:
     """Sample `samples` answers to every question and average their rewards.
 
@@ -61,6 +63,7 @@ def heldout_reward(
         batch_size: sequences generated at a time.
         seed: of the sampling.
         max_prompt_length: as in training: longer prompts keep their last so many tokens; None = no limit.
+        progress: show a bar of the answers on standard error.
 
     Raises:
         ValueError: an empty dataset, fewer than one sample, or a prompt too long for the model's context.
@@ -80,8 +83,10 @@ def heldout_reward(
     ids: list[list[int]] = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for start in range(0, len(rows), batch_size):
-            ids += engine.generate(model, prompt_ids[start : start + batch_size], sampling).ids
+        with tqdm(total=len(rows), desc="held-out answers", unit="answer", disable=not progress) as bar:
+            for start in range(0, len(rows), batch_size):
+                ids += engine.generate(model, prompt_ids[start : start + batch_size], sampling).ids
+                bar.update(len(ids) - start)
     texts = encoder.decode(ids)
     totals = _score(rows, texts, ids, rewards)
     means = totals.view(-1, samples).nanmean(dim=1)

@@ -116,3 +116,12 @@ def test_prompts_are_cut_and_measured_as_in_training(model_and_tokenizer: Any, q
     heldout_reward(model, tokenizer, questions, number_reward, FIVE, samples=1, max_prompt_length=3)
     hook.remove()
     assert seen[0] == 2  # cut to three tokens the prompts are alike: the prefill they share is all but the last
+
+
+def test_progress_counts_the_answers(
+    model_and_tokenizer: Any, questions: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for progress in (False, True):
+        model, tokenizer = model_and_tokenizer
+        heldout_reward(model, tokenizer, questions, number_reward, FIVE, samples=2, batch_size=4, progress=progress)
+        assert ("6/6" in capsys.readouterr().err) is progress

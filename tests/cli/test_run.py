@@ -235,5 +235,20 @@ def test_the_command_runs_as_a_process() -> None:
     assert done.stderr.strip() == "grpo-ext: error: cannot read /nowhere.yaml: No such file or directory"
 
 
+@pytest.mark.parametrize(("given", "taken"), [(None, "PASSIVE"), ("active", "ACTIVE")])
+def test_openmp_is_told_to_sleep_before_torch_loads_it(given: str | None, taken: str) -> None:
+    command = "from importlib.metadata import distribution\n" + (
+        "found = distribution('grpo_ext').entry_points.select(group='console_scripts', name='grpo-ext')\n"
+        "found['grpo-ext'].load()(['info'])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_DISPLAY_ENV": "TRUE"} | ({} if given is None else {"OMP_WAIT_POLICY": given})
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    # libgomp prints this while it is loaded: it has read the variable by then.
+    assert f"OMP_WAIT_POLICY = '{taken}'" in done.stderr
+    assert given or "PASSIVE" in done.stdout
+
+
 def test_process_seconds_counts_from_the_start_of_the_process() -> None:
     assert 0.1 < process_seconds() < 24 * 3600
