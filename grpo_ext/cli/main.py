@@ -28,6 +28,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="grpo-ext",
         description="Train language models by GRPO through compiled losses.",
+        epilog="Idle CPU threads sleep (OMP_WAIT_POLICY=PASSIVE), which shared cores need; OMP_WAIT_POLICY=ACTIVE lets "
+        "them spin.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
@@ -75,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments, None = those of the process.
 
     Returns:
-        The exit status: 0, or 2 when the request was wrong (the message is on standard error).
+        The exit status: 0, 2 when the request was wrong (the message is on standard error), or 130 after Ctrl-C.
     """
     try:
         own, extra = _split(sys.argv[1:] if argv is None else list(argv))
@@ -88,6 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"grpo-ext{_process()}: error: {error}; install it with: pip install 'grpo-ext[train]'", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as error:
+        print("\n".join([f"grpo-ext{_process()}: stopped", *getattr(error, "__notes__", [])]), file=sys.stderr)
+        return 130
     return 0
 
 

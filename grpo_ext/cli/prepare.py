@@ -47,6 +47,41 @@ def run_folder(settings: RunSettings, config: str, resuming: bool) -> str:
     return folder
 
 
+#: What a resumed run shares with the run that began in its folder.
+FIXED = ("model", "dataset", "reward_funcs", "lora", "seed", "data_seed", "shuffle_dataset", "dtype")
+
+
+def check_same_run(settings: RunSettings, folder: str) -> None:
+    """Refuse to resume another run than the one whose config.yaml the folder holds.
+
+    The model, dtype, dataset, reward functions, LoRA settings, ``seed``, ``data_seed`` and ``shuffle_dataset`` stay.
+    Everything else may change: the length of the run, learning rate, loss, sampling, batch sizes (with a warning that
+    other prompts follow), logging, saving and devices. A folder without a config.yaml is not checked.
+
+    Raises:
+        SettingsError: naming each field that differs, with both values.
+    """
+    if not os.path.isfile(os.path.join(folder, CONFIG_FILE)):
+        return
+    run = read_run(folder)
+    before, now = (
+        {"data_seed": None, "shuffle_dataset": True} | of.to_dict() | {"seed": of.seed} for of in (run, settings)
+    )
+    changed = [name for name in FIXED if not _same(before[name], now[name])]
+    if changed:
+        listed = ", ".join(f"{name} was {before[name]!r} and is {now[name]!r}" for name in changed)
+        raise SettingsError(f"{folder} holds another run: {listed}; choose another output_dir, or resume it as it was")
+
+
+def _same(before: Any, now: Any) -> bool:
+    """Whether two values are equal, or two paths to one file or folder."""
+    if isinstance(before, dict) and isinstance(now, dict) and before.keys() == now.keys():
+        return all(_same(before[name], now[name]) for name in before)
+    if isinstance(before, str) and isinstance(now, str) and os.path.exists(before) and os.path.exists(now):
+        return os.path.samefile(before, now)
+    return bool(before == now)
+
+
 def choose_dtype(settings: RunSettings, resumed: str | None) -> str | None:
     """Put a type in the place of ``dtype: auto``, and return the line to print about it (None: there was no choice).
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers.trainer_utils import get_last_checkpoint
 
 from grpo_ext.cli.convert import SettingsError
 from grpo_ext.cli.data import load_datasets, load_reward
 from grpo_ext.cli.info import versions
 from grpo_ext.cli.plot import plot_run
-from grpo_ext.cli.prepare import choose_dtype, lora_config, make_config, resume_from, run_folder
+from grpo_ext.cli.prepare import check_same_run, choose_dtype, lora_config, make_config, resume_from, run_folder
 from grpo_ext.cli.processes import (
     WhenTrainingStarts,
     agreed,
@@ -41,6 +42,8 @@ from grpo_ext.cli.settings import RunSettings, read_settings
 from grpo_ext.modules.sharding import acts_jointly
 from grpo_ext.tasks import load_model
 from grpo_ext.tasks.heldout import HeldoutResult, best_constant_reward, heldout_reward
+from grpo_ext.trainer.checkpoint import checkpoint_to_resume
+from grpo_ext.trainer.run_lock import FolderInUseError, sole_run
 
 
 def train_command(config: str, arguments: Sequence[str]) -> dict[str, Any]:
@@ -53,6 +56,8 @@ def train_command(config: str, arguments: Sequence[str]) -> dict[str, Any]:
     On several processes every one of them calls this. The main process alone writes and prints, and measures the
     held-out questions while the others wait; a model in pieces answers them on all processes together.
 
+    A run that is resumed keeps what `check_same_run` lists. One that stops early ends with the command that resumes it.
+
     Returns:
         The summary; empty on the other processes.
 
@@ -62,15 +67,48 @@ def train_command(config: str, arguments: Sequence[str]) -> dict[str, Any]:
     settings = read_settings(config, arguments)
     resume = resume_from(settings)
     folder = run_folder(settings, config, resume is not None)
-    if resume is True and not (os.path.isdir(folder) and get_last_checkpoint(folder)):
-        raise SettingsError(
-            f"{folder} holds no checkpoint to continue from: a run writes them with save_strategy: steps and save_steps"
-        )
     dtype_line = choose_dtype(settings, folder if resume is not None else None)
     args = make_config(settings, folder)
+    if resume is not None:
+        check_same_run(settings, folder)
+        in_pieces = bool(args.fsdp or args.deepspeed)
+        try:
+            checkpoint_to_resume(
+                resume, Path(folder), whole_weights=not in_pieces, with_optimizer=not args.save_only_model
+            )
+        except ValueError as error:
+            hint = "a run writes checkpoints with save_strategy: steps and save_steps, and when it stops early"
+            raise SettingsError(f"{error}: {hint}" if resume is True else str(error)) from error
     # Other machines may have other folders. And nothing is written before all have looked.
     folder, summary = agreed((folder, read_summary(folder) if resume is not None else {}))
     args.output_dir = os.path.expanduser(folder)
+    with contextlib.ExitStack() as held:
+        return _train_in(folder, settings, args, summary, resume, dtype_line, held)
+
+
+def _lock_folder(args: Any, held: contextlib.ExitStack) -> None:
+    """Lock the run's folder until `held` closes; an error on all processes where another run has it."""
+    in_use = None
+    if args.process_index == 0:
+        try:
+            held.enter_context(sole_run(args.output_dir))
+        except FolderInUseError as error:
+            in_use = str(error)
+    in_use = agreed(in_use)
+    if in_use is not None:
+        raise SettingsError(in_use)
+
+
+def _train_in(
+    folder: str,
+    settings: RunSettings,
+    args: Any,
+    summary: dict[str, Any],
+    resume: str | bool | None,
+    line: str | None,
+    held: contextlib.ExitStack,
+) -> dict[str, Any]:
+    """See `train_command`. `line` is printed once the model is loaded, `held` keeps the folder's lock."""
     is_main = args.process_index == 0
     rewards = [load_reward(name) for name in settings.reward_funcs]
     train_set, heldout = load_datasets(settings.dataset, settings.seed)
@@ -81,13 +119,14 @@ def train_command(config: str, arguments: Sequence[str]) -> dict[str, Any]:
     # The folder's own copy says all that was in force: it alone is enough for `eval` and to train again.
     settings.trainer["output_dir"] = folder
     questions = 0 if heldout is None else len(heldout)
+    _lock_folder(args, held)
     if is_main:
         os.makedirs(folder, exist_ok=True)
         with open(os.path.join(folder, CONFIG_FILE), "w", encoding="utf-8") as file:
             yaml.safe_dump(settings.to_dict(), file, sort_keys=False)
         _say(f"{settings.model}: {len(train_set)} rows to train on, {questions} held out; run folder {folder}")
-        if dtype_line is not None:
-            _say(dtype_line)
+        if line is not None:
+            _say(line)
 
     def measure(policy: Any, name: str) -> HeldoutResult | None:
         if heldout is None or not (is_main or acts_jointly(policy)):
@@ -188,6 +227,9 @@ def run_trainer(
             processing_class=tokenizer,
             peft_config=lora_config(settings.lora),
         )
+    trainer.how_to_resume = f"grpo-ext train {shlex.quote(os.path.join(args.output_dir, CONFIG_FILE))} " + (
+        "--resume_from_checkpoint true"
+    )
     waited = 0.0
     if at_start is not None:
 
@@ -229,6 +271,7 @@ def measure_heldout(
         samples=samples or settings.heldout_samples,
         seed=args.seed if seed is None else seed,
         max_prompt_length=args.max_prompt_length,
+        progress=args.process_index == 0 and not args.disable_tqdm,
     )
 
 

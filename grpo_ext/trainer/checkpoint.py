@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,101 @@ from grpo_ext.rollouts.rollout import Rollout
 
 STATE_FILE = "grpo_state_{rank}.pt"
 REFERENCE_FILE = "grpo_reference.pt"
+
+#: transformers writes it after all the others: a checkpoint without it was not written to its end.
+LAST_FILE = "trainer_state.json"
+
+
+def fault_of(folder: Path, whole_weights: bool = True, with_optimizer: bool = True) -> str | None:
+    """Why a checkpoint cannot be resumed: the file that is missing or cut short; None for a whole one.
+
+    Reads the ends of files only, so it takes no time with large ones.
+
+    Args:
+        folder: of the checkpoint.
+        whole_weights: one process saved weights and optimizer; False under FSDP and DeepSpeed, which have other files.
+        with_optimizer: False where the run saves the model alone.
+    """
+    if not folder.is_dir():
+        return f"{folder} is not a folder"
+    needed = [LAST_FILE]
+    if whole_weights and with_optimizer:
+        needed += ["optimizer.pt", "scheduler.pt"]
+    for index in folder.glob("*.index.json"):
+        try:
+            needed += sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError):
+            return f"{index} is cut short"
+    for name in needed:
+        if not (folder / name).is_file():
+            return f"{folder / name} is missing"
+    try:
+        json.loads((folder / LAST_FILE).read_bytes())
+    except ValueError:
+        return f"{folder / LAST_FILE} is cut short"
+    found = [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".pt", ".pth", ".bin")]
+    for path in found:
+        if not (_safetensors_is_whole(path) if path.suffix == ".safetensors" else zipfile.is_zipfile(path)):
+            return f"{path} is cut short"
+    if whole_weights and not any(re.match(r"(pytorch_|adapter_)?model\b", path.name) for path in found):
+        return f"{folder} holds no weights (model.safetensors or adapter_model.safetensors)"
+    return None
+
+
+def _safetensors_is_whole(path: Path) -> bool:
+    """Whether the file is as long as its header says."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            return False
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            return False
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    return path.stat().st_size == 8 + length + max(ends, default=0)
+
+
+def newest_whole(folder: Path, **kind: bool) -> tuple[Path, list[str]]:
+    """The newest checkpoint of a run folder that `fault_of` finds whole, and the faults of the newer ones.
+
+    Args:
+        folder: of the run.
+        kind: see `fault_of`.
+
+    Raises:
+        ValueError: there is none; names each fault.
+    """
+    matches = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("checkpoint-*")]
+    faults: list[str] = []
+    for _, path in sorted(((int(match[1]), path) for match, path in matches if match), reverse=True):
+        fault = fault_of(path, **kind)
+        if fault is None:
+            return path, faults
+        faults.append(fault)
+    raise ValueError(f"{folder} holds no checkpoint to continue from" + "".join(f"; {fault}" for fault in faults))
+
+
+def checkpoint_to_resume(given: str | bool | None, run: Path, **kind: bool) -> tuple[str | None, str | None]:
+    """The checkpoint that ``resume_from_checkpoint`` means, and a line to print where newer ones were left out.
+
+    Args:
+        given: a folder; True for the newest whole one of the run; None or False for a new run.
+        run: folder of the run.
+        kind: see `fault_of`.
+
+    Raises:
+        ValueError: the named checkpoint is not whole, or the run has none; names the file.
+    """
+    if given is None or given is False:
+        return None, None
+    if given is not True:
+        fault = fault_of(Path(given), **kind)
+        if fault is not None:
+            raise ValueError(f"cannot resume from {given}: {fault}; name another checkpoint")
+        return given, None
+    path, faults = newest_whole(run, **kind)
+    return str(path), f"going on from {path}: {'; '.join(faults)}" if faults else None
 
 
 def save_state(folder: Path, rank: int, plan: BatchPlan, kernel_calls: int, rollout: Rollout | None) -> None:

@@ -11,13 +11,12 @@ import torch
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl
 from transformers.trainer_callback import ProgressCallback
 
 from grpo_ext._ops import kernel_calls
 from grpo_ext.config import LOSS_TYPES
 from grpo_ext.generation.engine import GenerationEngine, PromptEncoder, TransformersEngine, end_token_ids
-from grpo_ext.generation.errors import EngineError
 from grpo_ext.modules.attach import FasterLayers
 from grpo_ext.modules.checkpointing import checkpointing_arguments
 from grpo_ext.modules.fused_head import FusedHead
@@ -34,7 +33,6 @@ from grpo_ext.rollouts.evaluation import measure
 from grpo_ext.rollouts.maker import RolloutMaker, gather
 from grpo_ext.rollouts.rewards import RewardFunction, RewardFunctions
 from grpo_ext.rollouts.rollout import Rollout, Sample
-from grpo_ext.trainer.checkpoint import check_processes, load_reference, load_state, save_reference, save_state
 from grpo_ext.trainer.config import GRPOConfig
 from grpo_ext.trainer.engine import build_engine
 from grpo_ext.trainer.models import ReferenceSync, add_adapter, keep_logits_dtype, load_model, load_tokenizer
@@ -46,6 +44,7 @@ from grpo_ext.trainer.records import (
     print_completions,
     write_completions,
 )
+from grpo_ext.trainer.resumable import ResumableTrainer
 from grpo_ext.trainer.slices import Slices
 from grpo_ext.update.backward import run_backward
 from grpo_ext.update.guard import FOLDER, NonfiniteGuard
@@ -66,7 +65,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TOKEN_NORMALISED = frozenset(LOSS_TYPES) - {"grpo", "bnpo", "dr_grpo", "luspo", "sapo"}
 
 
-class GRPOTrainer(Trainer):
+class GRPOTrainer(ResumableTrainer):
     """Trains a causal language model by Group Relative ModelPass Optimization and its relatives.
 
     Args:
@@ -452,46 +451,26 @@ class GRPOTrainer(Trainer):
         self.add_callback(StepTimer(self.window))
         self.add_callback(MetricsFileCallback())
         if self.args.sync_ref_model and self.reference is not None:
-            self.add_callback(ReferenceSync(self.reference, self._unwrapped))
+            # Before the step counts as whole.
+            self.callback_handler.callbacks.insert(0, ReferenceSync(self.reference, self._unwrapped))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RewardProgressCallback())
 
     def _unwrapped(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model)
 
-    # ---- checkpoints ---------------------------------------------------------------------------------------
+    # ---- the run -------------------------------------------------------------------------------------------
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; when the generation engine fails, the state after the last step is saved first.
+        """See `ResumableTrainer.train`."""
+        with self._checkpointing_in_args(), self.faster_layers.attached():
+            return super().train(*args, **kwargs)
 
-        Raises:
-            EngineError: naming the checkpoint to go on from.
-        """
-        try:
-            with self._checkpointing_in_args(), self.faster_layers.attached():
-                return super().train(*args, **kwargs)
-        except EngineError as error:
-            raise type(error)(f"{error}\n{self._keep_checkpoint()}") from error
-
-    def _keep_checkpoint(self) -> str:
-        """Save a checkpoint of the last optimizer step; where it is, in words."""
-        if self.state.global_step == 0:
-            return "No step was taken before, so there is nothing to save."
-        self._save_checkpoint(self.model, trial=None)
-        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        return f"The state after step {self.state.global_step} is saved: go on with resume_from_checkpoint={folder}"
-
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        """Called by transformers before the first step.
-
-        Raises:
-            ValueError: when the checkpoint was written by another number of processes.
-        """
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Called by transformers before the first step."""
         self._rollout = None  # left by an earlier call of train()
         self.kernel_calls = 0
-        if resume_from_checkpoint is not None:
-            check_processes(Path(resume_from_checkpoint), self.accelerator.process_index, self.plan)
-        result = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        result = super()._prepare_for_training(*args, **kwargs)
         keep_logits_dtype(self.accelerator.unwrap_model(self.model_wrapped), self.accelerator.autocast)
         prefetch_in_order(self.model_wrapped)
         return result
@@ -502,24 +481,3 @@ class GRPOTrainer(Trainer):
         self._total_loss_scalar = self.step_losses.of_run(total)
         self._tr_loss.zero_()
         return super()._finalize_training(*args, **kwargs)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Save, beside the random states, the generation batch in use: a resumed run goes on inside it."""
-        super()._save_rng_state(output_dir)
-        place = self.schedule.locate(self.state.global_step * self.plan.gradient_accumulation_steps)
-        in_use = self._rollout if self._rollout is not None and self._rollout.key == place.generation_key else None
-        rank = self.accelerator.process_index
-        save_state(Path(output_dir), rank, self.plan, self.kernel_calls, in_use)
-        if self.args.sync_ref_model and self.reference is not None and self.accelerator.is_main_process:
-            save_reference(Path(output_dir), self.reference.state_dict())
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """The inverse; called by transformers when a run resumes."""
-        super()._load_rng_state(checkpoint)
-        if checkpoint is None:
-            return
-        loaded = load_state(Path(checkpoint), self.accelerator.process_index, self.plan)
-        if loaded is not None:
-            self.kernel_calls, self._rollout = loaded
-        if self.args.sync_ref_model and self.reference is not None:
-            self.reference.load_state_dict(load_reference(Path(checkpoint)))

@@ -9,9 +9,9 @@ import pytest
 from vllm_fake_server import FakeServer, serving
 from vllm_toys import build_model
 
-from grpo_ext.trainer import GRPOConfig
 from grpo_ext.generation.vllm import EngineError
 from grpo_ext.generation.vllm.server import ServerClient
+from grpo_ext.trainer import GRPOConfig
 
 KEY = "a-key-that-no-message-holds"
 
