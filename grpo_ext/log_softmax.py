@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from grpo_ext._autograd import first_order
 from grpo_ext._checks import batch_of_logits, batch_of_tokens, check_logits
 from grpo_ext._ops import kernels, logit_transform
 from grpo_ext.config import LossConfig
@@ -31,7 +31,7 @@ class _SelectiveLogSoftmax(torch.autograd.Function):
         return logps, entropy
 
     @staticmethod
-    @once_differentiable
+    @first_order("selective_log_softmax", "differentiate grpo_ext.reference.selective_log_softmax")
     def backward(ctx: Any, grad_logps: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
         logits, ids, logps, entropy, lse = ctx.saved_tensors
         grad = kernels.row_gradient(

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from grpo_ext._autograd import first_order
 from grpo_ext._checks import (
     Number,
     PolicyTensors,
@@ -74,20 +74,10 @@ class _GRPOLoss(torch.autograd.Function):
         return overwritten, loss, logps, entropy, kl, metrics
 
     @staticmethod
+    @first_order("grpo_loss", "differentiate grpo_ext.reference.grpo_loss")
     def backward(
         ctx: Any, grad_logits: Tensor | None, grad_loss: Tensor | None, *_: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True: whoever differentiates the gradient is told that it has none
-            return _GRPOLoss._backward_once(ctx, grad_logits, grad_loss)
-        return _GRPOLoss._backward(ctx, grad_logits, grad_loss)
-
-    @staticmethod
-    @once_differentiable
-    def _backward_once(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _GRPOLoss._backward(ctx, *grads)
-
-    @staticmethod
-    def _backward(ctx: Any, grad_logits: Tensor | None, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_logits is not None:
             raise RuntimeError(USED_AGAIN)
         if ctx.grad is None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from grpo_ext._autograd import first_order
 from grpo_ext._checks import Number, PolicyTensors, batch_of_tokens, check_device, describe, policy_tensors
 from grpo_ext._ops import kernels, loss_spec, statistics_dtype
 from grpo_ext.config import LossConfig
@@ -29,7 +29,7 @@ class _PolicyLoss(torch.autograd.Function):
         return loss, kl, metrics
 
     @staticmethod
-    @once_differentiable
+    @first_order("policy_loss", "differentiate grpo_ext.reference.policy_loss")
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         coef, entropy_coef = ctx.saved_tensors
         grad_entropy = None

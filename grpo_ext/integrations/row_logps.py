@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from grpo_ext._autograd import first_order
 from grpo_ext._checks import check_logits
 from grpo_ext._ops import kernels, logit_transform
 
@@ -22,7 +22,7 @@ class _RowLogps(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable
+    @first_order("the log probability of a drop-in", "differentiate grpo_ext.reference.selective_log_softmax")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         logits, ids, mask, logps, lse = ctx.saved_tensors
         coef = torch.where(mask, grad, 0.0).to(lse.dtype).contiguous()

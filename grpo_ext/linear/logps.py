@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from grpo_ext._autograd import first_order
 from grpo_ext._checks import poisoned
 from grpo_ext.config import LossConfig
 from grpo_ext.linear.arguments import (
@@ -89,7 +89,7 @@ class _LinearLogps(torch.autograd.Function):
         return logps, entropy
 
     @staticmethod
-    @once_differentiable
+    @first_order("linear_selective_log_softmax", "differentiate grpo_ext.reference.linear_selective_log_softmax")
     def backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         rows, mask, *saved = ctx.saved_tensors
         no_more = (None,) * 6

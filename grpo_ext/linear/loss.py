@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from grpo_ext._autograd import first_order
 from grpo_ext._checks import Number, PolicyTensors, describe, policy_tensors
 from grpo_ext._ops import loss_spec
 from grpo_ext.config import LossConfig
@@ -100,7 +100,7 @@ class _LinearLoss(torch.autograd.Function):
         return loss, logps, entropy, kl, metrics
 
     @staticmethod
-    @once_differentiable
+    @first_order("linear_grpo_loss", "differentiate grpo_ext.reference.linear_grpo_loss")
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
             raise RuntimeError(

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from grpo_ext._autograd import first_order
 from grpo_ext._ops import statistics_dtype
 from grpo_ext.vocabulary.shards import VocabularyShard, group_name, resolve_group, shard_sizes
 from grpo_ext.vocabulary.statistics import Statistics, kernels
@@ -109,7 +109,7 @@ class _ShardedLogSoftmax(torch.autograd.Function):
         return logps, entropy
 
     @staticmethod
-    @once_differentiable
+    @first_order("selective_log_softmax(process_group=...)", "gather the logits and use grpo_ext.reference")
     def backward(ctx: Any, grad_logps: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
         logits, ids, logps, entropy, lse = ctx.saved_tensors
         entropy_coef = grad_entropy.to(lse.dtype).contiguous() if ctx.with_entropy else None
