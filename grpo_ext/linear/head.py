@@ -9,9 +9,20 @@ import torch
 from torch import Tensor
 
 from grpo_ext._ops import products, statistics_dtype
-from grpo_ext.linear.plan import ChunkPlan
+from grpo_ext.linear.plan import ChunkPlan, row_stride
 
 Rows = Tensor | slice  # rows of the flattened tokens: indices, or a range
+
+
+def padded_rows(like: Tensor, rows: int, columns: int, stride: int, dtype: torch.dtype | None = None) -> Tensor:
+    """(rows, columns) uninitialized, `stride` elements from row to row, with zeros in the padding between them.
+
+    A product may read past the last column of its left operand: oneDNN's AMX GEMM reads up to the next multiple of 32
+    columns and multiplies by 0, so a NaN there becomes a NaN result.
+    """
+    buffer = like.new_empty((rows, stride), dtype=dtype or like.dtype)
+    buffer[:, columns:].zero_()
+    return buffer[:, :columns]
 
 
 class Head:
@@ -42,7 +53,7 @@ class Head:
         self.mixed = logits_dtype != compute_dtype
         self._logits_dtype = logits_dtype
         self._buffer: Tensor | None = None
-        self._hidden = weight.new_empty((self.capacity, hidden_size), dtype=compute_dtype)
+        self._hidden = padded_rows(self.weight, self.capacity, hidden_size, row_stride(hidden_size))
         self._rounded: Tensor | None = None
         self._product: Tensor | None = None
 
@@ -65,15 +76,15 @@ class Head:
         if kept is not None:
             return rows, kept
         if self._buffer is None:
-            self._buffer = rows.new_empty((self.capacity, self.plan.stride), dtype=self._logits_dtype)
+            self._buffer = padded_rows(rows, self.capacity, self.vocab, self.plan.stride, self._logits_dtype)
         if self._own_product:  # in one piece, at the speed of many rows: a row's bits are its own there
-            products.logits_product(rows, self.weight, self.bias, self._buffer[:count, : self.vocab])
-            return rows, self._buffer[:count, : self.vocab]
+            products.logits_product(rows, self.weight, self.bias, self._buffer[:count])
+            return rows, self._buffer[:count]
         self._hidden[count:padded].zero_()
         for start in range(0, padded, self.plan.block):
             block = slice(start, start + self.plan.block)
-            self._logits_product(self._hidden[block], self._buffer[block, : self.vocab])
-        return rows, self._buffer[:count, : self.vocab]
+            self._logits_product(self._hidden[block], self._buffer[block])
+        return rows, self._buffer[:count]
 
     def _logits_product(self, rows: Tensor, out: Tensor) -> None:
         transposed = self.weight.t()
@@ -93,8 +104,8 @@ class Head:
         if not self.mixed:
             return gradient
         if self._rounded is None:
-            self._rounded = self.weight.new_empty((self.capacity, self.plan.stride))
-        return self._rounded[: gradient.shape[0], : self.vocab].copy_(gradient)
+            self._rounded = padded_rows(self.weight, self.capacity, self.vocab, self.plan.stride)
+        return self._rounded[: gradient.shape[0]].copy_(gradient)
 
     def back_to_hidden(self, gradient: Tensor, out: Tensor, where: Rows) -> None:
         """``out[where] = gradient @ weight``; `out` is (tokens, H). The chunk's hidden states are no longer needed."""
@@ -193,7 +204,8 @@ class HeadGradient:
         if self._lower is not None:
             return True
         rounded = self.weight.dtype == right.dtype == torch.bfloat16
-        return self._sum is None and rounded and products.served(gradient, right)
+        aligned = right.shape[1] % 8 == 0  # the planes are dense, unlike the rows of `right`
+        return self._sum is None and rounded and aligned and products.served(gradient, right)
 
     def results(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients in the dtypes of what they are of; empty tensors for those that were not wanted."""

@@ -25,9 +25,14 @@ TRAINER_BUDGET = {"cuda": 512 << 20}
 #: neither the GPU (1024 x 151,936 is 36 waves of 128 x 256 tiles on 132 SMs) nor the packed panels of a CPU product.
 BLOCK = {"cuda": 1024, "cpu": 128}
 
-#: The vocabulary stride of the buffer is a multiple of this many elements: rows start aligned for any vocabulary, and
-#: the gradient products of V = 50257 run on the kernels of V = 50304.
+#: Rows of the buffers start at multiples of this many elements: aligned for any vocabulary and hidden size, and the
+#: gradient products of V = 50257 run on the kernels of V = 50304.
 ROW_ALIGNMENT = 64
+
+
+def row_stride(columns: int) -> int:
+    """Elements between two rows of a buffer with that many columns."""
+    return -(-columns // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +54,8 @@ def chunk_plan(
 ) -> ChunkPlan:
     """The plan that fits `memory_budget` bytes; a function of the head alone, never of the number of rows."""
     budget = memory_budget or DEFAULT_BUDGET.get(device_type, DEFAULT_BUDGET["cuda"])
-    stride = -(-vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT
-    per_row = stride * logits_dtype.itemsize + hidden_size * compute_dtype.itemsize
+    stride = row_stride(vocab)
+    per_row = stride * logits_dtype.itemsize + row_stride(hidden_size) * compute_dtype.itemsize
     if logits_dtype != compute_dtype:  # the gradient is rounded into a buffer of its own
         per_row += stride * compute_dtype.itemsize
     fitting = max(1, budget // per_row)

@@ -21,8 +21,8 @@ from grpo_ext._ops import probability as kernels
 from grpo_ext._ops.probability import TILE_COLUMNS, ChunkRows
 from grpo_ext.linear import probabilities_reference
 from grpo_ext.linear.chunks import Numerics, Tokens
-from grpo_ext.linear.head import Rows
-from grpo_ext.linear.plan import ROW_ALIGNMENT, ChunkPlan, chunk_plan
+from grpo_ext.linear.head import Rows, padded_rows
+from grpo_ext.linear.plan import ChunkPlan, chunk_plan, row_stride
 from grpo_ext.linear.rows import Selection
 from grpo_ext.vocabulary.shards import shard_sizes
 
@@ -119,7 +119,7 @@ def probability_plan(
     stored there are as many as keep their hidden states in L2.
     """
     itemsize = numerics.compute_dtype.itemsize
-    stride = -(-vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    stride = row_stride(vocab)
     sums = 8 * -(-vocab // TILE_COLUMNS)
     per_row = (stride + hidden_size) * itemsize + sums
     beside = PRODUCT_BYTES if device_type == "cuda" else 0
@@ -310,7 +310,7 @@ class Probabilities(Tokens):
 
     def _probabilities(self, stored: int) -> Tensor:
         if stored and self._stored is None:
-            self._stored = self.weight.new_empty((self.capacity, self._stride))
+            self._stored = padded_rows(self.weight, self.capacity, self.vocab, self._stride)
         if self._stored is None:
             return self.weight.new_empty((0, self.vocab))
-        return self._stored[:stored, : self.vocab]
+        return self._stored[:stored]

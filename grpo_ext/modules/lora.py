@@ -223,9 +223,7 @@ def _products(
 ) -> tuple[Tensor, ...]:
     """The layer's output, and rows of x, weight, A, B in ``dtype`` and ``x A^T``."""
     shape = x.shape
-    rows = x.reshape(-1, shape[-1])
-    if rows.dtype != dtype:
-        rows = rows.to(dtype)
+    rows = _left_factor(x, dtype)
     if weight.dtype != dtype:
         weight = weight.to(dtype)
     a, b = casts or (a.to(dtype), b.to(dtype))
@@ -233,6 +231,18 @@ def _products(
     low = linear(rows, a)
     y.addmm_(low, b.t(), alpha=scale)
     return y.view(*shape[:-1], y.shape[-1]), rows, weight, a, b, low
+
+
+def _left_factor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """(rows, columns) in ``dtype``, for the left of a product.
+
+    On the CPU rows of 16 bits are copied where they have a stride: oneDNN's AMX GEMM reads past their last column, and
+    a NaN of the tensor that they are a slice of would enter the result (`grpo_ext.linear.head.padded_rows`).
+    """
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    if rows.dtype != dtype:
+        rows = rows.to(dtype)
+    return rows if rows.is_cuda or rows.itemsize != 2 else rows.contiguous()
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -258,7 +268,7 @@ class _LoraLinear(torch.autograd.Function):
         need_x, _, _, need_a, need_b, *_ = ctx.needs_input_grad
         scale = ctx.scale
         dx = da = db = None
-        grad = grad.reshape(-1, grad.shape[-1])
+        grad = _left_factor(grad, grad.dtype)
         if need_x or need_a:
             grad_low = grad.mm(b)
         if need_a:

@@ -1,4 +1,4 @@
-"""The linear tests share the case tools of tests/losses."""
+"""The linear tests share the case tools of tests/losses and the checks of tests/poison."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from grpo_ext.linear.head import Head
 from grpo_ext.linear.probabilities import Chunk, Probabilities
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "losses"))
+sys.path[:0] = [str(Path(__file__).parent.parent / folder) for folder in ("losses", "poison")]
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from torch import Tensor
 import grpo_ext
 from grpo_ext import reference
 from grpo_ext.config import IMPORTANCE_MODES, LEVELS, LOSS_TYPES, LossConfig
+from grpo_ext.linear.plan import row_stride
 from grpo_ext.output import GRPOLossOutput
 
 #: What a case may vary. `trained` names the parts of the head that want a gradient; `budget` is in rows of logits:
@@ -61,10 +62,10 @@ class Batch:
 
 
 def budget_of(rows: int | None, vocab: int, hidden_size: int, dtype: torch.dtype) -> int | None:
-    """Bytes for so many rows of logits and hidden states; `grpo_ext.linear.plan` counts the vocabulary in 64s."""
+    """Bytes for so many rows of logits and hidden states."""
     if rows is None:
         return None
-    return rows * (-(-vocab // 64) * 64 + hidden_size) * dtype.itemsize
+    return rows * (row_stride(vocab) + row_stride(hidden_size)) * dtype.itemsize
 
 
 def build(case: dict[str, Any], device: torch.device, seed: int, B: int = 5, T: int = 9, H: int = 12) -> Batch:

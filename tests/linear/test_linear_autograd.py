@@ -17,7 +17,7 @@ from grpo_ext.config import LossConfig
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"temperature": 0.6, "logit_softcap": 3.0, "logit_scale": 1.4}, {"memory_budget": 8 * 3 * 70}],
+    [{}, {"temperature": 0.6, "logit_softcap": 3.0, "logit_scale": 1.4}, {"memory_budget": 8 * 3 * 128}],
 )
 def test_gradcheck_of_log_probabilities(trained: bool, options: dict[str, Any]) -> None:
     hidden = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
@@ -33,7 +33,7 @@ def test_gradcheck_of_log_probabilities(trained: bool, options: dict[str, Any]) 
         )
 
 
-@pytest.mark.parametrize("budget", [None, 8 * 5 * 70])
+@pytest.mark.parametrize("budget", [None, 8 * 5 * 128])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
 @pytest.mark.parametrize("trained", [False, True])

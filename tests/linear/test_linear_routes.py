@@ -12,7 +12,7 @@ from grpo_ext._checks import PolicyTensors
 from grpo_ext.config import LossConfig
 from grpo_ext.linear.chunks import Numerics
 from grpo_ext.linear.loss import choose_route
-from grpo_ext.linear.plan import chunk_plan
+from grpo_ext.linear.plan import chunk_plan, row_stride
 from grpo_ext.linear.rows import row_chunks, sequence_chunks
 
 
@@ -74,7 +74,7 @@ def test_every_budget_gives_the_same_gradients(device: torch.device, config: Los
         torch.manual_seed(1)
         weight, bias = head(device)
         leaves = [data["hidden"].clone().requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
-        budget = rows * (1024 + H) * 4
+        budget = rows * (1024 + row_stride(H)) * 4
         out = loss_of(
             data | {"hidden": leaves[0]}, leaves[1], config, bias=bias, memory_budget=budget, old_logps=old,
             ref_logps=old, sampling_logps=old + 0.1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from toys import build_model, build_tokenizer, reward_number
 from transformers import PreTrainedTokenizerFast
 
 from grpo_ext.trainer import GRPOConfig, GRPOTrainer
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "poison"))
 
 
 @pytest.fixture
