@@ -1,4 +1,4 @@
-# make setup | vllm | train | test | test-all | fuzz | sanitize | coverage | lint | bench | docs | wheel | check-wheel | clean
+# make setup | vllm | train | test | test-all | poison | isa | fuzz | sanitize | coverage | lint | bench | docs | wheel | check-wheel | clean
 #
 # Everything runs in .venv, made once and reused. Variables: PYTHON, GRPO_EXT_CUDA=AUTO|ON|OFF (CUDA kernels for the GPUs
 # that are here, for all architectures, or none), OMP_WAIT_POLICY (PASSIVE: idle threads sleep, as shared cores need), and
@@ -32,7 +32,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup vllm peers train test test-all pytest fuzz sanitize lint format bench wheel check-wheel docs coverage clean
+.PHONY: setup vllm peers train test test-all pytest poison isa fuzz sanitize lint format bench wheel check-wheel docs coverage clean
 
 setup: $(VENV)/built
 
@@ -76,6 +76,16 @@ test: setup $(if $(filter 0,$(VLLM))$(HAS_GPU),,vllm) lint pytest sanitize
 
 pytest: setup
 	$(BIN)/python -m pytest -m "not grid" $(ARGS)
+
+# Tests with every uninitialized tensor filled with NaN, also in the processes that a test starts: what reads memory
+# before it is written fails.
+poison: setup
+	PYTHONPATH=tests/poison $(BIN)/python -m pytest -p poisoned_memory \
+	  tests/poison tests/linear tests/losses tests/ops tests/trainer $(ARGS)
+
+# The kernels at each instruction set that this processor has, oneDNN limited likewise; names those that it lacks.
+isa: setup
+	$(BIN)/python tools/test_isas.py $(ARGS)
 
 # FUZZ times as many cases as in `make test`, from new seeds: minutes. A failure prints how to repeat it.
 FUZZ ?= 20

@@ -8,6 +8,19 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cpu-isa", help="instruction set of the CPU kernels: portable, avx2 or avx512")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    isa = config.getoption("--cpu-isa")
+    if isa is not None:
+        from grpo_ext import _C
+
+        if not _C.select_cpu_isa(isa):
+            raise pytest.UsageError(f"--cpu-isa {isa}: this processor lacks it; it has {_C.cpu_isa()}")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _collect_only_what_is_new() -> None:
     """Every end of a training run collects garbage over all objects there are. Those of imported modules, a million of
