@@ -57,6 +57,7 @@ class _GRPOLoss(torch.autograd.Function):
         loss, logps, entropy, kl, metrics, grad = run(
             batch_of_logits(logits), ids, config, tensors, spec, transform, mode
         )
+        ctx.save_for_backward(loss)
         ctx.set_materialize_grads(False)
         ctx.overwrites = mode.startswith("overwrite")
         ctx.grad = grad if grad is None or grad.shape == logits.shape else grad.view(logits.shape)

@@ -23,7 +23,7 @@ class _PolicyLoss(torch.autograd.Function):
         ctx: Any, logps: Tensor, entropy: Tensor | None, spec: list[float], *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         loss, coef, entropy_coef, kl, metrics = kernels.policy_loss(logps, entropy, *tensors, spec)
-        ctx.save_for_backward(coef, entropy_coef)
+        ctx.save_for_backward(coef, entropy_coef, loss)
         ctx.has_entropy = entropy is not None
         ctx.mark_non_differentiable(kl, metrics)
         return loss, kl, metrics
@@ -31,7 +31,7 @@ class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     @first_order("policy_loss", "differentiate grpo_ext.reference.policy_loss")
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        coef, entropy_coef = ctx.saved_tensors
+        coef, entropy_coef, _loss = ctx.saved_tensors
         grad_entropy = None
         if ctx.has_entropy and ctx.needs_input_grad[1]:
             grad_entropy = grad_loss * entropy_coef if entropy_coef.numel() else torch.zeros_like(coef)

@@ -78,7 +78,8 @@ class _LinearLogps(torch.autograd.Function):
         ctx.save_for_backward(
             rows if derivative else None,
             mask,
-            *((hidden, weight, bias, ids, active, logps, entropy, lse, weight_grad) if again else ()),
+            logps,
+            *((hidden, weight, bias, ids, active, entropy, lse, weight_grad) if again else ()),
             *((found.index,) if again and found is not None else ()),
         )
         ctx.request, ctx.found, ctx.derivative = request, found and dataclasses.replace(found, index=None), derivative
@@ -91,7 +92,7 @@ class _LinearLogps(torch.autograd.Function):
     @staticmethod
     @first_order("linear_selective_log_softmax", "differentiate grpo_ext.reference.linear_selective_log_softmax")
     def backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        rows, mask, *saved = ctx.saved_tensors
+        rows, mask, logps, *saved = ctx.saved_tensors
         no_more = (None,) * 6
         if grad_logps is None and grad_entropy is None:
             return None, None, None, *no_more
@@ -99,7 +100,7 @@ class _LinearLogps(torch.autograd.Function):
             assert grad_logps is not None
             grad = grad_logps if mask is None else torch.where(mask, grad_logps, 0.0)
             return scaled_rows(rows, grad), None, None, *no_more
-        hidden, weight, bias, ids, active, logps, entropy, lse, weight_grad, *index = saved
+        hidden, weight, bias, ids, active, entropy, lse, weight_grad, *index = saved
         request: Request = ctx.request
         if grad_logps is None:
             grad_logps = torch.zeros_like(logps)

@@ -94,6 +94,7 @@ class _LinearLoss(torch.autograd.Function):
             )  # fmt: skip
         loss, logps, entropy, kl, metrics = outputs
         ctx.mark_non_differentiable(logps, entropy, kl, metrics)
+        ctx.save_for_backward(loss)
         ctx.set_materialize_grads(False)
         ctx.grads = (dhidden, dweight, dbias)
         ctx.wanted, ctx.accumulated = wanted, weight_grad is not None

@@ -101,25 +101,23 @@ def test_the_longest_is_found_and_proved(bench: ModuleType, tmp_path: Path, monk
     assert len(rows) <= 6
 
 
-def test_parts_add_up(bench: ModuleType) -> None:
+def test_parts_add_up(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     import training_trace
 
+    clock = [5.0]
+    monkeypatch.setattr(training_trace.time, "perf_counter", lambda: clock[0])
     parts = training_trace.Parts(torch.device("cpu"))
     parts.start()
-    begin = time.perf_counter()
+    clock[0] += 1
     with parts.part("outer"):
-        time.sleep(0.02)
+        clock[0] += 2
         with parts.part("inner"):
-            time.sleep(0.03)
+            clock[0] += 4
             parts.become("rest of inner")
-            time.sleep(0.01)
+            clock[0] += 8
+        clock[0] += 16
     parts.stop()
-    whole = time.perf_counter() - begin
-    seconds = dict(parts.seconds)
-    assert sum(seconds.values()) == pytest.approx(whole, abs=2e-3)
-    assert 0.02 <= seconds["outer"] < 0.03 + whole - 0.06
-    assert seconds["inner"] >= 0.03
-    assert seconds["rest of inner"] >= 0.01
+    assert parts.seconds == {"other": 1, "outer": 18, "inner": 4, "rest of inner": 8}
 
 
 def test_trace_books_every_part(bench: ModuleType, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import grpo_ext
+from grpo_ext.vocabulary.sharded_logits import _ShardedLogSoftmax
 from grpo_ext.vocabulary.shards import VocabularyShard
 
 
@@ -47,5 +48,9 @@ def test_a_group_of_one_is_no_group(tmp_path: Path) -> None:
         gradient = (logits.detach(), ids, logps, entropy, lse, torch.ones_like(lse), None, [1.0, 0.0, 1.0], name)
         torch.library.opcheck(torch.ops.grpo_ext.sharded_gradient, gradient)
         torch.testing.assert_close(logps, alone.double().view(1, 3))
+        logps, _ = _ShardedLogSoftmax.apply(logits, ids, [1.0, 0.0, 1.0], name, False)
+        (gradient_of_logits,) = torch.autograd.grad(logps.sum(), logits, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"^selective_log_softmax\(process_group=...\) has no second derivative"):
+            gradient_of_logits.square().sum().backward()
     finally:
         dist.destroy_process_group()

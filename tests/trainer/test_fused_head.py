@@ -165,7 +165,7 @@ def test_autocast_keeps_the_dtype_of_the_products() -> None:
 @pytest.mark.parametrize("trained", [False, True])
 def test_on_a_gpu(trained: bool) -> None:
     """bf16, a vocabulary of ordinary size: the same loss and gradients to rounding, in less memory."""
-    config = transformers.Qwen2Config(**{**SIZES, "vocab_size": 50257, "hidden_size": 64, "head_dim": None})
+    config = transformers.Qwen2Config(**{**SIZES, "vocab_size": 50257, "hidden_size": 64, "head_dim": 32})
     torch.manual_seed(0)
     model = transformers.Qwen2ForCausalLM(config).to("cuda", torch.bfloat16)
     model.lm_head.requires_grad_(trained)

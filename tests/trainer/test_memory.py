@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from fused_layer_cases import BF16, net
+from grpo_ext.modules.head import FusedHead
+from grpo_ext.trainer.forward import CompletionForward
+from grpo_ext.trainer.policy import Policy
 from operands_in_reach import Products
 from poisoned_memory import poisoned
 from test_fused_head import micro_batch
@@ -15,11 +18,8 @@ from torch import Tensor, nn
 from toys import FixedEngine, build_model
 
 from grpo_ext import LossConfig
-from grpo_ext.trainer import GRPOTrainer, lora
-from grpo_ext.trainer.forward import CompletionForward
-from grpo_ext.modules.head import FusedHead
 from grpo_ext.modules.lora import FusedLora
-from grpo_ext.trainer.policy import Policy
+from grpo_ext.trainer import GRPOTrainer, lora
 
 VOCAB, SIZE = 500, 33
 

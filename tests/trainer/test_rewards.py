@@ -7,7 +7,6 @@ import copy
 import functools
 import math
 import threading
-import time
 from typing import Any
 
 import numpy as np
@@ -49,20 +48,25 @@ def test_other_containers(convert: Any) -> None:
 
 
 def test_async_functions_run_together() -> None:
-    async def slow(completions: list[str], **_: Any) -> list[float]:
-        await asyncio.sleep(0.2)
+    """Each waits until the other has begun."""
+    begun = asyncio.Event(), asyncio.Event()
+
+    async def meet(own: int) -> None:
+        begun[own].set()
+        await asyncio.wait_for(begun[1 - own].wait(), 60)
+
+    async def one(completions: list[str], **_: Any) -> list[float]:
+        await meet(0)
         return [1.0] * len(completions)
 
-    async def slower(completions: list[str], **_: Any) -> list[float]:
-        await asyncio.sleep(0.25)
+    async def other(completions: list[str], **_: Any) -> list[float]:
+        await meet(1)
         return [2.0] * len(completions)
 
     def plain(completions: list[str], **_: Any) -> list[float]:
         return [3.0] * len(completions)
 
-    start = time.perf_counter()
-    assert call([slow, plain, slower])[0].tolist() == [1.0, 3.0, 2.0]
-    assert time.perf_counter() - start < 0.4
+    assert call([one, plain, other])[0].tolist() == [1.0, 3.0, 2.0]
 
 
 def test_async_inside_a_running_loop() -> None:

@@ -1,0 +1,36 @@
+"""Times a product in bf16 and in fp32, beside the choice of ``dtype: auto``: ``python bench/bench_dtype.py``."""
+
+from __future__ import annotations
+
+import argparse
+
+import common
+import torch
+
+from grpo_ext.tasks import fast_dtype
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--size", type=int, nargs=3, default=(256, 1024, 1024), help="rows, K, columns")
+    parser.add_argument("--runs", type=int, default=20)
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    rows, k, columns = arguments.size
+    operands = {
+        name: tuple(torch.randn(*shape, device=device).to(common.DTYPES[name]) for shape in ((rows, k), (k, columns)))
+        for name in ("bf16", "fp32")
+    }
+    timings = common.interleaved(
+        {name: lambda pair=pair: lambda: torch.mm(*pair) for name, pair in operands.items()},
+        device, warmup=3, runs=arguments.runs,
+    )  # fmt: skip
+    chosen, reason = fast_dtype(arguments.device)
+    print(f"{chosen}: {reason}")
+    for name, timing in timings.items():
+        print(f"{name} {timing.median:.3f} ms")
+
+
+if __name__ == "__main__":
+    main()
