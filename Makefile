@@ -77,7 +77,7 @@ test: setup $(if $(filter 0,$(VLLM))$(HAS_GPU),,vllm) lint pytest sanitize
 pytest: setup
 	$(BIN)/python -m pytest -m "not grid" $(ARGS)
 
-# Tests with every uninitialized tensor filled with NaN, also in the processes that a test starts: what reads memory
+# Tests with every uninitialized tensor filled with NaN, also in the ranks that a test starts: what reads memory
 # before it is written fails.
 poison: setup
 	PYTHONPATH=tests/poison $(BIN)/python -m pytest -p poisoned_memory \

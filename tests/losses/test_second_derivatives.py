@@ -68,6 +68,7 @@ def test_differentiating_twice_raises(name: str, function: Callable[[Tensor], Te
         torch.autograd.grad(got.square().sum(), leaf)
 
 
+@pytest.mark.filterwarnings("ignore:Using backward")  # of the cycle that it leaves
 @pytest.mark.parametrize(("name", "function"), FUNCTIONS)
 def test_create_graph_alone_changes_nothing(name: str, function: Callable[[Tensor], Tensor]) -> None:
     leaf, twin = (torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))

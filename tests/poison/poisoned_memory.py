@@ -1,7 +1,7 @@
 """Fill every uninitialized tensor with NaN (integers with their greatest value, bools with True).
 
 As a pytest plugin (``-p poisoned_memory``, `make poison`) it holds for the whole run. `sitecustomize`, beside it, loads
-it in the processes that tests start.
+it in the ranks that tests start.
 """
 
 from __future__ import annotations

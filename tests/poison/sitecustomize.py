@@ -1,5 +1,12 @@
-"""Poison the memory of every Python process that has this folder on its PYTHONPATH."""
+"""Poison the ranks that a test starts: processes of torch.multiprocessing and of torch.distributed.run.
 
-from poisoned_memory import fill
+Other processes are left alone: importing torch takes seconds, and torch's compiler starts dozens.
+"""
 
-fill(True)
+import os
+import sys
+
+if "--multiprocessing-fork" in sys.orig_argv or "LOCAL_RANK" in os.environ:
+    from poisoned_memory import fill
+
+    fill(True)

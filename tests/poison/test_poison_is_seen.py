@@ -1,4 +1,4 @@
-"""The poison at work, in this process and in those that it starts."""
+"""The poison at work, in this process and in the ranks that it starts."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def test_uninitialized_tensors_are_nan(name: str) -> None:
     assert torch.empty(3, dtype=torch.bool).all()
 
 
-def test_processes_that_a_test_starts_are_poisoned() -> None:
+def test_ranks_that_a_test_starts_are_poisoned() -> None:
     done = subprocess.run(
         [sys.executable, "-c", "import torch; print(torch.empty(3).isnan().all().item())"],
         capture_output=True,
         text=True,
         check=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent), "LOCAL_RANK": "0"},
     )
     assert done.stdout.strip() == "True"
