@@ -8,9 +8,6 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from fused_layer_cases import BF16, net
-from grpo_ext.modules.head import FusedHead
-from grpo_ext.trainer.forward import CompletionForward
-from grpo_ext.trainer.policy import Policy
 from operands_in_reach import Products
 from poisoned_memory import poisoned
 from test_fused_head import micro_batch
@@ -18,8 +15,12 @@ from torch import Tensor, nn
 from toys import FixedEngine, build_model
 
 from grpo_ext import LossConfig
+from grpo_ext.modules import lora
+from grpo_ext.modules.fused_head import FusedHead
 from grpo_ext.modules.lora import FusedLora
-from grpo_ext.trainer import GRPOTrainer, lora
+from grpo_ext.trainer import GRPOTrainer
+from grpo_ext.update.layouts import LayoutChooser
+from grpo_ext.update.loss import ModelPass
 
 VOCAB, SIZE = 500, 33
 
@@ -36,7 +37,8 @@ def model_of_odd_sizes() -> nn.Module:
 
 def gradients(model: nn.Module, fused: bool) -> Tensor:
     model.zero_grad()
-    Policy(CompletionForward(model), FusedHead(model, fused), LossConfig()).loss(model, micro_batch()).loss.backward()
+    policy = ModelPass(LayoutChooser(model), FusedHead(model, fused), LossConfig())
+    policy.loss(model, micro_batch()).loss.backward()
     return torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None])
 
 
