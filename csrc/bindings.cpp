@@ -276,7 +276,6 @@ void cuda_target_reference(int device, uintptr_t stream, const py::tuple& chunk,
   p.weight_stride = t[k++].cast<int64_t>();
   p.bias = pointer<const float>(t[k++]);
   p.ids = pointer<const int64_t>(t[k++]);
-  p.guess = pointer<const float>(t[k++]);
   p.slope = t[k++].cast<float>();
   p.reference = pointer<float>(t[k++]);
   p.target = pointer<int32_t>(t[k++]);
@@ -303,6 +302,8 @@ void cuda_probability_product(int device, uintptr_t stream, const py::tuple& t) 
   p.stride = t[k++].cast<int64_t>();
   p.partials = pointer<float>(t[k++]);
   p.partials_stride = t[k++].cast<int64_t>();
+  p.recentred = pointer<float>(t[k++]);
+  p.recentred_stride = t[k++].cast<int64_t>();
   p.exponent = pointer<float>(t[k++]);
   cuda::probability_product(device, p, stream_of(stream));
 }
@@ -353,10 +354,14 @@ void cuda_fold_partials(int device, uintptr_t stream, const py::tuple& chunk, co
   p.tiles = t[k++].cast<int32_t>();
   p.partials = pointer<const float>(t[k++]);
   p.partials_stride = t[k++].cast<int64_t>();
+  p.recentred = pointer<const float>(t[k++]);
+  p.recentred_stride = t[k++].cast<int64_t>();
+  p.reference = pointer<const float>(t[k++]);
   p.exponent = pointer<const float>(t[k++]);
   p.target = pointer<const int32_t>(t[k++]);
   p.slope = t[k++].cast<float>();
   p.sums = pointer<float>(t[k++]);
+  p.recentred_sums = pointer<float>(t[k++]);
   p.logps = pointer<float>(t[k++]);
   p.entropy = pointer<float>(t[k++]);
   p.factor = pointer<float>(t[k++]);
@@ -364,6 +369,8 @@ void cuda_fold_partials(int device, uintptr_t stream, const py::tuple& chunk, co
   p.probabilities = pointer<void>(t[k++]);
   p.stride = t[k++].cast<int64_t>();
   p.stored = t[k++].cast<int32_t>();
+  p.vocab = t[k++].cast<int32_t>();
+  p.rank = t[k++].cast<int32_t>();
   if (!policy.empty()) {
     p.policy = read_policy<float>(policy, spec);
     p.terms = cuda::terms_in(reinterpret_cast<void*>(workspace), p.policy);

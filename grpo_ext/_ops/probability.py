@@ -63,7 +63,6 @@ def target_reference(
     weight: Tensor,
     bias: Tensor | None,
     ids: Tensor,
-    guess: Tensor | None,
     slope: float,
     shard: Tensor | None,
     reference: Tensor,
@@ -76,7 +75,7 @@ def target_reference(
         (
             DTYPE_CODES[hidden.dtype], hidden.shape[1], weight.shape[0], pointer(shard),
             hidden.data_ptr(), hidden.stride(0), pointer(gathered),
-            weight.data_ptr(), weight.stride(0), pointer(bias), ids.data_ptr(), pointer(guess), slope / math.log(2),
+            weight.data_ptr(), weight.stride(0), pointer(bias), ids.data_ptr(), slope / math.log(2),
             reference.data_ptr(), target.data_ptr(), exponent.data_ptr(),
         ),
     )  # fmt: skip
@@ -91,6 +90,7 @@ def product(
     slope: float,
     probabilities: Tensor | None,
     partials: Tensor,
+    recentred: Tensor,
     exponent: Tensor,
 ) -> None:
     count_call()
@@ -101,7 +101,8 @@ def product(
             hidden.data_ptr(), hidden.stride(0), weight.data_ptr(), weight.stride(0), pointer(bias),
             reference.data_ptr(), target.data_ptr(), slope / math.log(2),
             pointer(probabilities), 0 if probabilities is None else probabilities.stride(0),
-            partials.data_ptr(), partials.stride(0) // 2, exponent.data_ptr(),
+            partials.data_ptr(), partials.stride(0) // 2, recentred.data_ptr(), recentred.stride(0),
+            exponent.data_ptr(),
         ),
     )  # fmt: skip
 
@@ -109,10 +110,12 @@ def product(
 def fold(
     rows: ChunkRows,
     partials: Tensor,
+    recentred: Tensor,
+    reference: Tensor,
     exponent: Tensor,
     target: Tensor,
     slope: float,
-    sums: Tensor | None,
+    sums: tuple[Tensor, Tensor] | None,
     logps: Tensor,
     entropy: Tensor,
     factor: Tensor,
@@ -120,6 +123,7 @@ def fold(
     probabilities: Tensor | None,
     dtype: torch.dtype,
     coefficients: RowCoefficients | None,
+    rank: int = -1,
 ) -> None:
     count_call()
     policy: tuple[Any, ...] = ()
@@ -132,10 +136,11 @@ def fold(
         *place(partials), rows.packed(),
         (
             DTYPE_CODES[dtype], partials.shape[0], partials.data_ptr(), partials.stride(0) // 2,
-            exponent.data_ptr(), target.data_ptr(), slope, pointer(sums),
+            recentred.data_ptr(), recentred.stride(0), reference.data_ptr(),
+            exponent.data_ptr(), target.data_ptr(), slope, *((0, 0) if sums is None else map(pointer, sums)),
             logps.data_ptr(), entropy.data_ptr(), factor.data_ptr(), residual.data_ptr(), pointer(probabilities),
             0 if probabilities is None else probabilities.stride(0),
-            0 if probabilities is None else probabilities.shape[0],
+            *((0, 0) if probabilities is None else probabilities.shape), rank,
         ),
         policy, spec, workspace,
     )  # fmt: skip

@@ -55,7 +55,6 @@ class _LinearLogps(torch.autograd.Function):
         mask: Tensor | None,
         active: Tensor | None,
         weight_grad: Tensor | None,
-        guess: Tensor | None,
         request: Request,
     ) -> tuple[Tensor, Tensor]:
         numerics, wanted = request.numerics, request.wanted
@@ -72,7 +71,7 @@ class _LinearLogps(torch.autograd.Function):
                 keep = 0 < found.count <= numerics.plan(full_weight).rows
             logps, entropy, lse, rows, logits = kernels.linear_logps(
                 hidden, full_weight, full_bias, ids, *which, *numerics,
-                request.with_entropy or request.entropy_gradient, derivative, keep, guess, request.entropy_gradient,
+                request.with_entropy or request.entropy_gradient, derivative, keep, request.entropy_gradient,
             )  # fmt: skip
         again = not derivative or request.with_entropy
         ctx.save_for_backward(
@@ -93,7 +92,7 @@ class _LinearLogps(torch.autograd.Function):
     @first_order("linear_selective_log_softmax", "differentiate grpo_ext.reference.linear_selective_log_softmax")
     def backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         rows, mask, logps, *saved = ctx.saved_tensors
-        no_more = (None,) * 6
+        no_more = (None,) * 5
         if grad_logps is None and grad_entropy is None:
             return None, None, None, *no_more
         if ctx.derivative and (grad_entropy is None or not ctx.request.with_entropy):
@@ -155,15 +154,9 @@ def linear_logps(
     active: Tensor | None,
     weight_grad: Tensor | None,
     request: Request,
-    guess: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(logps, entropy) of the shape of ids, 0 where the mask is 0; no gradient but at ``active`` rows.
-
-    guess: about the log probabilities to be found; centres the references of the probability route.
-    """
-    result: tuple[Tensor, Tensor] = _LinearLogps.apply(
-        hidden, weight, bias, ids, mask, active, weight_grad, guess, request
-    )
+    """(logps, entropy) of the shape of ids, 0 where the mask is 0; no gradient but at ``active`` rows."""
+    result: tuple[Tensor, Tensor] = _LinearLogps.apply(hidden, weight, bias, ids, mask, active, weight_grad, request)
     return result
 
 

@@ -227,7 +227,6 @@ def linear_grpo_loss(
         None if active is None else active.reshape(shape),
         weight_grad,
         request,
-        tensors.old_logps if tensors.old_logps is not None else tensors.sampling_logps,
     )
     return policy_loss(
         logps,

@@ -31,7 +31,7 @@ _cudagraph_unsafe = getattr(torch.Tag, "cudagraph_unsafe", None)  # they may wai
 _TAGS = () if _cudagraph_unsafe is None else (_cudagraph_unsafe,)
 library.define(
     f"linear_logps(Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, {_ROWS}, {_NUMERICS}, "
-    "bool with_entropy, bool derivative, bool keep, Tensor? guess, bool entropy_gradient) "
+    "bool with_entropy, bool derivative, bool keep, bool entropy_gradient) "
     "-> (Tensor logps, Tensor entropy, Tensor lse, Tensor derivative, Tensor logits)",
     tags=_TAGS,
 )
@@ -105,13 +105,13 @@ def check_ids_in_range(ids: Tensor, mask: Tensor | None, vocab: int) -> None:
 def _linear_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     which, rest = RowArguments(*rest[:ROW_ARGUMENTS]), rest[ROW_ARGUMENTS:]
     numerics, rest = Numerics(*rest[:NUMERIC_ARGUMENTS]), rest[NUMERIC_ARGUMENTS:]
-    with_entropy, derivative, keep, guess, entropy_gradient = rest
+    with_entropy, derivative, keep, entropy_gradient = rest
     check_ids_in_range(ids, which.mask, total_vocabulary(weight.shape[0], numerics.group, ids.device))
     selection, mask = _selection(ids.numel(), which)
     with torch.autocast(hidden.device.type, enabled=False):
         if serves(weight, numerics, entropy_gradient=entropy_gradient):
             stores = derivative or keep
-            probable = Probabilities(hidden, weight, bias, ids, mask, selection, numerics, guess, stores)
+            probable = Probabilities(hidden, weight, bias, ids, mask, selection, numerics, stores)
             factors, residuals, derivative_rows, logits = probabilities_loops.log_probabilities(
                 probable, derivative, keep
             )
@@ -130,7 +130,7 @@ def _linear_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tens
 def _linear_logps_fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    *_, logits_dtype, _, _, _, derivative, keep, _, _ = rest
+    *_, logits_dtype, _, _, _, derivative, keep, _ = rest
     dtype = statistics_dtype(logits_dtype)
     logps, entropy, lse = (ids.new_empty(ids.shape, dtype=dtype) for _ in range(3))
     if keep:
@@ -160,7 +160,7 @@ def _linear_gradient(
     with torch.autocast(hidden.device.type, enabled=False):
         work: Probabilities | Rowwise
         if by_probabilities:
-            work = Probabilities(hidden, weight, bias, ids, mask, selection, numerics, logps)
+            work = Probabilities(hidden, weight, bias, ids, mask, selection, numerics)
             head_gradient = _head_gradient(weight, bias, wanted, weight_grad)
             dhidden = probabilities_loops.gradients(work, coef, head_gradient, wanted[0], logits, lse, residuals)
         else:
@@ -214,8 +214,7 @@ def _linear_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tenso
         mask = None if selection.exact else tensors.mask
         work: Probabilities | Rowwise
         if serves(weight, numerics, entropy_gradient=spec[ENTROPY_COEF] != 0):
-            guess = tensors.old_logps if tensors.old_logps is not None else tensors.sampling_logps
-            work = Probabilities(hidden, weight, bias, ids, mask, selection, numerics, guess)
+            work = Probabilities(hidden, weight, bias, ids, mask, selection, numerics)
             head_gradient = _head_gradient(weight, bias, wanted, weight_grad)
             own_row = route in ("one_pass", "rows")
             dhidden = probabilities_loops.loss_gradients(

@@ -24,10 +24,10 @@ from grpo_ext.linear.chunks import Numerics, Tokens
 from grpo_ext.linear.head import Rows, padded_rows
 from grpo_ext.linear.plan import ChunkPlan, chunk_plan, row_stride
 from grpo_ext.linear.rows import Selection
-from grpo_ext.vocabulary.shards import shard_sizes
+from grpo_ext.vocabulary.shards import from_all_ranks, shard_sizes
 
 #: Default memory budget in bytes: 4096 rows of 151,936 bf16 probabilities at H = 4096 and all that lies beside them.
-DEFAULT_BUDGET = 1272 << 20
+DEFAULT_BUDGET = 1280 << 20
 
 #: Rows of a chunk are a multiple of this many, the height of a tile.
 ROW_STEP = 128
@@ -37,6 +37,9 @@ HIDDEN_BYTES = 32 << 20
 
 #: Bytes of the fp32 product that is scaled into the gradient of the hidden states, a few thousand rows at a time.
 PRODUCT_BYTES = 32 << 20
+
+#: Of a processed logit in the raw one: 1e30 divided by it has to be a finite logit that rounding leaves alone.
+SLOPES = (1e-8, 1e8)
 
 _ROUTES = ("auto", "logits", "probabilities")
 _route = "auto"
@@ -68,7 +71,9 @@ def refusal(
         aligned: the head's rows start at multiples of 16 bytes. built: the extension holds the kernel.
         capability: compute capability of the device, None for a CPU.
     """
-    _, softcap, _ = transform
+    scale, softcap, temperature = transform
+    if not SLOPES[0] < abs(scale / temperature) < SLOPES[1]:
+        return f"a column switched off needs a finite logit: scale / temperature within {SLOPES}"
     if softcap:
         return "a softcap needs an element-wise factor in the gradient"
     if entropy_gradient:
@@ -120,7 +125,7 @@ def probability_plan(
     """
     itemsize = numerics.compute_dtype.itemsize
     stride = row_stride(vocab)
-    sums = 8 * -(-vocab // TILE_COLUMNS)
+    sums = 12 * -(-vocab // TILE_COLUMNS)
     per_row = (stride + hidden_size) * itemsize + sums
     beside = PRODUCT_BYTES if device_type == "cuda" else 0
     budget = numerics.memory_budget or DEFAULT_BUDGET
@@ -158,7 +163,6 @@ class Probabilities(Tokens):
     """Buffers and kernels of one call; log probabilities and entropies per token are filled chunk by chunk.
 
     Args:
-        guess: per token, about the log probabilities to be found (of an older policy, say); centres the references.
         stores: whether E of any row will be asked for.
     """
 
@@ -171,7 +175,6 @@ class Probabilities(Tokens):
         mask: Tensor | None,
         selection: Selection,
         numerics: Numerics,
-        guess: Tensor | None,
         stores: bool = True,
     ) -> None:
         super().__init__(hidden, ids, mask, selection, numerics)
@@ -180,7 +183,6 @@ class Probabilities(Tokens):
         if weight.dtype != numerics.compute_dtype:  # `serves` counts on dense rows; a transposed head would stay one
             self.weight = weight.to(numerics.compute_dtype, memory_format=torch.contiguous_format)
         self.bias = None if bias is None else bias.to(wide).contiguous()
-        self.guess = None if guess is None else guess.reshape(-1).to(wide).contiguous()
         self.vocab, self.hidden_size = weight.shape
         scale, _, temperature = numerics.transform
         self.slope = scale / temperature
@@ -196,9 +198,10 @@ class Probabilities(Tokens):
         new = self.weight.new_empty
         tiles = -(-self.vocab // TILE_COLUMNS)
         self._partials = new((tiles, self.capacity, 2), dtype=wide)
+        self._recentred = new((tiles, self.capacity), dtype=wide)
         self._reference, self._factor, self._residual = (new(self.capacity, dtype=wide) for _ in range(3))
         self._target = new(self.capacity, dtype=torch.int32)
-        self._record = new(3 * self.capacity, dtype=wide)  # exponents; with ranks, sums before them
+        self._record = new(4 * self.capacity, dtype=wide)  # exponents; with ranks, sums and references before them
         #: Of a loss in which a token's coefficient depends on no other row's logits: `chunk` multiplies it in.
         self.coefficients: kernels.RowCoefficients | probabilities_reference.RowCoefficients | None = None
         self._stored: Tensor | None = None
@@ -242,9 +245,9 @@ class Probabilities(Tokens):
         gathers = self._ready() and (self.mask is not None or isinstance(where, Tensor))  # the kernel, as it reads them
         X = self._buffer(count) if gathers else self.gather(where, count)
         reference, target = self._reference[:count], self._target[:count]
-        sums, exponent = self._record[: 2 * count].view(count, 2), self._record[2 * count : 3 * count]
+        exponent = self._record[3 * count : 4 * count]
         self._kernels.target_reference(
-            rows, self.hidden if gathers else X, X if gathers else None, self.weight, self.bias, self.ids, self.guess,
+            rows, self.hidden if gathers else X, X if gathers else None, self.weight, self.bias, self.ids,
             self.slope, self.shard, reference, target, exponent,
         )  # fmt: skip
         if self.group is not None:
@@ -254,16 +257,24 @@ class Probabilities(Tokens):
             if part.start < part.stop:
                 self._kernels.product(
                     X[part], self.weight, self.bias, reference[part], target[part], self.slope,
-                    E if part.start < stored else None, self._partials[:, part], exponent[part],
+                    E if part.start < stored else None, self._partials[:, part], self._recentred[:, part],
+                    exponent[part],
                 )  # fmt: skip
-        partials = self._partials[:, :count]
+        partials, recentred = self._partials[:, :count], self._recentred[:, :count]
         factor, residual = self._factor[:count], self._residual[:count]
         outputs = self.logps, self.entropy, factor, residual, E if stored else None, self.weight.dtype
+        rank = -1
         if self.group is not None:
-            self._kernels.fold(rows, partials, exponent, target, self.slope, sums, *outputs, None)
-            dist.all_reduce(self._record[: 3 * count], group=self.group)
-            partials = sums.unsqueeze(0)
-        self._kernels.fold(rows, partials, exponent, target, self.slope, None, *outputs, self.coefficients)
+            sums = self._record[: 2 * count].view(count, 2), self._record[2 * count : 3 * count]
+            self._kernels.fold(
+                rows, partials, recentred, reference, exponent, target, self.slope, sums, *outputs, None
+            )  # fmt: skip
+            rank, all_ranks = dist.get_rank(self.group), from_all_ranks(self._record[: 4 * count], self.group)
+            partials, recentred = all_ranks[:, : 2 * count].view(-1, count, 2), all_ranks[:, 2 * count : 3 * count]
+            exponent = all_ranks[:, 3 * count :].sum(dim=0)  # the others hold 0
+        self._kernels.fold(
+            rows, partials, recentred, reference, exponent, target, self.slope, None, *outputs, self.coefficients, rank
+        )
         return Chunk(where, X, E, factor[:stored], target[:stored], residual[:stored])
 
     def back_to_hidden(self, chunk: Chunk, factor: Tensor, out: Tensor) -> None:

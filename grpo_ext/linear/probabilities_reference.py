@@ -15,11 +15,10 @@ from torch import Tensor
 from grpo_ext._checks import PolicyTensors
 from grpo_ext._ops.probability import TILE_COLUMNS, ChunkRows
 
-# The constants of csrc/cuda/probability/probability.h and probability_glue.cu; exponents are to base 2.
-GREATEST_EXPONENT = 100.0
+# The constants of csrc/cuda/probability/probability.h; exponents are to base 2.
+GREATEST_SUM = 2.0**64
 LOWEST_EXPONENT = -1e30
-UNCENTRED = 32.0
-GREATEST_SHIFT = 60.0
+NO_EXPONENT = -1e29
 
 #: Rows of one product here: a row's bits then do not depend on how many rows there are.
 _BLOCK = 128
@@ -65,7 +64,6 @@ def target_reference(
     weight: Tensor,
     bias: Tensor | None,
     ids: Tensor,
-    guess: Tensor | None,
     slope: float,
     shard: Tensor | None,
     reference: Tensor,
@@ -74,10 +72,9 @@ def target_reference(
 ) -> None:
     """Each row's softmax reference, base 2: the processed logit of its own token, in fp32.
 
-    A token switched off by a bias of -inf leaves 0; a guess of the log probability below -32 moves the reference up by
-    what is beyond, so that the probable tokens' exponents stay near 0. `gathered`: (rows, H) for the chunk's rows,
-    masked ones 0; `hidden` then has those of all tokens. `shard`: (2,) int64, the id of the first token here and the
-    number of all of them, where other ranks hold the rest.
+    A token switched off by a bias of -inf leaves `NO_EXPONENT`. `gathered`: (rows, H) for the chunk's rows, masked ones
+    0; `hidden` then has those of all tokens. `shard`: (2,) int64, the id of the first token here and the number of all
+    of them, where other ranks hold the rest.
     """
     tokens = _tokens(rows, hidden.device)
     live = torch.ones_like(tokens, dtype=torch.bool) if rows.mask is None else rows.mask[tokens]
@@ -91,11 +88,7 @@ def target_reference(
     z = (_wide(hidden) * _wide(weight[column])).sum(dim=1)
     if bias is not None:
         z = z + bias[column]
-    z = z * (slope / math.log(2))
-    z = torch.where(z == -math.inf, 0.0, z)
-    if guess is not None:
-        beyond = -UNCENTRED - guess[tokens]
-        z = z + torch.where(beyond > 0, beyond.clamp(max=GREATEST_SHIFT), 0.0) / math.log(2)
+    z = (z * (slope / math.log(2))).clamp(min=NO_EXPONENT)
     wrong = live & ((own < 0) | (own >= total))
     reference.copy_(torch.where(wrong, math.nan, torch.where(here, z, 0.0)))
     target.copy_(torch.where(here, column, -1))
@@ -111,43 +104,58 @@ def product(
     slope: float,
     probabilities: Tensor | None,
     partials: Tensor,
+    recentred: Tensor,
     exponent: Tensor,
 ) -> None:
     """``E = 2^t`` with ``t = processed logit / ln 2 - reference``, 0 at the target, whose t goes to `exponent`.
 
-    Per tile of 256 columns the sums of E and of t E, before E is rounded.
+    Per tile of 256 columns the sums of E and of t E, before E is rounded. A tile whose sum would reach `GREATEST_SUM`
+    is recentred: its t are relative to its greatest exponent, a whole number that goes to `recentred` (tiles, rows),
+    and the sign of its sum says so.
     """
+    scale, tiles = slope / math.log(2), partials.shape[0]
+    pad = (0, tiles * TILE_COLUMNS - weight.shape[0])
     count = hidden.shape[0]
     for start in range(0, count, _BLOCK):
         rows = slice(start, min(start + _BLOCK, count))
         block = hidden.new_zeros((_BLOCK, hidden.shape[1]))
         block[: rows.stop - start] = hidden[rows]
         z = (_wide(block) @ _wide(weight).t())[: rows.stop - start]
-        t = (z.double() * (slope / math.log(2)) - reference[rows, None]).to(z.dtype)  # rounded once, a fused operation
         if bias is not None:
-            t = t + (bias * (slope / math.log(2))).clamp(min=LOWEST_EXPONENT)
+            z = z + torch.where(bias * scale < LOWEST_EXPONENT, LOWEST_EXPONENT / scale, bias)
         own = target[rows].long()
         here = own >= 0
         at = torch.arange(own.numel(), device=own.device)[here], own[here]
-        exponent[rows][here] = t[at]
-        t[at] = LOWEST_EXPONENT
-        t = torch.where(t > GREATEST_EXPONENT, GREATEST_EXPONENT, t)  # a NaN stays one
-        e = torch.exp2(t)
-        pad = (0, partials.shape[0] * TILE_COLUMNS - e.shape[1])
-        for k, values in enumerate((e, e * t)):
-            tiles = torch.nn.functional.pad(values, pad).view(len(own), -1, TILE_COLUMNS)
-            partials[:, rows, k] = tiles.sum(dim=2).t()
+        exponent[rows][here] = _exponents(z, scale, reference[rows, None])[at]
+        z[at] = LOWEST_EXPONENT / scale
+        z = torch.nn.functional.pad(z, pad, value=LOWEST_EXPONENT / scale).view(len(own), tiles, TILE_COLUMNS)
+        centre = reference[rows, None].expand(-1, tiles)
+        t = _exponents(z, scale, centre[..., None])
+        over = t.exp2().sum(dim=2) >= GREATEST_SUM
+        recentred[:, rows] = (z * scale).amax(dim=2).round().t()
+        t = _exponents(z, scale, torch.where(over, recentred[:, rows].t(), centre)[..., None])
+        e = t.exp2()
+        total = e.sum(dim=2)
+        partials[:, rows, 0] = torch.where(over, -total, total).t()
+        partials[:, rows, 1] = (e * t).sum(dim=2).t()
         if probabilities is not None:
-            probabilities[rows] = e.to(probabilities.dtype)
+            probabilities[rows] = e.flatten(1)[:, : weight.shape[0]].to(probabilities.dtype)
+
+
+def _exponents(z: Tensor, scale: float, reference: Tensor) -> Tensor:
+    """Rounded once, as a fused operation."""
+    return (z.double() * scale - reference).to(z.dtype)
 
 
 def fold(
     rows: ChunkRows,
     partials: Tensor,
+    recentred: Tensor,
+    reference: Tensor,
     exponent: Tensor,
     target: Tensor,
     slope: float,
-    sums: Tensor | None,
+    sums: tuple[Tensor, Tensor] | None,
     logps: Tensor,
     entropy: Tensor,
     factor: Tensor,
@@ -155,24 +163,41 @@ def fold(
     probabilities: Tensor | None,
     dtype: torch.dtype,
     coefficients: RowCoefficients | None,
+    rank: int = -1,
 ) -> None:
     """Partial sums over the tiles -> log probability, entropy, row factor; the target's own element of E.
 
     With ``S = others + 2^t``: logp = -log(S / 2^t), d logp / d logits = -(slope / S) E where E at the target is
     ``-others``: 1 - p of a confident token is a sum of what is small, not the difference of what is close. `residual`
     is what rounding that element leaves over. `coefficients` are multiplied into the factor.
+
+    A row with recentred tiles becomes relative to the greatest of their references, E too. `sums`: only that, into the
+    two of them, as if the row were one tile; `partials` and `recentred` may then have these of each rank, and `rank`
+    says whose are those of E.
     """
-    total = partials.sum(dim=0)
+    moved = partials[..., 0] < 0
+    references = torch.where(moved, recentred, reference)
+    centre = torch.where(moved.any(dim=0), torch.where(moved, recentred, -math.inf).amax(dim=0), reference)
+    shift = references - centre  # exactly 0 in a row without recentred tiles
+    total, weighted = partials[..., 0].abs(), partials[..., 1]
+    others = (shift.exp2() * total).sum(dim=0)
+    weighted = (shift.exp2() * (weighted + shift * total)).sum(dim=0)
+    if probabilities is not None:
+        stored = probabilities.shape[0]
+        of_tiles = shift[:, :stored] if rank < 0 else shift[rank : rank + 1, :stored]
+        width = TILE_COLUMNS if rank < 0 else probabilities.shape[1]
+        scales = of_tiles.exp2().t().repeat_interleave(width, dim=1)[:, : probabilities.shape[1]]
+        probabilities.copy_(torch.where(moved.any(dim=0)[:stored, None], probabilities * scales, probabilities))
     if sums is not None:
-        sums.copy_(total)
+        sums[0].copy_(torch.stack([torch.where(moved.any(dim=0), -others, others), weighted], dim=1))
+        sums[1].copy_(centre)
         return
     tokens = _tokens(rows, logps.device)
     live = torch.ones_like(tokens, dtype=torch.bool) if rows.mask is None else rows.mask[tokens]
-    others, weighted = total.unbind(1)
-    off = exponent < LOWEST_EXPONENT / 10
-    t = torch.where(off, -math.inf, exponent)
-    own = torch.exp2(t.clamp(max=GREATEST_EXPONENT))
-    own_weighted = torch.where(off, 0.0, own * t)
+    t = exponent + (reference - centre)
+    own = torch.exp2(t)
+    own_weighted = own * t
+    t = torch.where(reference <= NO_EXPONENT, -math.inf, t)
     S = others + own
     logp = torch.where(others < own, 0.0 - torch.log1p(others / own), t * math.log(2) - S.log())
     of_entropy = S.log() - math.log(2) * ((weighted + own_weighted) / S)

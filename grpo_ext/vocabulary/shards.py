@@ -73,6 +73,13 @@ def _all_gather(out: Tensor, own: Tensor, group: Any) -> None:
     gather(out, own, group=group)
 
 
+def from_all_ranks(record: Tensor, group: Any) -> Tensor:
+    """(world, n) of every rank's (n,)."""
+    out = record.new_empty((dist.get_world_size(group), record.numel()))
+    _all_gather(out.view(-1), record, group)
+    return out
+
+
 def sum_over_ranks(tensor: Tensor, group: Any) -> Tensor:
     """In fp32 (fp64 for fp64), in the dtype of the tensor."""
     wide = tensor if tensor.dtype == torch.float64 else tensor.float()

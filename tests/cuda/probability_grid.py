@@ -3,7 +3,8 @@
     compute-sanitizer --tool memcheck python tests/cuda/probability_grid.py
 
 Odd vocabularies and row counts, with a bias and without, masked rows left out or among the others, frozen and trained
-head, by way of logits too (an entropy bonus). Exits with an error where a gradient is not finite.
+head, by way of logits too (an entropy bonus), tokens so improbable that their tiles are recentred. Exits with an error
+where a gradient is not finite, or no log probability is below -100.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ def main() -> None:
     torch.manual_seed(0)
     shapes = ((1, 3, 8), (2, 70, 72), (3, 129, 136))
     for (B, T, H), vocab, with_bias in itertools.product(shapes, (7, 257, 1001), (0, 1)):
-        hidden = torch.randn(B, T, H, device="cuda").bfloat16().requires_grad_()
+        hidden = torch.randn(B, T, H, device="cuda").bfloat16()
+        hidden[:, ::5] *= 100  # some rows are recentred
+        hidden.requires_grad_()
         weight = torch.randn(vocab, H, device="cuda").bfloat16().requires_grad_()
         bias = torch.randn(vocab, device="cuda").bfloat16() if with_bias else None
         ids = torch.randint(0, vocab, (B, T), device="cuda")
@@ -45,7 +48,10 @@ def main() -> None:
             assert tensor.grad is not None
             assert tensor.grad.isfinite().all()
         with torch.no_grad():
-            grpo_ext.linear_selective_log_softmax(hidden, weight, ids, mask=mask)
+            logps = grpo_ext.linear_selective_log_softmax(hidden, weight, ids, mask=mask)
+        assert isinstance(logps, torch.Tensor)
+        assert logps.isfinite().all()
+        assert logps.min() < -100
     torch.cuda.synchronize()
 
 

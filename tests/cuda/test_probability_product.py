@@ -67,6 +67,7 @@ class Case:
             "exponent": torch.full((rows,), **nan),
             "E": torch.full((rows + 1, self.stride), dtype=self.hidden.dtype, **nan),
             "partials": torch.full((self.tiles, rows, 2), **nan),
+            "recentred": torch.full((self.tiles, rows), **nan),
             "logps": torch.full((rows,), **nan),
             "entropy": torch.full((rows,), **nan),
             "factor": torch.full((rows,), **nan),
@@ -77,17 +78,18 @@ class Case:
         out = self.outputs()
         E = out["E"][: self.chunk.count, : self.weight.shape[0]] if store else None
         module.target_reference(
-            self.chunk, self.hidden, None, self.weight, self.bias, self.ids, None, self.slope, None, out["reference"],
+            self.chunk, self.hidden, None, self.weight, self.bias, self.ids, self.slope, None, out["reference"],
             out["target"], out["exponent"],
         )  # fmt: skip
         module.product(
             self.hidden, self.weight, self.bias, out["reference"], out["target"], self.slope, E, out["partials"],
-            out["exponent"],
+            out["recentred"], out["exponent"],
         )  # fmt: skip
         if fold:
             module.fold(
-                self.chunk, out["partials"], out["exponent"], out["target"], self.slope, None, out["logps"],
-                out["entropy"], out["factor"], out["residual"], E, self.hidden.dtype, None,
+                self.chunk, out["partials"], out["recentred"], out["reference"], out["exponent"], out["target"],
+                self.slope, None, out["logps"], out["entropy"], out["factor"], out["residual"], E, self.hidden.dtype,
+                None,
             )  # fmt: skip
         return out
 
@@ -148,6 +150,54 @@ def test_no_bit_depends_on_storing_or_company() -> None:
                 assert torch.equal(out[name], expected[name][start:end]), (name, start, end)
 
 
+def make_improbable(case: Case, rows: Tensor) -> None:
+    """Tokens 0 to 1e4 below the other logits: by -1 of the last dimension but one, or +1 of token 0 in the last."""
+    depths = torch.tensor([0.0, 60.0, 69.0, 90.0, 225.0, 1e4], device="cuda", dtype=case.hidden.dtype)
+    case.weight[:, -2:] = 0
+    case.hidden[:, -2:] = 0
+    case.ids.clamp_(min=1)
+    case.weight[case.ids[rows], -2] = -1
+    case.weight[0, -1] = 1
+    case.hidden[rows, -2 + rows // 2 % 2] = depths[rows % 6]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "vocab", "size"), [(1, 3, 8), (65, 256, 64), (129, 1001, 1024), (300, 50_257, 256), (257, 151_936, 128)]
+)
+def test_recentred_rows_against_their_twins(rows: int, vocab: int, size: int, bias: bool) -> None:
+    """The same tiles are recentred; log probabilities and derivatives are those of fp64; the other rows have the bits
+    they have without such neighbours."""
+    case = Case(rows, vocab, size, bias=bias)
+    chosen = torch.arange(rows, device="cuda")
+    chosen = chosen[chosen % 4 != 1]
+    make_improbable(case, chosen)
+    if case.bias is not None:
+        case.bias[case.ids], case.bias[0] = 0.5, 0.0
+    others = torch.arange(1, rows, 4, device="cuda")
+    logits = case.hidden.double() @ case.weight.double().t() + (0 if case.bias is None else case.bias.double())
+    exact = torch.log_softmax(logits * case.slope, dim=1)
+    logps = exact.gather(1, case.ids.unsqueeze(1)).squeeze(1)
+    for store in (False, True):
+        ours, theirs = (case.run(module, store) for module in (kernels, twins))
+        moved = ours["partials"][..., 0] < 0
+        assert torch.equal(moved, theirs["partials"][..., 0] < 0)
+        assert moved.any() or rows == 1
+        assert not moved[:, others].any()
+        torch.testing.assert_close(ours["recentred"][moved], theirs["recentred"][moved], rtol=1e-5, atol=1.0)
+        assert ((ours["logps"].double() - logps).abs() <= 2e-5 + 1e-6 * logps.abs()).all()
+        torch.testing.assert_close(ours["entropy"], theirs["entropy"], rtol=2e-4, atol=2e-4)
+    # The derivative by the logits is factor E, whatever E is relative to.
+    right = case.slope * ((torch.arange(vocab, device="cuda") == case.ids.unsqueeze(1)).double() - exact.exp())
+    left = ours["factor"].double().unsqueeze(1) * ours["E"][:rows, :vocab].double()
+    torch.testing.assert_close(left, right, rtol=2**-6, atol=1e-6)
+    case.hidden[chosen, -2:] = 0
+    alike = case.run(kernels)
+    for name in ("logps", "entropy", "factor"):
+        assert torch.equal(alike[name][others], ours[name][others])
+    assert torch.equal(alike["E"][others, :vocab], ours["E"][others, :vocab])
+
+
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("size", [8, 64, 1032, 4096])
 def test_scaling_against_its_twin(size: int, wide: bool) -> None:
@@ -206,15 +256,16 @@ def test_masked_and_indexed_rows() -> None:
         E = out["E"][:200, :1001]
         per_token = [torch.full((300,), 7.0, device="cuda") for _ in range(2)]
         module.target_reference(
-            case.chunk, case.hidden, None, case.weight, None, case.ids, None, 1.0, None, out["reference"],
+            case.chunk, case.hidden, None, case.weight, None, case.ids, 1.0, None, out["reference"],
             out["target"], out["exponent"],
         )  # fmt: skip
         module.product(
-            case.hidden, case.weight, None, out["reference"], out["target"], 1.0, E, out["partials"], out["exponent"],
+            case.hidden, case.weight, None, out["reference"], out["target"], 1.0, E, out["partials"],
+            out["recentred"], out["exponent"],
         )  # fmt: skip
         module.fold(
-            case.chunk, out["partials"], out["exponent"], out["target"], 1.0, None, *per_token, out["factor"],
-            out["residual"], E, torch.bfloat16, None,
+            case.chunk, out["partials"], out["recentred"], out["reference"], out["exponent"], out["target"], 1.0, None,
+            *per_token, out["factor"], out["residual"], E, torch.bfloat16, None,
         )  # fmt: skip
         results.append([*per_token, out["factor"]])
     for ours, theirs in zip(*results, strict=True):
@@ -284,7 +335,7 @@ def test_rows_gathered_and_their_coefficients(config: LossConfig, given: dict[st
         out = case.outputs()
         gathered = torch.full((201, 64), 7.0, device="cuda", dtype=torch.bfloat16)
         module.target_reference(
-            case.chunk, tokens, gathered[:200], case.weight, None, case.ids, None, 1.0, None, out["reference"],
+            case.chunk, tokens, gathered[:200], case.weight, None, case.ids, 1.0, None, out["reference"],
             out["target"], out["exponent"],
         )  # fmt: skip
         assert torch.equal(gathered[:200], torch.where(flat[own, None], tokens[own], 0))
@@ -292,7 +343,7 @@ def test_rows_gathered_and_their_coefficients(config: LossConfig, given: dict[st
         E = out["E"][:200, :1001]
         module.product(
             gathered[:200], case.weight, None, out["reference"], out["target"], 1.0, E, out["partials"],
-            out["exponent"],
+            out["recentred"], out["exponent"],
         )  # fmt: skip
         return out, E
 
@@ -300,8 +351,8 @@ def test_rows_gathered_and_their_coefficients(config: LossConfig, given: dict[st
         logps, entropy = (torch.zeros(300, device="cuda") for _ in range(2))
         factor = torch.full((201,), 7.0, device="cuda")
         module.fold(
-            case.chunk, out["partials"], out["exponent"], out["target"], 1.0, None, logps, entropy, factor[:200],
-            out["residual"], E, torch.bfloat16, coefficients,
+            case.chunk, out["partials"], out["recentred"], out["reference"], out["exponent"], out["target"], 1.0, None,
+            logps, entropy, factor[:200], out["residual"], E, torch.bfloat16, coefficients,
         )  # fmt: skip
         assert factor[200] == 7
         return factor[:200], logps.view(3, 100), entropy.view(3, 100)
@@ -388,9 +439,13 @@ CONFIGS = {
 }
 
 
-def problem(dtype: torch.dtype = torch.bfloat16, vocab: int = 50_257, size: int = 256) -> dict[str, Any]:
+def problem(
+    dtype: torch.dtype = torch.bfloat16, vocab: int = 50_257, size: int = 256, far: bool = False
+) -> dict[str, Any]:
+    """far: a tenth of the tokens are so improbable that their tiles are recentred."""
     B, T = 4, 90
     hidden = torch.randn(B, T, size, device="cuda").to(dtype)
+    hidden[:, ::10] *= 20 if far else 1
     weight = (torch.randn(vocab, size, device="cuda") * 2 / math.sqrt(size)).to(dtype)
     ids = torch.randint(0, vocab, (B, T), device="cuda")
     logps = grpo_ext.linear_selective_log_softmax(hidden, weight, ids)
@@ -455,7 +510,7 @@ def test_graph_replay_without_synchronisation(config: LossConfig, trained: bool)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step(static, config, trained, **more)
-    for new in (problem(), given):
+    for new in (problem(far=True), problem(), problem(far=True), given):
         for name, tensor in static.items():
             tensor.copy_(new[name])
         graph.replay()

@@ -98,6 +98,44 @@ def check_all(group: Any, device: torch.device, dtypes: tuple[torch.dtype, ...])
                         )  # fmt: skip
 
 
+def check_improbable(group: Any, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Tokens of probabilities down to e^-1e4, whose better alternatives lie on their own rank, on another, or on all;
+    against fp64, where the same bits show that ranks agree."""
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    shard = slice(rank * V // world, (rank + 1) * V // world)
+    depths = torch.tensor([0.0, 60.0, 69.0, 70.0, 90.0, 225.0, 1e4])
+    for dtype in dtypes:
+        d = data(dtype, device)
+        d["mask"] = torch.ones_like(d["mask"])
+        d["hidden"] = torch.nan_to_num(d["hidden"])
+        d["hidden"][..., :3] = 0
+        d["weight"][:, :3] = 0
+        d["ids"] = torch.where(d["bias"][d["ids"]].isinf(), 5, d["ids"])
+        d["weight"][d["ids"].unique(), 0] = -1.0  # no better alternative is a target
+        for column, better in ((1, [1]), (2, [V - 1])):
+            d["weight"][better, column] = 1.0
+        for sequence, column in ((0, 0), (1, 1), (2, 2)):
+            d["hidden"][sequence, :, column] = depths.to(device, dtype)
+        exact = grpo_ext.reference.linear_selective_log_softmax(
+            d["hidden"].double(), d["weight"].double(), d["ids"], bias=d["bias"].double()
+        )
+        assert exact.min() < -9000
+        results = []
+        for trained in (False, True):
+            for budget in (None, 8 * (320 + H) * dtype.itemsize):
+                got = gradients_of("token", d, shard, trained, group, budget)
+                whole = gradients_of("token", d, slice(0, V), trained, None, budget)
+                assert ((got[1].double() - exact).abs() <= 2e-5 + 1e-6 * exact.abs()).all()
+                results.append(got[1])
+                expected = [t[shard] if t.shape[:1] == (V,) else t for t in whole]
+                for a, b in zip(got[3:], expected[3:], strict=True):
+                    tight = {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, 2e-2)
+                    torch.testing.assert_close(a, b, rtol=tight, atol=tight * float(b.abs().max()))
+        everywhere = results[0].new_empty((world, *results[0].shape))
+        dist.all_gather_into_tensor(everywhere.view(-1, T), results[0].contiguous(), group=group)
+        assert all(torch.equal(r, everywhere[0]) for r in (*results, *everywhere))
+
+
 UNEQUAL = (200, V)  # where each of two ranks' shards ends
 
 
@@ -178,7 +216,7 @@ def check_dtensor(device: torch.device) -> None:
         torch.testing.assert_close(weight.grad.full_tensor(), twin.grad)
 
 
-def main(rank: int, world: int, path: str, kind: str) -> None:
+def main(rank: int, world: int, path: str, kind: str, improbable: bool = False) -> None:
     torch.set_num_threads(1)
     device = torch.device(kind, rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
@@ -190,6 +228,8 @@ def main(rank: int, world: int, path: str, kind: str) -> None:
     try:
         dtypes = (torch.float32, torch.bfloat16) if kind == "cuda" else (torch.float64, torch.float32, torch.bfloat16)
         check_all(dist.group.WORLD, device, dtypes)
+        if improbable:
+            check_improbable(dist.group.WORLD, device, dtypes if kind == "cpu" else (torch.bfloat16,))
         check_logits(dist.group.WORLD, device, dtypes)
         if kind == "cpu":
             check_unequal_head(dist.group.WORLD)

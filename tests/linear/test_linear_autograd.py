@@ -134,10 +134,10 @@ def test_opcheck(device: torch.device) -> None:
     for derivative in (False, True):
         torch.library.opcheck(
             ops.linear_logps.default,
-            (data["hidden"], weight, None, data["ids"], *rows, *numerics, True, derivative, False, None, False),
+            (data["hidden"], weight, None, data["ids"], *rows, *numerics, True, derivative, False, False),
         )
     logps, entropy, lse, _, _ = ops.linear_logps(
-        data["hidden"], weight, None, data["ids"], *rows, *numerics, True, False, False, None, False
+        data["hidden"], weight, None, data["ids"], *rows, *numerics, True, False, False, False
     )
     torch.library.opcheck(
         ops.linear_gradient.default,

@@ -107,6 +107,8 @@ OPEN = {
         ({}, None),
         ({"transform": [1.0, 30.0, 1.0]}, "softcap"),
         ({"transform": [-1.0, 0.0, 1.0]}, None),
+        ({"transform": [1.0, 0.0, 1e9]}, "scale / temperature"),
+        ({"transform": [-1e5, 0.0, 1e-4]}, "scale / temperature"),
         ({"entropy_gradient": True}, "entropy"),
         ({"compute_dtype": torch.float16}, "e.11"),
         ({"compute_dtype": torch.float32}, "for bf16"),
@@ -186,10 +188,10 @@ def test_plan_stays_within_the_budget(hidden_size: int, vocab: int, budget: int)
     assert plan.stride >= vocab
     assert plan.stride % 8 == 0
     assert plan.rows >= numerics.plan(torch.empty(vocab, hidden_size, device="meta")).rows * (1 if budget else 0)
-    bytes_used = plan.rows * ((plan.stride + hidden_size) * 2 + 8 * -(-vocab // 256)) + probabilities.PRODUCT_BYTES
+    bytes_used = plan.rows * ((plan.stride + hidden_size) * 2 + 12 * -(-vocab // 256)) + probabilities.PRODUCT_BYTES
     limit = budget or probabilities.DEFAULT_BUDGET
     # As many rows as the logits route has: that may take the product's buffer and the partial sums beyond the budget.
-    slack = probabilities.PRODUCT_BYTES + plan.rows * 8 * -(-vocab // 256)
+    slack = probabilities.PRODUCT_BYTES + plan.rows * 12 * -(-vocab // 256)
     assert bytes_used <= limit + (slack if budget else 0)
     if not budget and vocab == 151_936 and hidden_size <= 4096:
         assert plan.rows >= 4096
@@ -205,18 +207,17 @@ def test_plan_without_e_fills_l2_with_hidden_states(hidden_size: int, budget: in
     largest = probabilities.HIDDEN_BYTES // (2 * hidden_size)
     if budget == 32 << 20:
         assert largest // 8 < rows < largest
-        assert rows * (2 * hidden_size + 8 * -(-151_936 // 256)) <= budget
+        assert rows * (2 * hidden_size + 12 * -(-151_936 // 256)) <= budget
     else:
         assert rows == max(largest, probability_plan(151_936, hidden_size, numerics, "cuda").rows)
 
 
 def test_constants_are_those_of_the_kernels() -> None:
-    text = (SOURCES / "probability.h").read_text() + (SOURCES / "probability_glue.cu").read_text()
+    text = (SOURCES / "probability.h").read_text()
     for name, value in (
-        ("kGreatestExponent", probabilities_reference.GREATEST_EXPONENT),
+        ("kGreatestSum", probabilities_reference.GREATEST_SUM),
         ("kLowestExponent", probabilities_reference.LOWEST_EXPONENT),
-        ("kUncentred", probabilities_reference.UNCENTRED),
-        ("kGreatestShift", probabilities_reference.GREATEST_SHIFT),
+        ("kNoExponent", probabilities_reference.NO_EXPONENT),
         ("kTileColumns", probabilities_reference.TILE_COLUMNS),
     ):
         found = re.search(rf"constexpr (?:float|int) {name} = (\S+?)f?;", text)
@@ -306,48 +307,6 @@ def test_gradients_are_closer_than_those_of_rounded_logits(device: torch.device,
     assert (1 - ours[0].exp() - (1 - exact.exp())).abs().max() <= 1e-6
 
 
-def test_the_exponent_is_cut_off_and_where(device: torch.device) -> None:
-    """Log probabilities are exact down to 2^-100; below they stop, finite, and so does the gradient."""
-    if not served_here(device):
-        pytest.skip("needs a Hopper GPU")
-    V, H = 300, 8
-    kind = half(device)
-    weight = torch.zeros(V, H, dtype=kind, device=device)
-    weight[0, 0] = 1.0
-    depths = torch.tensor([1.0, 30.0, 60.0, 68.0, 80.0, 200.0, 1000.0], dtype=kind, device=device)
-    hidden = torch.zeros(len(depths), H, dtype=kind, device=device)
-    hidden[:, 0] = depths
-    hidden.requires_grad_()
-    ids = torch.full((len(depths),), 7, device=device)
-    logps = grpo_ext.linear_selective_log_softmax(hidden, weight, ids)
-    assert isinstance(logps, Tensor)
-    exact = -torch.logaddexp(depths.double(), torch.full_like(depths, math.log(V - 1), dtype=torch.float64))
-    torch.testing.assert_close(logps[:4].double(), exact[:4], rtol=2e-6, atol=1e-6)
-    stop = -100 * math.log(2)
-    torch.testing.assert_close(logps[4:].double(), torch.full_like(exact[4:], stop), rtol=2e-6, atol=1e-6)
-    logps.sum().backward()
-    assert hidden.grad is not None
-    assert hidden.grad.isfinite().all()
-    torch.testing.assert_close(hidden.grad[2:, 0].float(), -torch.ones(5, device=device), rtol=1e-2, atol=1e-2)
-    # Another policy's log probability moves the reference.
-    out = grpo_ext.linear_grpo_loss(
-        hidden.detach(), weight, ids, torch.ones(len(depths), device=device), torch.ones_like(ids), LossConfig(),
-        old_logps=exact.float(),
-    )  # fmt: skip
-    torch.testing.assert_close(out.logps[:5].double(), exact[:5], rtol=2e-6, atol=1e-6)
-
-
-def test_a_guess_changes_no_bit_of_a_likely_token(device: torch.device) -> None:
-    weight, bias = head(device, torch.bfloat16)
-    data = batch(device, dtype=torch.bfloat16)
-    alone = grpo_ext.linear_selective_log_softmax(data["hidden"], weight, data["ids"], bias=bias, mask=data["mask"])
-    for guess in (alone - 0.3, torch.full_like(alone, -30.0), torch.full_like(alone, math.nan)):
-        assert torch.equal(loss_of(data, weight, bias=bias, old_logps=guess).logps, alone)
-    # However wrong: nothing but rounding.
-    far = loss_of(data, weight, bias=bias, old_logps=torch.full_like(alone, -1e6)).logps
-    torch.testing.assert_close(far, alone, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("trained", [False, True])
 def test_tokens_switched_off(device: torch.device, trained: bool) -> None:
     """A bias of -inf: probability 0, also where it is the target."""
@@ -426,7 +385,7 @@ def test_a_frozen_head_costs_two_products_for_every_loss(
 def _rank(rank: int, world: int, path: str, kind: str) -> None:
     select_route("probabilities")
     parallel_worker.H = 16
-    parallel_worker.main(rank, world, path, kind)
+    parallel_worker.main(rank, world, path, kind, improbable=True)
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this torch was built without torch.distributed")

@@ -16,13 +16,6 @@ __device__ __forceinline__ float exp2(float x) {
   return y;
 }
 
-// The lesser of two, NaN if one is NaN (fminf would drop it); sm_80.
-__device__ __forceinline__ float min_nan(float a, float b) {
-  float y;
-  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
-  return y;
-}
-
 // 16 bytes that are read once: not kept in L1.
 __device__ __forceinline__ uint4 load_once(const void* p) {
   uint4 v;
@@ -184,6 +177,16 @@ __device__ __forceinline__ void let_next_kernel_start() {}
 // Barrier among `threads` threads of the block; 0 is __syncthreads.
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+// The same; true in all threads if `mine` is true in any.
+__device__ __forceinline__ bool named_barrier_any(int id, int threads, bool mine) {
+  uint32_t any;
+  asm volatile(
+      "{.reg .pred p, q; setp.ne.u32 p, %3, 0; bar.red.or.pred q, %1, %2, p; selp.u32 %0, 1, 0, q;}"
+      : "=r"(any)
+      : "r"(id), "r"(threads), "r"(uint32_t(mine))
+      : "memory");
+  return any != 0;
 }
 
 }  // namespace grpo::cuda::ptx

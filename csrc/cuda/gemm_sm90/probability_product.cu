@@ -21,6 +21,8 @@ void launch_probability_product(int multiprocessors, const ProductParams& p, Str
   e.slope = p.slope;
   e.partials = reinterpret_cast<float2*>(p.partials);
   e.partials_stride = p.partials_stride;
+  e.recentred = p.recentred;
+  e.recentred_stride = p.recentred_stride;
   e.exponent = p.exponent;
   if (p.probabilities) {
     e.probabilities = tensor_map(p.probabilities, p.rows, p.vocab, p.stride, BlockStore::kRows);

@@ -1,8 +1,8 @@
 // The epilogue that exponentiates and sums: accumulators -> E, and two sums per row and tile.
 //
-// Five instructions per element. Their floor is the exponential's rate, 16 per cycle and SM: 1024
+// Four instructions per element. Their floor is the exponential's rate, 16 per cycle and SM: 1024
 // cycles for a warpgroup's 64 x 256 elements, where the products of the tile take 16,000 at H =
-// 1024.
+// 1024. Where a row's sum leaves the range, the tile's accumulators are exponentiated once more.
 #pragma once
 
 #include "cuda/gemm_sm90/mainloop.cuh"
@@ -20,6 +20,8 @@ struct ExponentialsParams {
   float slope;
   float2* partials;  // [tiles, rows]
   int64_t partials_stride;
+  float* recentred;
+  int64_t recentred_stride;
   float* exponent;
 };
 
@@ -42,6 +44,7 @@ class Exponentials {
         column_term_(shared.column_term[group]),
         barrier_(1 + group),
         thread_(thread),
+        lowest_(kLowestExponent / p.slope),
         store_(shared.buffers[group], barrier_, thread) {}
 
   __device__ __forceinline__ void begin(int row, int) {
@@ -58,9 +61,6 @@ class Exponentials {
                                          EpilogueStages&) {
     const int first = row + thread_ / 32 * 16 + (thread_ & 31) / 4;
     const int column0 = 2 * (thread_ & 3);  // of the thread's first element in the tile
-#pragma unroll
-    for (int k = 0; k < TensorTile::kAccumulators; ++k)
-      z[k] = fmaf(z[k], p_.slope, -reference_[k / 2 % 2]);
     if (p_.bias != nullptr || (tile + 1) * TensorTile::kColumns > p_.columns) {
       add_column_terms(z, tile, column0);
     }
@@ -69,16 +69,40 @@ class Exponentials {
       const int own = target_[i] - tile * TensorTile::kColumns - column0;
       if (own < 0 || own >= TensorTile::kColumns - column0 || (own & 6) != 0) continue;
       // This thread has the row's target: its exponent goes to memory and leaves the sums.
-      float exponent = 0.f;
+      float logit = 0.f;
 #pragma unroll
       for (int k = 0; k < TensorTile::kAccumulators; ++k) {
         if (k / 2 % 2 != i || k / 4 * 8 + k % 2 != own) continue;
-        exponent = z[k];
-        z[k] = kLowestExponent;
+        logit = z[k];
+        z[k] = lowest_;
       }
-      p_.exponent[first + 8 * i] = exponent;
+      p_.exponent[first + 8 * i] = fmaf(logit, p_.slope, -reference_[i]);
     }
-    float sum[2] = {0.f, 0.f}, weighted[2] = {0.f, 0.f};
+    float sum[2], weighted[2];
+    bool over[2] = {};
+#pragma unroll 1
+    for (bool again = true; again;) {
+      exponentiate(z, row, tile, sum, weighted);
+      again = recentre(z, sum, over);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t r = first + 8 * i;
+      if ((thread_ & 3) != 0 || r >= p_.rows) continue;
+      p_.partials[tile * p_.partials_stride + r] = {over[i] ? -sum[i] : sum[i], weighted[i]};
+      if (over[i]) p_.recentred[tile * p_.recentred_stride + r] = reference_[i];
+    }
+  }
+
+  __device__ __forceinline__ void end() {
+    if constexpr (kStore) store_.end();
+  }
+
+ private:
+  // E of the accumulators to memory, and its sums over each row of the tile.
+  __device__ __forceinline__ void exponentiate(const float (&z)[TensorTile::kAccumulators], int row,
+                                               int tile, float (&sum)[2], float (&weighted)[2]) {
+    sum[0] = sum[1] = weighted[0] = weighted[1] = 0.f;
 #pragma unroll
     for (int c = 0; c < TensorTile::kColumns / BlockStore::kColumns; ++c) {
       uint32_t packed[16];
@@ -88,7 +112,7 @@ class Exponentials {
         float e[2];
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
-          const float t = ptx::min_nan(z[32 * c + 2 * pair + side], kGreatestExponent);
+          const float t = fmaf(z[32 * c + 2 * pair + side], p_.slope, -reference_[i]);
           e[side] = ptx::exp2(t);
           sum[i] += e[side];
           weighted[i] = fmaf(e[side], t, weighted[i]);
@@ -107,24 +131,47 @@ class Exponentials {
         sum[i] += __shfl_xor_sync(~0u, sum[i], o);
         weighted[i] += __shfl_xor_sync(~0u, weighted[i], o);
       }
-      if ((thread_ & 3) == 0 && first + 8 * i < p_.rows)
-        p_.partials[tile * p_.partials_stride + first + 8 * i] = {sum[i], weighted[i]};
     }
   }
-
-  __device__ __forceinline__ void end() {
-    if constexpr (kStore) store_.end();
+  // Whether E has to be made again: a row's sum is too great. The greatest exponent of the tile, a
+  // whole number, becomes the reference of such a row, so that what E is multiplied by later, to
+  // share a reference with other tiles, is a power of two.
+  __device__ __forceinline__ bool recentre(const float (&z)[TensorTile::kAccumulators],
+                                           const float (&sum)[2], bool (&over)[2]) {
+    const bool now[2] = {sum[0] >= kGreatestSum && !over[0], sum[1] >= kGreatestSum && !over[1]};
+    // By all threads that store together.
+    if (!(kStore ? ptx::named_barrier_any(barrier_, 128, now[0] || now[1])
+                 : __any_sync(~0u, now[0] || now[1])))
+      return false;
+    float slope = p_.slope;
+    asm volatile(
+        ""
+        : "+f"(slope));  // or the compiler looks for the greatest ahead of the loop, always
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float greatest = -INFINITY;
+#pragma unroll
+      for (int k = 2 * i; k < TensorTile::kAccumulators; k += 4)
+        greatest = fmaxf(greatest, fmaxf(z[k] * slope, z[k + 1] * slope));
+#pragma unroll
+      for (int o = 1; o < 4; o *= 2) greatest = fmaxf(greatest, __shfl_xor_sync(~0u, greatest, o));
+      if (now[i]) reference_[i] = rintf(greatest);
+      over[i] |= now[i];
+    }
+    end();  // what is stored so far must not arrive after what is stored now
+    return true;
   }
 
- private:
   // A bias, and -inf for columns beyond the vocabulary.
   __device__ __forceinline__ void load_column_terms(int tile) {
     const int64_t first = int64_t(tile) * TensorTile::kColumns;
     ptx::named_barrier(barrier_, 128);  // the last tile's have been read
     for (int c = thread_; c < TensorTile::kColumns; c += 128) {
-      float term = kLowestExponent;
-      if (first + c < p_.columns)
-        term = p_.bias ? fmaxf(p_.bias[first + c] * p_.slope, kLowestExponent) : 0.f;
+      float term = lowest_;
+      if (first + c < p_.columns) {
+        const float bias = p_.bias ? p_.bias[first + c] : 0.f;
+        if (!(bias * p_.slope < kLowestExponent)) term = bias;  // a NaN stays one
+      }
       column_term_[c] = term;
     }
     ptx::named_barrier(barrier_, 128);
@@ -140,6 +187,7 @@ class Exponentials {
   const Params& p_;
   float* column_term_;
   int barrier_, thread_;
+  float lowest_;  // an accumulator that stands for -inf
   BlockStore store_;
   float reference_[2];
   int target_[2];

@@ -16,15 +16,14 @@
 
 namespace grpo::cuda {
 
-// Exponents are cut off here. A token notices whose probability is below 2^-100 (1e-30); the sum of
-// 2^18 elements, times a weight of 2^9, then still is a finite float.
-constexpr float kGreatestExponent = 100.f;
-// Stands for -inf in exponents: 2^t = 0 and 0 t = 0. Anything below kNoExponent is -inf.
+// A tile of a row whose exponentials add up to this much (2^64) is exponentiated again, relative to
+// its own greatest logit. Below it, the sum of 2^18 elements times a weight of 2^9 is a finite
+// float, and its reciprocal times a coefficient of 2^-30 is a normal one.
+constexpr float kGreatestSum = 18446744073709551616.f;
+// Stands for -inf in exponents: 2^t = 0 and 0 t = 0, also relative to kNoExponent, the reference of
+// a token whose own logit is -inf, or below this.
 constexpr float kLowestExponent = -1e30f;
 constexpr float kNoExponent = -1e29f;
-// A guess of a row's log probability moves its reference only from here on (natural logarithm): a
-// likelier token has the same bits with and without a guess.
-constexpr float kUncentred = 32.f;
 
 // Which token a row of the chunk is: index[row], or first + row where there is no index.
 struct ChunkRows {
@@ -49,9 +48,9 @@ struct TargetParams {
   int64_t weight_stride;  // a multiple of 8
   const float* bias;      // [vocab] or null
   const int64_t* ids;     // per token; one outside the whole vocabulary gives NaN
-  const float* guess;     // per token: about the log probability to be found, or null
   float slope;            // scale / (temperature ln 2): processed logits to base 2
-  float* reference;       // [count], base 2; 0 where another rank has the target
+  float* reference;       // [count], base 2, kNoExponent for a token switched off; 0 where
+                          // another rank has the target
   int32_t* target;        // [count] column of the target on this rank, -1: none
   float* exponent;        // [count], made 0 for those without a target here
 };
@@ -67,30 +66,42 @@ struct ProductParams {
   const float* reference;  // [rows]
   const int32_t* target;   // [rows]
   float slope;
-  void* probabilities;      // [rows, vocab] of dtype, 0 at the target; null: not stored
-  int64_t stride;           // between its rows, a multiple of 8 elements
-  float* partials;          // [tiles, rows, 2]: sums of 2^t and t 2^t, target excluded
-  int64_t partials_stride;  // between tiles, in pairs
-  float* exponent;          // [rows] t of the target, written by the tile that has it
+  void* probabilities;  // [rows, vocab] of dtype, 0 at the target; null: not stored
+  int64_t stride;       // between its rows, a multiple of 8 elements
+  // [tiles, rows, 2]: sums of 2^t and t 2^t, target excluded. A negative first one: the tile is
+  // recentred, its t are relative to `recentred`, and the sum is the absolute value.
+  float* partials;
+  int64_t partials_stride;   // between tiles, in pairs
+  float* recentred;          // [tiles, rows] reference of a recentred tile; others are not written
+  int64_t recentred_stride;  // between tiles
+  float* exponent;           // [rows] t of the target, written by the tile that has it
 };
 
 struct FoldParams {
   DType dtype;
   ChunkRows rows;
   int32_t tiles;
-  const float* partials;  // as ProductParams has them
+  const float* partials;  // as ProductParams has them, or one of `sums` from each rank
   int64_t partials_stride;
+  const float* recentred;
+  int64_t recentred_stride;
+  const float* reference;
   const float* exponent;
   const int32_t* target;
-  float slope;      // scale / temperature: logits to processed logits
-  float* sums;      // [count, 2]: only add the partials up, for other ranks to join; null: finish
-  float* logps;     // per token
-  float* entropy;   // per token
-  float* factor;    // [count] -slope / S, the row's factor in d logp / d logits = factor E
+  float slope;            // scale / temperature: logits to processed logits
+  float* sums;            // [count, 2]: only add the partials up, as if to one tile; null: finish
+  float* recentred_sums;  // [count] reference of its recentred rows
+  float* logps;           // per token
+  float* entropy;         // per token
+  float* factor;          // [count] -slope / S, the row's factor in d logp / d logits = factor E
   float* residual;  // [count] what rounding that element to dtype left over; 0 without a target
-  void* probabilities;  // the target's own element becomes -(S - E_target); null: none stored
+  // Recentred rows become relative to one reference; the target's own element -(S - E_target).
+  // Null: none stored.
+  void* probabilities;
   int64_t stride;
   int32_t stored;  // rows of it
+  int32_t vocab;   // columns of it
+  int32_t rank;    // whose of `partials` all of E belongs to; -1: each tile has its own
   // Where a row's coefficient depends on no other row's logits: it is multiplied into `factor`.
   const SequenceTerms<float>* terms;  // [B] from policy_terms; null: not so
   PolicyParams<float> policy;

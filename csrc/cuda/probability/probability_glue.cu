@@ -15,9 +15,6 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kFoldRows = 8, kFoldParts = kThreads / kFoldRows;
 constexpr int kScaleThreads = 128;
 constexpr float kLn2 = 0.693147180559945309f;
-constexpr float kLog2e = 1.442695040888963407f;
-// The reference never moves further than this (natural logarithm), however odd a guess is.
-constexpr float kGreatestShift = 60.f;
 
 // A warp per row: z = hidden . weight[id] + bias, in fp32, and the row itself where it is wanted.
 template <class T>
@@ -63,12 +60,8 @@ __global__ void __launch_bounds__(kThreads) target_kernel(const __grid_constant_
     for (int o = 16; o; o >>= 1) sum += __shfl_xor_sync(~0u, sum, o);
     if (p.bias) sum += p.bias[column];
     reference = sum * p.slope;
-    // A token switched off has no logit to refer to; any finite number serves the others.
-    if (reference == -INFINITY) reference = 0.f;
-    if (p.guess) {
-      const float beyond = -kUncentred - p.guess[token];  // NaN: false below
-      if (beyond > 0.f) reference += fminf(beyond, kGreatestShift) * kLog2e;
-    }
+    // A token switched off: every tile with another is recentred.
+    if (reference < kNoExponent) reference = kNoExponent;
   }
   if (live && (id < 0 || id >= (p.shard ? p.shard[1] : p.vocab))) reference = NAN;
   if (lane != 0) return;
@@ -77,31 +70,96 @@ __global__ void __launch_bounds__(kThreads) target_kernel(const __grid_constant_
   if (!here) p.exponent[row] = 0.f;
 }
 
+__device__ __forceinline__ float2 partial(const FoldParams& p, int tile, int row) {
+  return reinterpret_cast<const float2*>(p.partials)[tile * p.partials_stride + row];
+}
+__device__ __forceinline__ float recentred(const FoldParams& p, int tile, int row) {
+  return p.recentred[tile * p.recentred_stride + row];
+}
+
+// What a tile's numbers of a row are relative to.
+__device__ __forceinline__ float reference_of(const FoldParams& p, int tile, int row) {
+  return partial(p, tile, row).x < 0.f ? recentred(p, tile, row) : p.reference[row];
+}
+
+// A thread's share of a row's partial sums, relative to `centre`.
+__device__ __noinline__ float2 recentred_share(const FoldParams& p, int row, int part,
+                                               float centre) {
+  float2 s = {0.f, 0.f};
+  for (int tile = part; tile < p.tiles; tile += kFoldParts) {
+    const float2 more = partial(p, tile, row);
+    const float shift = reference_of(p, tile, row) - centre, scale = exp2f(shift);
+    s.x += scale * fabsf(more.x);
+    s.y += scale * fmaf(shift, fabsf(more.x), more.y);
+  }
+  return s;
+}
+
+// A row of E relative to `centre`, by all threads of the block.
+template <class T>
+__device__ __noinline__ void recentre_row(const FoldParams& p, int row, float centre) {
+  constexpr int n = kPerVector<T>;
+  auto* e = static_cast<T*>(p.probabilities) + row * p.stride;
+  for (int k = int(threadIdx.x) * n; k < p.vocab; k += kThreads * n) {
+    const int tile = p.rank < 0 ? k / kTileColumns : p.rank;
+    const float scale = exp2f(reference_of(p, tile, row) - centre);
+    float v[n];
+    unpack<T>(*reinterpret_cast<const uint4*>(e + k), v);
+#pragma unroll
+    for (int j = 0; j < n; ++j) v[j] *= scale;
+    *reinterpret_cast<uint4*>(e + k) = pack<T>(v);
+  }
+}
+
+__device__ __forceinline__ float greatest_of(const float (&centres)[kFoldParts][kFoldRows],
+                                             int column) {
+  float greatest = -INFINITY;
+  for (int k = 0; k < kFoldParts; ++k) greatest = fmaxf(greatest, centres[k][column]);
+  return greatest;
+}
+
 template <class T>
 __global__ void __launch_bounds__(kThreads) fold_kernel(const __grid_constant__ FoldParams p) {
   __shared__ float2 parts[kFoldParts][kFoldRows];
+  __shared__ float centres[kFoldParts][kFoldRows];
   const int column = threadIdx.x % kFoldRows, part = threadIdx.x / kFoldRows;
   const int row = int(blockIdx.x) * kFoldRows + column;
   float2 s = {0.f, 0.f};
+  float centre = -INFINITY;  // the greatest reference of a recentred tile
   if (row < p.rows.count) {
 #pragma unroll 4
     for (int tile = part; tile < p.tiles; tile += kFoldParts) {
-      const float2 more =
-          reinterpret_cast<const float2*>(p.partials)[tile * p.partials_stride + row];
+      const float2 more = partial(p, tile, row);
       s.x += more.x;
       s.y += more.y;
+      if (more.x < 0.f) centre = fmaxf(centre, recentred(p, tile, row));
     }
   }
   parts[part][column] = s;
-  __syncthreads();
+  if (__syncthreads_or(centre > -INFINITY)) {
+    centres[part][column] = centre;
+    __syncthreads();
+    centre = greatest_of(centres, column);
+    if (centre > -INFINITY) parts[part][column] = recentred_share(p, row, part, centre);
+    for (int i = 0; i < kFoldRows; ++i) {
+      const int other = int(blockIdx.x) * kFoldRows + i;
+      const float its = greatest_of(centres, i);
+      if (p.probabilities != nullptr && other < p.stored && its > -INFINITY)
+        recentre_row<T>(p, other, its);
+    }
+    __syncthreads();
+  }
   if (part != 0 || row >= p.rows.count) return;
+  s = parts[0][column];
 #pragma unroll
   for (int k = 1; k < kFoldParts; ++k) {
     s.x += parts[k][column].x;
     s.y += parts[k][column].y;
   }
   if (p.sums) {
-    reinterpret_cast<float2*>(p.sums)[row] = s;
+    const bool moved = centre > -INFINITY;
+    reinterpret_cast<float2*>(p.sums)[row] = {moved ? -s.x : s.x, s.y};
+    p.recentred_sums[row] = moved ? centre : 0.f;
     return;
   }
   const int64_t token = p.rows.token(row);
@@ -109,12 +167,11 @@ __global__ void __launch_bounds__(kThreads) fold_kernel(const __grid_constant__ 
     p.logps[token] = p.entropy[token] = p.factor[row] = p.residual[row] = 0.f;
     return;
   }
+  const float reference = p.reference[row];
   float t = p.exponent[row];
-  float own = exp2f(fminf(t, kGreatestExponent)), own_weighted = own * t;
-  if (t < kNoExponent) {
-    t = -INFINITY;
-    own = own_weighted = 0.f;
-  }
+  if (centre > -INFINITY) t += reference - centre;
+  const float own = exp2f(t), own_weighted = own * t;
+  if (reference <= kNoExponent) t = -INFINITY;
   // Of the others alone: what remains to 1 of a confident token is not a difference.
   const float others = s.x, sum = others + own;
   const float log_sum = logf(sum);
