@@ -3,6 +3,7 @@
     python bench/bench_linear.py                                        # CPU: 1024 rows, H 576, V 49152, fp32
     python bench/bench_linear.py --device cuda                          # the four shapes of the README, bf16
     python bench/bench_linear.py --device cuda --masked 0.27 --shapes 2048x151936
+    python bench/bench_linear.py --device cuda --improbable 1           # one token below e^-44: its tiles are recentred
 
 F = 2 * rows * H * V operations. A frozen head needs two products of F each (logits, gradient of the hidden states), a
 trained one three. `bare` is those products by themselves, whole and without anything between them, in the same run,
@@ -179,12 +180,16 @@ def route_of(name: str, size: int, vocab: int, dtype: torch.dtype, device: torch
         return "probabilities" if serves(weight, numerics) else "logits"
 
 
-def make_inputs(rows: int, size: int, vocab: int, dtype: torch.dtype, masked: float, device: torch.device) -> Inputs:
-    """Hidden states and a head whose logits spread like a language model's; ratios around 1."""
+def make_inputs(
+    rows: int, size: int, vocab: int, dtype: torch.dtype, masked: float, improbable: int, device: torch.device
+) -> Inputs:
+    """Hidden states and a head whose logits spread like a language model's, of the first `improbable` tokens 30 times
+    as wide; ratios around 1."""
     g = torch.Generator(device=device).manual_seed(0)
     batch = next(b for b in (8, 4, 2, 1) if rows % b == 0)
     shape = (batch, rows // batch)
     hidden = torch.randn(*shape, size, generator=g, device=device).to(dtype)
+    hidden.view(rows, size)[:improbable] *= 30
     weight = torch.randn(vocab, size, generator=g, device=device).mul_(2 / math.sqrt(size)).to(dtype)
     ids = torch.randint(0, vocab, shape, generator=g, device=device)
     # Right padding: as many masked rows as asked for, in sequences of different lengths.
@@ -247,7 +252,7 @@ def check_gradients(results: dict[str, Tensor]) -> None:
 
 def measure(size: int, vocab: int, head: str, args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     dtype = common.DTYPES[args.dtype or ("fp32" if device.type == "cpu" else "bf16")]
-    inputs = make_inputs(args.rows, size, vocab, dtype, args.masked, device)
+    inputs = make_inputs(args.rows, size, vocab, dtype, args.masked, args.improbable, device)
     hidden = inputs["hidden"].requires_grad_()
     weight = inputs["weight"].requires_grad_(head == "trained")
 
@@ -302,6 +307,7 @@ def measure(size: int, vocab: int, head: str, args: argparse.Namespace, device: 
             "valid": int(inputs["mask"].sum()),
             "hidden": size,
             "vocab": vocab,
+            "improbable": args.improbable,
             "dtype": str(dtype).removeprefix("torch."),
             "head": head,
             "candidate": name,
@@ -328,6 +334,7 @@ def main() -> None:
     parser.add_argument("--heads", default="frozen,trained")
     parser.add_argument("--dtype", choices=tuple(common.DTYPES), default=None, help="default fp32 (CPU), bf16 (GPU)")
     parser.add_argument("--masked", type=float, default=0.0, help="share of masked rows, below 0.5")
+    parser.add_argument("--improbable", type=int, default=0, help="tokens of probabilities around e^-250")
     parser.add_argument("--candidates", default=None, help="default: all; without loss_fp32 and loss_512 on the CPU")
     parser.add_argument("--runs", type=int, default=None, help="default 5 on the CPU, 20 on the GPU")
     parser.add_argument("--warmup", type=int, default=None, help="default 1 on the CPU, 5 on the GPU")
@@ -352,7 +359,7 @@ def main() -> None:
     path = args.csv or common.RESULTS / f"linear_{args.device}.csv"
     common.write_csv(path, results, append=args.append)
     print(f"{results[0]['device']}, {results[0]['cpu']} ({results[0]['isa']}), {args.threads} threads")
-    columns = "rows valid hidden vocab dtype head candidate route ms ms_min ratio x_trl x_liger x_quack "
+    columns = "rows valid improbable hidden vocab dtype head candidate route ms ms_min ratio x_trl x_liger x_quack "
     columns += "extra_mb logp_error"
     common.print_table(results, columns.split())
     print(f"written to {path}")
