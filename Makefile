@@ -143,7 +143,7 @@ format: setup
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 bench: setup
-	$(BIN)/python bench/bench_row_loss.py --masked 0 $(ARGS)
+	$(BIN)/python -m grpo_ext.bench.row_loss --masked 0 $(ARGS)
 
 # The sdist, and from it a wheel for each CPython from 3.10 to 3.14 that is here, for the CPU and, with nvcc, for CUDA; their
 # sizes. ARGS="--kind cpu --python python3.12" builds less.

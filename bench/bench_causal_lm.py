@@ -14,9 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import DTYPES, RESULTS, interleaved, machine, peak_extra_bytes, print_table, write_csv
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from grpo_ext.bench.common import DTYPES, RESULTS, interleaved, machine, peak_extra_bytes, print_table, write_csv
 from grpo_ext.integrations.transformers import causal_lm_loss
 
 CANDIDATES: dict[str, Callable[..., torch.Tensor]] = {

@@ -13,10 +13,10 @@ import statistics
 import time
 from pathlib import Path
 
-import common
 import torch
 from peft import LoraConfig
 
+from grpo_ext.bench import common
 from grpo_ext.generation.engine import TransformersEngine, end_token_ids
 from grpo_ext.tasks import arithmetic_datasets, fast_dtype, load_model
 from grpo_ext.tasks.arithmetic import number_reward

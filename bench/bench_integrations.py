@@ -43,8 +43,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, interleaved, machine, peak_extra_bytes, print_table, write_csv
 from integration_cases import CANDIDATES, TOLERANCE, Comparison, LeftOut, comparisons, without_progress_bars
+
+from grpo_ext.bench.common import RESULTS, interleaved, machine, peak_extra_bytes, print_table, write_csv
 
 
 def release(device: torch.device) -> None:

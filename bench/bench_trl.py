@@ -24,13 +24,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from common import DTYPES, RESULTS, interleaved, machine, peak_extra_bytes, print_table, write_csv
 from datasets import Dataset
 from peft import LoraConfig
-from training_workload import build_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import grpo_ext.integrations.trl as ours
+from grpo_ext.bench.common import DTYPES, RESULTS, interleaved, machine, peak_extra_bytes, print_table, write_csv
+from grpo_ext.bench.training_workload import build_tokenizer
 from grpo_ext.tasks.models import load_model
 
 CANDIDATES: dict[str, bool | None] = {"trl": None, "patch": False, "patch, fuse_loss": True}

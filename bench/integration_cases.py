@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from common import DTYPES
 from torch import Tensor
+
+from grpo_ext.bench.common import DTYPES
 
 #: Greatest distance of a value or gradient from the peer's, of its norm. In bf16 both are off by their own roundings.
 TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2}
@@ -158,7 +159,8 @@ def dataset(kind: str, options: argparse.Namespace) -> Any:
 def build_trainer(kind: str, trained: str, options: argparse.Namespace) -> Any:
     trl = peer_module("trl")
     from peft import LoraConfig
-    from training_workload import build_tokenizer
+
+    from grpo_ext.bench.training_workload import build_tokenizer
 
     config = getattr(trl, f"{kind.upper()}Config")(
         output_dir=tempfile.mkdtemp(),

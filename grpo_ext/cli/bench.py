@@ -1,6 +1,6 @@
-"""`grpo-ext bench`: the scripts of bench/ behind one command, with tables, CSV and plots.
+"""`grpo-ext bench`: the modules of `grpo_ext.bench` behind one command, with tables, CSV and plots.
 
-Each measurement runs in a process of its own, so that none finds the memory or the threads as another left them.
+Each measurement runs in its own process, so that memory and threads are as a fresh process finds them.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Row = dict[str, str]
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One run of a script: its file's name, its arguments, the CSV it writes and what the progress calls it.
+    """One run of a module of `grpo_ext.bench`: its name, its arguments, the CSV it writes and its line of progress.
 
-    ``into_folder``: the script takes ``--output FOLDER`` and names the CSV itself, instead of ``--csv FILE``.
+    ``into_folder``: the module takes ``--output FOLDER`` and names the CSV itself, instead of ``--csv FILE``.
     """
 
-    script: str
+    module: str
     arguments: tuple[str, ...]
     csv: str
     title: str
@@ -37,23 +37,7 @@ class Job:
 
     def command(self, output: Path) -> list[str]:
         place = ("--output", str(output)) if self.into_folder else ("--csv", str(output / self.csv))
-        return [sys.executable, str(script_folder() / self.script), *self.arguments, *place]
-
-
-def script_folder() -> Path:
-    """Where the measuring scripts lie: bench/ of the source tree, or the copy that is installed with the package.
-
-    Raises:
-        SettingsError: nowhere.
-    """
-    import grpo_ext
-    from grpo_ext import _C
-
-    package = Path(grpo_ext.__file__).parent
-    for folder in (package.parent / "bench", package / "benchmarks", Path(_C.__file__).parent / "benchmarks"):
-        if (folder / "bench_row_loss.py").is_file():
-            return folder
-    raise SettingsError(f"the measuring scripts are in neither {package.parent / 'bench'} nor {package / 'benchmarks'}")
+        return [sys.executable, "-m", f"grpo_ext.bench.{self.module}", *self.arguments, *place]
 
 
 def jobs_of(subject: str, device: str, threads: int, quick: bool, extra: Sequence[str]) -> list[Job]:
@@ -72,7 +56,7 @@ def jobs_of(subject: str, device: str, threads: int, quick: bool, extra: Sequenc
         return [_row_job(common, device, quick, extra)]
     if subject == "linear":
         size = ("--shapes", "64x2048", "--rows", "64", "--runs", "2", "--warmup", "1") if quick else ()
-        return [Job("bench_linear.py", (*common, *size, *extra), f"linear_{device}.csv", "hidden states to loss")]
+        return [Job("linear", (*common, *size, *extra), f"linear_{device}.csv", "hidden states to loss")]
     return _training_jobs(common, device, threads, quick, extra)
 
 
@@ -88,7 +72,7 @@ def _row_job(common: tuple[str, ...], device: str, quick: bool, extra: Sequence[
         shape = ("--rows", "64", "--vocab", "1000,4000", "--dtypes", "fp32", "--runs", "2", "--warmup", "1")
         names = names.replace(",compile", "")
     arguments = (*common, *shape, "--candidates", names, *extra)
-    return Job("bench_row_loss.py", arguments, f"row_loss_{device}.csv", "logits to loss")
+    return Job("row_loss", arguments, f"row_loss_{device}.csv", "logits to loss")
 
 
 def _training_jobs(common: tuple[str, ...], device: str, threads: int, quick: bool, extra: Sequence[str]) -> list[Job]:
@@ -97,12 +81,12 @@ def _training_jobs(common: tuple[str, ...], device: str, threads: int, quick: bo
     for tokens in (16, 32) if quick else (64, 128, 256):
         arguments = (*common, *size, *extra, "--tokens", str(tokens))
         title = f"training step, {tokens} tokens, both paths"
-        jobs.append(Job("bench_trainer_memory.py", arguments, f"trainer_memory_{device}_{tokens}.csv", title))
+        jobs.append(Job("trainer_memory", arguments, f"trainer_memory_{device}_{tokens}.csv", title))
     if device != "cpu" or quick:  # whole steps of the real model have no small shape
         return jobs
     for trainer in ("ours", "trl") if _has_trl() else ("ours",):
         arguments = ("--trainer", trainer, "--steps", "10", "--threads", str(threads))
-        jobs.append(Job("bench_trainer_step.py", arguments, f"trainer_step_{trainer}.csv", f"training step, {trainer}"))
+        jobs.append(Job("trainer_step", arguments, f"trainer_step_{trainer}.csv", f"training step, {trainer}"))
     return jobs
 
 
@@ -118,7 +102,7 @@ def _phase_job(common: tuple[str, ...], device: str, quick: bool) -> Job:
         size = "--cases 0.6b:lora:8,1.7b:lora:8"
     arguments = ("phase", *common, *size.split(), "--candidates", ",".join(names))
     title = "training phase of a step: " + ", ".join(names)
-    return Job("bench_training.py", arguments, f"training_phase_{device}.csv", title, into_folder=True)
+    return Job("training", arguments, f"training_phase_{device}.csv", title, into_folder=True)
 
 
 def _has_trl() -> bool:
@@ -126,10 +110,10 @@ def _has_trl() -> bool:
 
 
 def run_job(job: Job, output: Path) -> list[Row]:
-    """Run a script and return the rows of its CSV; what it prints is kept beside it, as ``<csv>.log``.
+    """Run a module and return the rows of its CSV; what it prints is kept beside it, as ``<csv>.log``.
 
     Raises:
-        SettingsError: the script failed; the message ends with the last of what it printed.
+        SettingsError: the module failed; the message ends with its last lines of output.
     """
     path, log = output / job.csv, output / f"{job.csv}.log"
     path.unlink(missing_ok=True)
@@ -140,7 +124,7 @@ def run_job(job: Job, output: Path) -> list[Row]:
         status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
     if status != 0 or not path.is_file():
         tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-8:])
-        raise SettingsError(f"{job.script} ended with status {status}; all it said is in {log}:\n{tail}")
+        raise SettingsError(f"{job.module} ended with status {status}; all it said is in {log}:\n{tail}")
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 
-from grpo_ext.cli.bench import Job, jobs_of, run_job, script_folder
+from grpo_ext.cli.bench import Job, jobs_of, run_job
 from grpo_ext.cli.bench_report import draw
 from grpo_ext.cli.convert import SettingsError
 from grpo_ext.cli.main import main
@@ -21,7 +22,7 @@ def test_every_job_has_its_script() -> None:
             assert jobs
             assert len({job.csv for job in jobs}) == len(jobs)
             for job in jobs:
-                assert (script_folder() / job.script).is_file()
+                assert importlib.util.find_spec(f"grpo_ext.bench.{job.module}") is not None
 
 
 @pytest.mark.parametrize(("subject", "picture"), [("row", "row_roofline_fp32.png"), ("linear", "linear_ratio.png")])
@@ -41,13 +42,12 @@ def test_quick_measurement(subject: str, picture: str, tmp_path: Path, capfd: py
 
 @pytest.mark.parametrize("quick", [False, True])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_the_training_script_takes_its_arguments(device: str, quick: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(script_folder()))
-    import bench_training
+def test_the_training_module_takes_its_arguments(device: str, quick: bool) -> None:
+    from grpo_ext.bench import training as bench_training
 
     job = jobs_of("training", device, 1, quick, ())[0]
-    assert Path(job.command(Path("there"))[1]).name == "bench_training.py"
-    arguments = bench_training.parse(job.command(Path("there"))[2:])
+    assert job.command(Path("there"))[1:3] == ["-m", "grpo_ext.bench.training"]
+    arguments = bench_training.parse(job.command(Path("there"))[3:])
     assert (arguments.part, arguments.device, arguments.output) == ("phase", device, Path("there"))
     assert "ours" in arguments.candidates
 
@@ -77,7 +77,7 @@ def test_memory_against_tokens_is_drawn(tmp_path: Path) -> None:
 
 def test_a_script_that_fails_is_an_error_with_its_words(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"(?s)ended with status 2.*invalid choice: 'nonsense'"):
-        run_job(Job("bench_row_loss.py", ("--device", "nonsense"), "x.csv", "x"), tmp_path)
+        run_job(Job("row_loss", ("--device", "nonsense"), "x.csv", "x"), tmp_path)
 
 
 def test_wrong_requests(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -88,9 +88,8 @@ def test_wrong_requests(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
         assert "no CUDA device" in capsys.readouterr().err
 
 
-def test_lines_are_not_added_to_a_file_of_other_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(script_folder()))
-    import common
+def test_lines_are_not_added_to_a_file_of_other_columns(tmp_path: Path) -> None:
+    from grpo_ext.bench import common
 
     path = tmp_path / "new" / "lines.csv"
     for number in (1, 2):

@@ -1,4 +1,4 @@
-"""bench/bench_training.py: both trainers compute the same from the same completions, and its figures are right."""
+"""grpo_ext/bench/training.py: both trainers compute the same from the same completions, and its figures are right."""
 
 from __future__ import annotations
 
@@ -14,15 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_ext.cli.bench import script_folder
-
 SMALL = "--device cpu --threads 1 --prompts 2 --group 4 --tokens 16 --dtype fp32"
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(script_folder()))
-    import bench_training
+def bench() -> ModuleType:
+    from grpo_ext.bench import training as bench_training
 
     return bench_training
 
@@ -49,7 +46,7 @@ def test_the_same_step_in_both_trainers(bench: ModuleType, tmp_path: Path) -> No
 @pytest.mark.timeout(180)
 def test_two_processes_take_the_same_step(bench: ModuleType, tmp_path: Path) -> None:
     """DDP with an adapter and gradient checkpointing: the gradient of one process."""
-    import training_two
+    from grpo_ext.bench import training_two
 
     command = f"two {SMALL} --cases tiny:lora:4:spread --kinds ddp --steps 1 --warmup 0 --output {tmp_path}"
     assert training_two.launch(bench.parse(command.split()), "ddp", 2, tmp_path)
@@ -63,8 +60,7 @@ def test_two_processes_take_the_same_step(bench: ModuleType, tmp_path: Path) -> 
 
 
 def test_a_difference_fails(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import training_phase
-    import training_setup
+    from grpo_ext.bench import training_phase, training_setup
 
     def run(name: str, *_: Any, **__: Any) -> training_setup.Measured:
         loss = 0.5 if name == "ours" else 0.6
@@ -81,8 +77,7 @@ def test_a_difference_fails(bench: ModuleType, tmp_path: Path, monkeypatch: pyte
 
 def test_the_longest_is_found_and_proved(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that takes 2 GiB and 1 GiB for each 256 tokens, on a device that gives out 20 of its 21 GiB."""
-    import training_phase
-    import training_setup
+    from grpo_ext.bench import training_phase, training_setup
 
     def run(name: str, case: Any, workload: Any, *_: Any, **__: Any) -> training_setup.Measured:
         peak = 2 + workload.tokens / 256
@@ -102,7 +97,7 @@ def test_the_longest_is_found_and_proved(bench: ModuleType, tmp_path: Path, monk
 
 
 def test_parts_add_up(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    import training_trace
+    from grpo_ext.bench import training_trace
 
     clock = [5.0]
     monkeypatch.setattr(training_trace.time, "perf_counter", lambda: clock[0])
@@ -132,7 +127,7 @@ def test_trace_books_every_part(bench: ModuleType, tmp_path: Path) -> None:
 
 
 def test_a_workload_serves_every_completion_once(bench: ModuleType) -> None:
-    import training_workload
+    from grpo_ext.bench import training_workload
 
     work = training_workload.Workload(512, prompts=3, group=4, tokens=32, spread=True)
     work.logps = [[[-1.0] * len(ids) for ids in row] for row in work.completions]
@@ -145,8 +140,7 @@ def test_a_workload_serves_every_completion_once(bench: ModuleType) -> None:
 
 
 def test_learning_runs_become_one_table_and_a_picture(bench: ModuleType, tmp_path: Path) -> None:
-    import plot_training
-    import training_learn
+    from grpo_ext.bench import plot_training, training_learn
 
     for trainer, speed in (("ours", 1.0), ("trl", 2.0)):
         for seed in range(3, 5):
@@ -169,7 +163,7 @@ def test_learning_runs_become_one_table_and_a_picture(bench: ModuleType, tmp_pat
 
 
 def test_another_gradient_on_two_is_told(bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import training_two
+    from grpo_ext.bench import training_two
 
     case = {"candidate": "ours", "model": "m", "trained": "lora", "lengths": "equal", "micro_batch": 8, "dtype": "bf16"}
     case |= {"completions": 64, "max_tokens": 1024}
@@ -183,8 +177,7 @@ def test_another_gradient_on_two_is_told(bench: ModuleType, tmp_path: Path, caps
 
 
 def test_every_table_is_drawn(bench: ModuleType, tmp_path: Path) -> None:
-    import plot_training
-    import training_trace
+    from grpo_ext.bench import plot_training, training_trace
 
     case = {"candidate": "ours", "model": "m", "trained": "lora", "lengths": "spread"}
     rest = {"micro_batch": 8, "completions": 64, "max_tokens": 1024, "tokens_per_s": 5.0, "device": "cpu"}
@@ -209,8 +202,7 @@ def test_every_table_is_drawn(bench: ModuleType, tmp_path: Path) -> None:
 def test_learning_in_both_trainers(bench: ModuleType, tmp_path: Path) -> None:
     """A random model, two seeds at once: points before the first step and after each, on a clock that goes forward."""
     pytest.importorskip("trl", reason="the benchmark beside TRL needs TRL")
-    import training_case
-    import training_workload
+    from grpo_ext.bench import training_case, training_workload
 
     case = training_case.Case(model="tiny", dtype="fp32")
     case.build().save_pretrained(tmp_path / "model")
@@ -246,7 +238,7 @@ def test_learning_in_both_trainers(bench: ModuleType, tmp_path: Path) -> None:
 @pytest.mark.timeout(60)
 def test_one_learning_run_that_dies_ends_the_others(bench: ModuleType) -> None:
     """Even where it cannot say so: killed, with the others waiting for it."""
-    import training_learn
+    from grpo_ext.bench import training_learn
 
     context = get_context("spawn")
     processes = [context.Process(target=time.sleep, args=(1000,)), context.Process(target=os.abort)]

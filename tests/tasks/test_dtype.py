@@ -1,4 +1,4 @@
-"""The choice of ``dtype: auto`` on processors and GPUs that the tests imitate; bench/bench_dtype.py times it."""
+"""The choice of ``dtype: auto`` on processors and GPUs that the tests imitate; grpo_ext/bench/dtype.py times it."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ import torch
 
 import grpo_ext
 
-RESULTS = Path(__file__).parent / "results"
+#: bench/results of the source tree; of an installed package the working directory.
+SOURCE_TREE = Path(grpo_ext.__file__).parents[1] / "bench"
+RESULTS = SOURCE_TREE / "results" if (SOURCE_TREE / "results").is_dir() else Path()
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -83,7 +85,7 @@ def milliseconds(measured: Callable[[], Any], device: torch.device) -> float:
 
 
 def interleaved(
-    prepared: dict[str, Callable[[], Callable[[], Any]]], device: torch.device, *, warmup: int, runs: int
+    prepared: Mapping[str, Callable[[], Callable[[], Any]]], device: torch.device, *, warmup: int, runs: int
 ) -> dict[str, Timing]:
     """Times several candidates in turn, so that a busy moment of the machine meets all of them; in another order each
     time, since a GPU at its power limit is slower right behind a long product.
@@ -122,9 +124,9 @@ def peak_extra_bytes(prepare: Callable[[], Callable[[], Any]], device: torch.dev
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return math.nan
-    before = _status_bytes("VmRSS")
+    resident = _status_bytes("VmRSS")
     measured()
-    return max(0.0, _status_bytes("VmHWM") - before)
+    return max(0.0, _status_bytes("VmHWM") - resident)
 
 
 def _status_bytes(field: str) -> float:

@@ -1,12 +1,13 @@
-"""Times a product in bf16 and in fp32, beside the choice of ``dtype: auto``: ``python bench/bench_dtype.py``."""
+"""Times a product in bf16 and in fp32, beside the choice of ``dtype: auto``: ``python -m grpo_ext.bench.dtype``."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 
-import common
 import torch
 
+from grpo_ext.bench import common
 from grpo_ext.tasks import fast_dtype
 
 
@@ -23,7 +24,7 @@ def main() -> None:
         for name in ("bf16", "fp32")
     }
     timings = common.interleaved(
-        {name: lambda pair=pair: lambda: torch.mm(*pair) for name, pair in operands.items()},
+        {name: functools.partial(functools.partial, torch.mm, *pair) for name, pair in operands.items()},
         device, warmup=3, runs=arguments.runs,
     )  # fmt: skip
     chosen, reason = fast_dtype(arguments.device)

@@ -6,20 +6,21 @@ Each measurement is a `torch.distributed.run` of its own, with one process for e
 from __future__ import annotations
 
 import csv
+import functools
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import common
 import torch
 import torch.distributed as dist
-import training_setup as setup
-from training_phase import GIB, case_of, close, row_of
-from training_workload import Workload, build_tokenizer
 
 import grpo_ext
+from grpo_ext.bench import common
+from grpo_ext.bench import training_setup as setup
+from grpo_ext.bench.training_phase import GIB, case_of, close, row_of
+from grpo_ext.bench.training_workload import Workload, build_tokenizer
 
 KINDS = ("ddp", "fsdp2", "vocabulary")
 
@@ -52,8 +53,8 @@ def same_as_one(path: Path) -> bool:
     different = []
     for row in rows:
         one = of_one.get(case_in(row), row)
-        loss, norm = ([float(found[name]) for found in (row, one)] for name in ("loss", "grad_norm"))
-        if not close(*loss, *norm, row["dtype"]):
+        losses, norms = (float(row["loss"]), float(one["loss"])), (float(row["grad_norm"]), float(one["grad_norm"]))
+        if not close(*losses, *norms, row["dtype"]):
             different.append(row)
     for row in different:
         print(f"{row['kind']} on {row['processes']}: another loss or gradient norm than one process")
@@ -66,7 +67,6 @@ def case_in(row: dict[str, str]) -> tuple[str, ...]:
 
 
 def launch(args: Any, kind: str, world: int, output: Path) -> bool:
-    script = str(Path(__file__).parent / "bench_training.py")
     same = [f"--{name}={value}" for name in ("device", "dtype", "prompts", "group", "tokens", "steps", "warmup", "rows",
             "hidden", "wide", "runs", "threads", "output") if (value := getattr(args, name)) is not None]  # fmt: skip
     for name in ("layers", "vocabulary"):
@@ -80,7 +80,8 @@ def launch(args: Any, kind: str, world: int, output: Path) -> bool:
         "torch.distributed.run",
         "--standalone",
         f"--nproc_per_node={world}",
-        script,
+        "-m",
+        "grpo_ext.bench.training",
         "two",
     ]
     return subprocess.run([*command, *same, f"--worker={kind}"], check=False).returncode == 0
@@ -160,7 +161,7 @@ def vocabulary(args: Any, world: int) -> list[dict[str, Any]]:
             mine = alone_dweight[rank * share : (rank + 1) * share].float()
             assert float((dweight.float() - mine).norm() / mine.norm()) <= bound
         del alone, alone_dweight, gradient, dweight
-        prepared = {"loss": lambda trained=trained: lambda: call(own, group, trained)}
+        prepared = {"loss": functools.partial(functools.partial, call, own, group, trained)}
         dist.barrier()
         timing = common.interleaved(prepared, device, warmup=2, runs=args.runs)["loss"]
         dist.barrier()

@@ -8,12 +8,13 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import common
 import torch
-import training_setup as setup
-from training_case import Case
-from training_setup import Measured
-from training_workload import Workload, build_tokenizer
+
+from grpo_ext.bench import common
+from grpo_ext.bench import training_setup as setup
+from grpo_ext.bench.training_case import Case
+from grpo_ext.bench.training_setup import Measured
+from grpo_ext.bench.training_workload import Workload, build_tokenizer
 
 GIB = 2**30
 

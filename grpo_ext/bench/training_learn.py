@@ -24,14 +24,22 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-import common
 import torch
-import training_setup as setup
 from datasets import Dataset
-from training_case import CORRECTION
-from training_trace import ENGINE_PARTS, PARTS, Booker, Parts, head_replaced, instrument, instrument_engine
 from transformers import PrinterCallback, TrainerCallback
 
+from grpo_ext.bench import common
+from grpo_ext.bench import training_setup as setup
+from grpo_ext.bench.training_case import CORRECTION
+from grpo_ext.bench.training_trace import (
+    ENGINE_PARTS,
+    PARTS,
+    Booker,
+    Parts,
+    head_replaced,
+    instrument,
+    instrument_engine,
+)
 from grpo_ext.generation.engine import SamplingParams
 from grpo_ext.tasks.arithmetic import INSTRUCTION, arithmetic_questions, number_reward
 from grpo_ext.tasks.heldout import heldout_reward

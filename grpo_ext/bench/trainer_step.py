@@ -1,7 +1,7 @@
 """Seconds per training step of the CPU main job: this package's trainer against TRL's, same settings, same machine.
 
-    python bench/bench_trainer_step.py --trainer ours --steps 10
-    python bench/bench_trainer_step.py --trainer trl --steps 10      # needs trl==1.16.0
+    python -m grpo_ext.bench.trainer_step --trainer ours --steps 10
+    python -m grpo_ext.bench.trainer_step --trainer trl --steps 10      # needs trl==1.16.0
 
 SmolLM2-135M, LoRA r=16 on all linear layers, learning rate 2e-4 constant, 32 completions a step in groups of 8, 24 new
 tokens, one-digit products; weights in the type that `dtype: auto` stands for on this processor, or --dtype. The two
@@ -19,11 +19,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import common
 import torch
 from peft import LoraConfig
 from transformers import TrainerCallback
 
+from grpo_ext.bench import common
 from grpo_ext.tasks.arithmetic import arithmetic_datasets, number_reward
 from grpo_ext.tasks.dtype import fast_dtype
 from grpo_ext.tasks.models import load_model

@@ -1,9 +1,9 @@
 """GRPO loss from hidden states and the LM head, forward + backward, against the bare matrix products.
 
-    python bench/bench_linear.py                                        # CPU: 1024 rows, H 576, V 49152, fp32
-    python bench/bench_linear.py --device cuda                          # the four shapes of the README, bf16
-    python bench/bench_linear.py --device cuda --masked 0.27 --shapes 2048x151936
-    python bench/bench_linear.py --device cuda --improbable 1           # one token below e^-44: its tiles are recentred
+    python -m grpo_ext.bench.linear                                        # CPU: 1024 rows, H 576, V 49152, fp32
+    python -m grpo_ext.bench.linear --device cuda                          # the four shapes of the README, bf16
+    python -m grpo_ext.bench.linear --device cuda --masked 0.27 --shapes 2048x151936
+    python -m grpo_ext.bench.linear --device cuda --improbable 1           # one token below e^-44: its tiles are recentred
 
 F = 2 * rows * H * V operations. A frozen head needs two products of F each (logits, gradient of the hidden states), a
 trained one three. `bare` is those products by themselves, whole and without anything between them, in the same run,
@@ -41,11 +41,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import common
 import torch
 from torch import Tensor
 
 import grpo_ext
+from grpo_ext.bench import common
 from grpo_ext.linear.chunks import Numerics
 from grpo_ext.linear.probabilities import select_route, serves
 

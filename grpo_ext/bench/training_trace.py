@@ -15,15 +15,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import common
 import torch
-import training_setup as setup
 from torch import Tensor
-from training_phase import case_of
-from training_workload import Workload, build_tokenizer
 from transformers import TrainerCallback
 
 import grpo_ext
+from grpo_ext.bench import common
+from grpo_ext.bench import training_setup as setup
+from grpo_ext.bench.training_phase import case_of
+from grpo_ext.bench.training_workload import Workload, build_tokenizer
 
 #: Parts of a step in the order in which the plot stacks them.
 PARTS = (

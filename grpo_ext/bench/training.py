@@ -1,8 +1,8 @@
 """Whole training steps, this package's trainer and TRL's side by side.
 
-    python bench/bench_training.py phase --device cuda --cases 0.6b:lora:8,1.7b:lora:8 --output results
-    python bench/bench_training.py longest --device cuda --cases 8b:lora:8 --tokens 2048
-    python bench/bench_training.py phase --device cpu --cases tiny:lora:4 --prompts 2 --group 4 --tokens 16 --dtype fp32
+    python -m grpo_ext.bench.training phase --device cuda --cases 0.6b:lora:8,1.7b:lora:8 --output results
+    python -m grpo_ext.bench.training longest --device cuda --cases 8b:lora:8 --tokens 2048
+    python -m grpo_ext.bench.training phase --device cpu --cases tiny:lora:4 --prompts 2 --group 4 --tokens 16
 
 A case is model:lora|full:completions of a micro-batch, and maybe :spread or :equal, the lengths. Models are shapes of
 Qwen3 with random weights. `phase`, `longest` and `trace` hand the same prepared completions to both trainers
@@ -23,15 +23,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
-import plot_training
-import training_case
-import training_phase
-import training_setup
-import training_trace
-import training_two
+from grpo_ext.bench import (
+    common,
+    plot_training,
+    training_case,
+    training_phase,
+    training_setup,
+    training_trace,
+    training_two,
+)
 
-RESULTS = Path(__file__).parent / "results"
-PLOTS = Path(__file__).parent / "plots"
+RESULTS = common.RESULTS
+PLOTS = common.SOURCE_TREE / "plots"
 
 
 def case(text: str) -> tuple[str, str, int, str]:
@@ -139,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
         "two": training_two.two,
     }
     if args.part == "learn":  # needs packages that the others do not
-        import training_learn
+        from grpo_ext.bench import training_learn
 
         parts["learn"] = training_learn.learn
     good = parts[args.part](args)

@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from typing import Any
 
-import common
 import torch
 from torch import nn
-from training_case import Case, lora_config
-from training_workload import Workload
 from transformers import PrinterCallback, TrainerCallback
 
+from grpo_ext.bench import common
+from grpo_ext.bench.training_case import Case, lora_config
+from grpo_ext.bench.training_workload import Workload
 from grpo_ext.generation.engine import Completions
 from grpo_ext.trainer import GRPOConfig, GRPOTrainer
 
@@ -130,8 +130,9 @@ def build_ours(
         model, workload.reward, config, workload.dataset(), processing_class=tokenizer, peft_config=lora_config(case),
         callbacks=[watch],
     )  # fmt: skip
-    trainer.rollouts.engine = Prepared(workload)
-    trainer.rollouts.generate = watch.aside(trainer.rollouts.generate)
+    rollouts: Any = trainer.rollouts
+    rollouts.engine = Prepared(workload)
+    rollouts.generate = watch.aside(trainer.rollouts.generate)
     return trainer
 
 
@@ -142,7 +143,7 @@ def build_trl(
     import trl
     from datasets import Dataset
 
-    class Trainer(trl.GRPOTrainer):  # type: ignore[misc]
+    class Trainer(trl.GRPOTrainer):
         def _generate_single_turn(self, prompt_ids: Any, *_: Any, **__: Any) -> Any:
             return workload.serve(prompt_ids)
 

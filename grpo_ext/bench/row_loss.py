@@ -1,7 +1,7 @@
 """GRPO loss from logits, forward + backward: the compiled loss against plain torch and torch.compile of the same.
 
-    python bench/bench_row_loss.py --device cpu --threads 2
-    python bench/bench_row_loss.py --device cuda --rows 8192 --vocab 32000,49152,128256,151936,262144 --dtypes bf16 \
+    python -m grpo_ext.bench.row_loss --device cpu --threads 2
+    python -m grpo_ext.bench.row_loss --device cuda --rows 8192 --vocab 32000,49152,128256,151936,262144 --dtypes bf16 \
         --masked 0 --candidates inplace,fresh,op_inplace,op_fresh,op_stats,sequence,eager,liger,liger_sequence
 
 What is measured: the loss on `rows x V` logits that came out of another operation, and its backward up to the moment
@@ -33,18 +33,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import common
 import torch
 from torch import Tensor
 
 import grpo_ext
 from grpo_ext import _ops
+from grpo_ext.bench import common
 
 CONFIG = grpo_ext.LossConfig(loss_type="dapo", epsilon=0.2, epsilon_high=0.28)
 Loss = Callable[[Tensor, dict[str, Tensor]], Tensor]
@@ -177,11 +178,12 @@ def check_gradients(
         prepared(kept)()
         if kept:
             rows.setdefault(chosen[name].level, {})[name] = kept[0]
-    tolerance = {"rtol": 2e-2, "atol": 1e-6} if dtype != torch.float32 else {"rtol": 1e-3, "atol": 1e-8}
+    rtol, atol = (2e-2, 1e-6) if dtype != torch.float32 else (1e-3, 1e-8)
     for found in rows.values():
         expected = found.get("eager", next(iter(found.values())))
         for name, got in found.items():
-            torch.testing.assert_close(got, expected, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+            name_it = functools.partial("{}: {}".format, name)
+            torch.testing.assert_close(got, expected, rtol=rtol, atol=atol, msg=name_it)
 
 
 def operator_call(which: str, logits: Tensor, inputs: dict[str, Tensor]) -> Callable[[], Any]:

@@ -7,10 +7,11 @@ import dataclasses
 import tempfile
 from typing import Any
 
-import common
 import torch
-from training_workload import Workload
 from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from grpo_ext.bench import common
+from grpo_ext.bench.training_workload import Workload
 
 
 @dataclasses.dataclass(frozen=True)

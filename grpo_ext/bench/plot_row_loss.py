@@ -1,6 +1,6 @@
 """Draws bench/plots/row_loss_cuda.png from bench/results/row_loss_cuda.csv: bytes that must move, over time.
 
-    python bench/plot_row_loss.py
+    python -m grpo_ext.bench.plot_row_loss
 
 The dashed line is the rate of a plain copy measured in the same run, the roof of a kernel that does nothing but move
 its bytes.
@@ -9,14 +9,15 @@ its bytes.
 from __future__ import annotations
 
 import csv
-from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-FOLDER = Path(__file__).parent
+from grpo_ext.bench import common
+
+FOLDER = common.SOURCE_TREE
 SHOWN = {
     "op_inplace": ("grpo_ext, loss + gradient", "o-"),
     "sequence": ("grpo_ext, sequence level off-policy, forward + backward", "s-"),

@@ -1,9 +1,9 @@
-"""Draws what `bench_training.py` has left in a folder: PNG beside the CSV, or in ``--plots``.
+"""Draws what `grpo_ext.bench.training` has left in a folder: PNG beside the CSV, or in ``--plots``.
 
 Folders in it that hold a run's ``metrics_seed0.jsonl`` (or that of another seed) are drawn together: a step with
 generation each.
 
-python bench/plot_training.py bench/results --plots bench/plots
+python -m grpo_ext.bench.plot_training bench/results --plots bench/plots
 """
 
 from __future__ import annotations

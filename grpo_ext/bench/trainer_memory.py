@@ -1,7 +1,7 @@
 """Peak memory of one training step of `GRPOTrainer`, fused head against logits path.
 
-    python bench/bench_trainer_memory.py --layers 4                          # CPU, SmolLM2-135M cut short
-    python bench/bench_trainer_memory.py --device cuda --model qwen3-0.6b --rows 32 --tokens 1024
+    python -m grpo_ext.bench.trainer_memory --layers 4                          # CPU, SmolLM2-135M cut short
+    python -m grpo_ext.bench.trainer_memory --device cuda --model qwen3-0.6b --rows 32 --tokens 1024
 
 Each path trains in a process of its own: LoRA (or --full), gradient checkpointing, completions of equal length
 that are made up instead of generated, one warm-up step and --steps measured ones. Memory is what the process took at
@@ -24,13 +24,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import common
 import torch
 from peft import LoraConfig
 from torch import nn
-from training_workload import build_tokenizer
 from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 
+from grpo_ext.bench import common
+from grpo_ext.bench.training_workload import build_tokenizer
 from grpo_ext.generation.engine import Completions, SamplingParams
 from grpo_ext.tasks.dtype import fast_dtype
 from grpo_ext.tasks.models import load_model
@@ -129,7 +129,8 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         peft_config=None if arguments.full else lora,
         callbacks=[clock],
     )
-    trainer.rollouts.engine = MadeUp(arguments.tokens, vocabulary)
+    engine: Any = MadeUp(arguments.tokens, vocabulary)
+    trainer.rollouts.engine = engine
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -174,7 +175,7 @@ def main() -> None:
         return
     rows = []
     for path in PATHS:
-        command = [sys.executable, __file__, *sys.argv[1:], "--path", path]
+        command = [sys.executable, "-m", "grpo_ext.bench.trainer_memory", *sys.argv[1:], "--path", path]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         rows.append(json.loads(output.splitlines()[-1]))
         print(f"{path}: {rows[-1]['peak_mib']} MiB, {rows[-1]['seconds_per_step']} s per step", flush=True)

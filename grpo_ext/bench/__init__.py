@@ -1,0 +1,1 @@
+"""Measurements, each a module that runs alone: ``python -m grpo_ext.bench.linear --help``."""
