@@ -3,7 +3,7 @@
     python -m grpo_ext.bench.linear                                        # CPU: 1024 rows, H 576, V 49152, fp32
     python -m grpo_ext.bench.linear --device cuda                          # the four shapes of the README, bf16
     python -m grpo_ext.bench.linear --device cuda --masked 0.27 --shapes 2048x151936
-    python -m grpo_ext.bench.linear --device cuda --improbable 1           # one token below e^-44: its tiles are recentred
+    python -m grpo_ext.bench.linear --device cuda --improbable 1           # one token below e^-44, recentred
 
 F = 2 * rows * H * V operations. A frozen head needs two products of F each (logits, gradient of the hidden states), a
 trained one three. `bare` is those products by themselves, whole and without anything between them, in the same run,
