@@ -139,6 +139,16 @@ def test_reference_model_from_its_hidden_states() -> None:
     torch.testing.assert_close(without, LigerFusedLinearGRPOLoss(beta=0.0)(*arguments)[0], rtol=0, atol=0)
 
 
+def test_given_log_probabilities_precede_the_reference_model() -> None:
+    t = batch()
+    arguments = (torch.randn(4, 9, 16), torch.randn(131, 16), t["ids"], t["mask"], t["advantages"])
+    module = LigerFusedLinearGRPOLoss()
+    wanted, _ = module(*arguments, ref_per_token_logps=t["ref"])
+    with pytest.warns(UserWarning, match="Using ref_per_token_logps"):
+        loss, _ = module(*arguments, ref_per_token_logps=t["ref"], ref_input=arguments[0], ref_weight=arguments[1])
+    torch.testing.assert_close(loss, wanted, rtol=0, atol=0)
+
+
 def test_selective_log_softmax() -> None:
     t = batch()
     longer = torch.cat([torch.zeros(4, 3, dtype=torch.int64), t["ids"]], dim=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any
 
 import torch
@@ -90,7 +91,8 @@ class LigerFusedLinearGRPOLoss(nn.Module):
                 the hidden states.
             selected_token_ids, attention_mask: ``(B,T)``. advantages: ``(B,)``.
             ref_per_token_logps, old_per_token_logps: ``(B,T)`` or None.
-            ref_input, ref_weight, ref_bias: the reference model's, where its log probabilities are not given.
+            ref_input, ref_weight, ref_bias: the reference model's; not read, with a warning, beside
+                ``ref_per_token_logps``.
             vllm_is_ratio: ``(B,)``, ``(B,1)`` or ``(B,T)``.
 
         Returns:
@@ -138,6 +140,10 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         if not self.use_ref_model or self.config.beta == 0:
             return None
         if given is not None:
+            if ref_input is not None:
+                warnings.warn(
+                    "Using ref_per_token_logps; ref_input is not read: pass one of them", UserWarning, stacklevel=5
+                )
             return given
         if ref_input is None or ref_weight is None:
             raise ValueError(
