@@ -1,4 +1,7 @@
-"""grpo_ext: fast and exact GRPO-family losses in C++ and CUDA, and a trainer around them."""
+"""grpo_ext: fast and exact GRPO-family losses in C++ and CUDA, and a trainer around them.
+
+"SPEC section N" in comments and docstrings is a section of docs/inside/spec.md.
+"""
 
 from grpo_ext import reference
 from grpo_ext._build_info import __version__, build_info

@@ -26,31 +26,34 @@ class LossConfig:
     """The constants of one GRPO-family loss. Every field is a plain Python value, none is a tensor.
 
     Attributes:
-        loss_type: objective and reduction: ``grpo`` (https://arxiv.org/abs/2402.03300), ``bnpo``, ``dr_grpo``
-            (https://arxiv.org/abs/2503.20783), ``dapo`` (https://arxiv.org/abs/2503.14476), ``luspo``, ``cispo``
-            (https://arxiv.org/abs/2506.13585), ``sapo`` or ``vespo``.
-        importance_sampling_level: ``token``, or ``sequence`` for one ratio per completion
-            (GSPO, https://arxiv.org/abs/2507.18071).
-        epsilon: lower clip distance of the ratio, and the upper one where ``epsilon_high`` is None.
+        loss_type: objective and reduction: ``grpo``, ``bnpo``, ``dr_grpo``, ``dapo``, ``luspo``, ``cispo``, ``sapo``
+            or ``vespo`` (docs/losses.md; their papers: docs/papers.md).
+        importance_sampling_level: ``token``, or ``sequence`` for one ratio per completion (GSPO).
+        epsilon: lower clip distance of the ratio, and the upper one if ``epsilon_high`` is None.
         epsilon_high: upper clip distance; for ``cispo`` the absolute cap of the ratio (e.g. 5.0).
-        delta: upper bound of the unclipped ratio (two-sided clipping), None = no bound.
+        delta: upper bound of the unclipped ratio (two-sided clipping); None = no bound.
         beta: weight of the KL term against ``ref_logps``; 0 needs no reference model.
         use_bias_correction_kl: multiply the KL term by the (differentiable) ratio.
         entropy_coef: entropy bonus; the loss of a token falls by ``entropy_coef * entropy``.
         temperature: processed logits are ``softcap(logit_scale * z) / temperature``.
-        logit_softcap: ``c`` of ``c * tanh(u / c)``, None = no cap.
+        logit_softcap: ``c`` of ``softcap(u) = c * tanh(u / c)``; None = no cap.
         logit_scale: factor on the raw logits.
         max_completion_length: the constant divisor of ``dr_grpo``, in tokens.
-        top_entropy_quantile: keep the policy term of this share of tokens with the highest entropy.
-        off_policy_mask_threshold: drop the policy term of sequences with a negative advantage whose mean
-            ``behaviour - new`` log probability exceeds this, None = keep all.
-        sapo_temperature_pos, sapo_temperature_neg: slope of the sigmoid gate for A > 0 and A <= 0.
-        vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: the gamma weight for A >= 0 and A < 0.
+        top_entropy_quantile: share of tokens that keep their policy term: those with the highest entropy.
+        off_policy_mask_threshold: drop the policy term of a sequence with a negative advantage if the mean of
+            ``behaviour - new`` exceeds this; None = keep all.
+        sapo_temperature_pos: slope of the sigmoid gate for A > 0.
+        sapo_temperature_neg: slope of the sigmoid gate for A <= 0.
+        vespo_k_pos: power of the gamma weight for A >= 0.
+        vespo_lambda_pos: decay of the gamma weight for A >= 0.
+        vespo_k_neg: power of the gamma weight for A < 0.
+        vespo_lambda_neg: decay of the gamma weight for A < 0.
         vllm_importance_sampling_correction: form importance weights from ``sampling_logps`` when they are given.
-        vllm_importance_sampling_mode: ``{token,sequence}_{truncate,mask}``.
+        vllm_importance_sampling_mode: one of ``token_truncate``, ``token_mask``, ``sequence_truncate`` and
+            ``sequence_mask``.
         vllm_importance_sampling_cap: upper bound of the weight.
-        vllm_importance_sampling_clip_max: another name of the cap; wins when set.
-        vllm_importance_sampling_clip_min: lower bound of the weight, None = 0.
+        vllm_importance_sampling_clip_max: another name of the cap; overrides it if set.
+        vllm_importance_sampling_clip_min: lower bound of the weight; None = 0.
 
     Numbers of numpy and 0-d tensors become plain ones; text is never read as a number or a truth value.
 

@@ -1,5 +1,5 @@
-# ruff: noqa: E741  (l is SPEC's name for the loss of a token)
-"""The losses of this package in plain torch, to be read beside SPEC.md: a function per step.
+# ruff: noqa: E741  (l is the specification's name for the loss of a token)
+"""The losses of this package in plain torch: one function for each step of docs/inside/spec.md ("SPEC section N").
 
 Differentiable by autograd and exact in fp64: give it fp64 tensors. The compiled functions of the same names
 are tested against this module.

@@ -1,4 +1,5 @@
-// From log probabilities to coefficients: SPEC sections 2 to 4 for a batch of sequences.
+// From log probabilities to coefficients: SPEC sections 2 to 4 (docs/inside/spec.md) for a batch
+// of sequences.
 //
 // The work per sequence is: accumulate SequenceSums over its tokens, turn them into SequenceTerms,
 // evaluate every token with them. CPU and CUDA differ only in how they loop.

@@ -1,4 +1,5 @@
-// The loss of one token and its derivatives: SPEC section 2, written once for CPU and CUDA.
+// The loss of one token and its derivatives: SPEC section 2 (docs/inside/spec.md), written once for
+// CPU and CUDA.
 //
 // A token's loss l depends on its log probability `new` directly (KL, cispo, vespo) and through the
 // log ratio w, which at sequence level is shared by the whole completion. Both partial derivatives

@@ -25,8 +25,8 @@ Loss: dapo (token level, clip 0.2/0.28) with old log probabilities, mask and adv
     quack      chunked_linear_cross_entropy of QuACK, where that is installed (Hopper): plain cross entropy of all rows,
                another loss and less to do
 
-On a Hopper GPU ours take the probability route (docs/probabilities.md). A name with ``:logits`` behind it goes by way
-of logits there too: ``--candidates loss,loss:logits``.
+On a Hopper GPU ours take the probability route (docs/inside/probabilities.md). A name with ``:logits`` behind it
+goes by way of logits there too: ``--candidates loss,loss:logits``.
 
 Columns: extra_mb is the peak memory above what lay there before, outputs included (`common.peak_extra_bytes`);
 logp_error the greatest difference of a log probability from fp64, over 64 rows.

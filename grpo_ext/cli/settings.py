@@ -19,12 +19,14 @@ class DatasetSettings:
     """Where the questions come from.
 
     Attributes:
-        task: an arithmetic task: products, basic_arithmetic or chain_sum.
+        task: the arithmetic task to generate: products, basic_arithmetic or chain_sum.
         path: a .jsonl or .json file with a ``prompt`` in each row, or a dataset's hub name.
-        split: of a hub dataset.
-        digits, terms, draws: size of the task's questions, see `grpo_ext.tasks.arithmetic_datasets`.
+        split: the split of a hub dataset to load.
+        digits: digits of each operand of the task's questions.
+        terms: operands in each of the task's questions.
+        draws: the task's questions to draw, before duplicates are dropped.
         heldout: distinct questions to hold out; 0 trains on all of a file or hub dataset.
-        seed: of the split into train and held-out, null = the run's seed.
+        seed: seed of the split into train and held-out; null = the run's seed.
     """
 
     task: str | None = None
@@ -39,7 +41,14 @@ class DatasetSettings:
 
 @dataclasses.dataclass
 class LoraSettings:
-    """The adapter: rank, scale (null = twice the rank), dropout and the layers it sits on."""
+    """The adapter.
+
+    Attributes:
+        r: rank of the adapter.
+        alpha: scale of the adapter, before division by the rank; null = twice the rank.
+        dropout: dropout probability of the adapter's input in training.
+        target_modules: layers with an adapter: all-linear, or a list of names.
+    """
 
     r: int = 16
     alpha: int | None = None
@@ -53,12 +62,12 @@ class RunSettings:
 
     Attributes:
         model: a packaged name, a folder, or a hub name.
-        dtype: float32, bfloat16 or float16: the type of the weights; or auto: bfloat16 where the GPU or processor
-            multiplies it in hardware, else float32. The run's own config.yaml then names the type.
-        dataset: a mapping, or one word: a task's name, a file or a hub name.
-        reward_funcs: ``number`` (the last number equals the row's ``answer``), ``package.module:function`` or
-            ``file.py:function``.
-        lora: a mapping, or null to train all the weights.
+        dtype: type of the weights: float32, bfloat16, float16, or auto: bfloat16 if the device multiplies it in
+            hardware, else float32.
+        dataset: the dataset's section, or one word for it: a task, a file or a hub name.
+        reward_funcs: reward functions: ``number`` (the last number equals the row's ``answer``),
+            ``package.module:function`` or ``file.py:function``.
+        lora: the adapter's section; true = its defaults, null = train all weights.
         heldout_samples: answers sampled per held-out question, before and after training.
         trainer: the fields of `GRPOConfig` that were given.
     """

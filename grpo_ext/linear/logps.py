@@ -197,7 +197,8 @@ def linear_selective_log_softmax(
             ``softcap(logit_scale * logits) / temperature`` with ``softcap(u) = c * tanh(u / c)``.
         return_entropy: also return the entropy of each row's distribution, in nats, with gradient.
         logits_dtype: None: logits are rounded to the dtype of the product, as a model does; ``"float32"``: they stay as
-            the product accumulates them. In bf16 on Hopper GPUs nothing is rounded either way (docs/probabilities.md).
+            the product accumulates them. In bf16 on Hopper GPUs nothing is rounded either way
+            (docs/inside/probabilities.md).
         process_group: ranks that hold equal consecutive shards of ``weight`` (and ``bias``), and the same everything
             else. ``ids`` are those of the whole vocabulary.
         memory_budget: bytes for logits; None: 1220 MiB on CUDA devices, 128 MiB on the CPU

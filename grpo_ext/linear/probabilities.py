@@ -1,9 +1,9 @@
 """The probability route: the product with the head hands over ``E = exp(z - z_target)`` instead of logits.
 
 No pass over ``[tokens, V]`` is left: sums and target come out of the product's epilogue, the gradient's products take E
-as it is, and what a row still needs is one factor, applied to tensors of ``[tokens, H]``. docs/probabilities.md has the
-method and its errors. `refusal` decides who is served; `Probabilities` are the buffers and kernels of one call, and the
-loops over its chunks are in `probabilities_loops`.
+as it is, and what a row still needs is one factor, applied to tensors of ``[tokens, H]``. The method and its errors
+are in docs/inside/probabilities.md. `refusal` decides who is served; `Probabilities` are the buffers and kernels of one
+call, and the loops over its chunks are in `probabilities_loops`.
 """
 
 from __future__ import annotations

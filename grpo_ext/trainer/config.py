@@ -55,35 +55,40 @@ class GRPOConfig(TrainingArguments):
     ]
 
     # Defaults of TrainingArguments that do not suit this trainer.
-    learning_rate: float = _field(1e-6, "Initial learning rate of the optimizer (LoRA wants about 100 times more).")
+    learning_rate: float = _field(
+        1e-6, "Initial learning rate of the optimizer; a LoRA adapter needs about 100 times more."
+    )
     logging_steps: float = _field(1, "Optimizer steps between two lines of metrics.")
-    logging_nan_inf_filter: bool = _field(False, "True hides a loss that is not finite from the log.")
-    remove_unused_columns: bool | None = _field(False, "Kept for transformers; columns always reach the rewards.")
+    logging_nan_inf_filter: bool = _field(False, "True leaves non-finite losses out of the logged loss.")
+    remove_unused_columns: bool | None = _field(
+        False, "Has no effect: all columns of the dataset reach the reward functions."
+    )
 
     # Model
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Keyword arguments of from_pretrained when the model is given as a name or a folder."},
     )
-    dtype: str | None = _field(None, "Weights' type: float16, bfloat16 or float32; None keeps the model's own.")
+    dtype: str | None = _field(None, "Type of the weights: float16, bfloat16 or float32; None keeps the model's own.")
 
     # Loss
     loss_type: str = _field("dapo", "Objective and reduction: grpo, bnpo, dr_grpo, dapo, luspo, cispo, sapo or vespo.")
     importance_sampling_level: str = _field("token", "One ratio per token, or per sequence (GSPO).")
-    num_iterations: int = _field(1, "How many times each generation batch is used for updates.")
+    num_iterations: int = _field(1, "Times that each generation batch is used for updates.")
     epsilon: float = _field(0.2, "Lower clip distance of the ratio.")
     epsilon_high: float | None = _field(
-        None, "Upper clip distance of the ratio (DAPO: 0.28; cispo: absolute cap); None = epsilon."
+        None, "Upper clip distance of the ratio; for cispo the cap itself, such as 5.0; None = epsilon."
     )
-    delta: float | None = _field(None, "Upper bound of the unclipped ratio (two-sided clipping); None = none.")
-    beta: float = _field(0.0, "Weight of the KL term; a reference model is kept only when it is not 0.")
+    delta: float | None = _field(None, "Upper bound of the unclipped ratio (two-sided clipping); None = no bound.")
+    beta: float = _field(0.0, "Weight of the KL term; a reference model is loaded only if it is not 0.")
     use_bias_correction_kl: bool = _field(False, "Multiply the KL term by the importance ratio.")
     entropy_coef: float = _field(0.0, "Weight of the entropy bonus.")
     top_entropy_quantile: float = _field(
-        1.0, "Share of tokens, those of the highest entropy, that keep their policy loss."
+        1.0, "Share of tokens that keep their policy loss: those with the highest entropy."
     )
     off_policy_mask_threshold: float | None = _field(
-        None, "Drop sequences of negative advantage that moved further than this from their sampling policy."
+        None,
+        "Drop a sequence of negative advantage if its mean log probability fell by more than this; None = keep all.",
     )
     sapo_temperature_pos: float = _field(1.0, "sapo: slope of the gate for positive advantages.")
     sapo_temperature_neg: float = _field(1.05, "sapo: slope of the gate for the other advantages.")
@@ -91,44 +96,40 @@ class GRPOConfig(TrainingArguments):
     vespo_lambda_pos: float = _field(3.0, "vespo: decay of the weight for advantages of at least 0.")
     vespo_k_neg: float = _field(3.0, "vespo: power of the weight for negative advantages.")
     vespo_lambda_neg: float = _field(2.0, "vespo: decay of the weight for negative advantages.")
-    mask_truncated_completions: bool = _field(
-        False, "Leave completions that did not reach an end token out of the loss."
-    )
+    mask_truncated_completions: bool = _field(False, "Leave completions without an end token out of the loss.")
 
     use_fused_head: bool | None = _field(
         None,
-        "Form the loss from the hidden states and the head, without the logits: None where the model allows it, True "
-        "as a must, False never.",
+        "Compute the loss from hidden states and head, without all the logits; None = if the model allows it, True = "
+        "or fail, False = never.",
     )
     head_memory_budget: int | None = _field(
         None,
-        "Bytes that the fused head may lay pieces of the logits in: more is a little faster. None = 512 MiB on a GPU, "
-        "128 MiB on the CPU.",
+        "Bytes for the piece of the logits that the fused head holds at a time; more is faster; None = 512 MiB on a "
+        "GPU, 128 MiB on the CPU.",
     )
     use_fused_lora: bool | None = _field(
         None,
-        "Run PEFT's LoRA layers in three matrix products, with a backward of their own: None where a layer allows it, "
-        "True as a must, False never.",
+        "Run PEFT's LoRA layers in three matrix products with their own backward; None = layers that allow it, True = "
+        "all or fail, False = none.",
     )
     use_fused_norm: bool | None = _field(
         None,
-        "Run RMSNorm layers in one kernel, in fp32 with a single rounding: None where a layer allows it, True "
-        "as a must, False never.",
+        "Run RMSNorm layers in one kernel, in fp32 with a single rounding; None = layers that allow it, True = all or "
+        "fail, False = none.",
     )
 
     skip_zero_gradient_sequences: bool = _field(
         True,
-        "Leave completions whose gradient is known to be zero out of forward and backward; entropy, ratios and clip "
-        "ratios in the log are then those of the others.",
+        "Leave completions with a known zero gradient out of forward and backward; logged entropy and ratios then "
+        "cover the others.",
     )
     max_nonfinite_steps: int = _field(
-        3, "So many optimizer steps in a row with a loss or gradient that is not finite (each is skipped) are an error."
+        3, "Steps with a non-finite loss or gradient are skipped; this many in a row raise an error."
     )
     sync_ref_model: bool = _field(False, "Move the reference model towards the policy during the run.")
-    ref_model_mixup_alpha: float = _field(
-        0.6, "Share of the policy in the reference model after such a move; the rest stays."
-    )
-    ref_model_sync_steps: int = _field(512, "Optimizer steps between two of these moves.")
+    ref_model_mixup_alpha: float = _field(0.6, "Share of the policy in the reference model after a sync.")
+    ref_model_sync_steps: int = _field(512, "Optimizer steps between two syncs.")
 
     # Rewards
     reward_weights: list[float] | None = field(
@@ -136,23 +137,25 @@ class GRPOConfig(TrainingArguments):
     )
     scale_rewards: str | bool = _field(
         "group",
-        "Divide advantages by the standard deviation of the group, the batch, or none (True/False too).",
+        "Divide advantages by the standard deviation of the group, of the batch, or not at all (none).",
     )
 
     score_while_generating: bool = _field(
         False,
-        "Call the reward functions with the completions of one prompt at a time, in a thread of their own, while those "
-        "of other prompts are still being generated; off, with all of this process's completions at once.",
+        "Score each prompt's completions in a separate thread as soon as they are complete; False = all together after "
+        "generation.",
     )
 
     # Generation
-    num_generations: int = _field(8, "Completions per prompt: the group that advantages compare.")
+    num_generations: int = _field(
+        8, "Completions per prompt; the advantage compares each with the others of its prompt."
+    )
     max_prompt_length: int | None = _field(
-        None, "Longer prompts keep only their last max_prompt_length tokens; None = no limit."
+        None, "Cut longer prompts to their last max_prompt_length tokens; None = no limit."
     )
     max_completion_length: int = _field(512, "Longest completion in tokens.")
     temperature: float = _field(1.0, "Sampling temperature; the loss divides the logits by it too.")
-    top_p: float = _field(1.0, "Sample from the smallest set of tokens with this probability; 1 = all.")
+    top_p: float = _field(1.0, "Sample from the smallest set of tokens with this total probability; 1 = all.")
     top_k: int | None = _field(None, "Sample from the k most probable tokens; None or 0 = all.")
     min_p: float | None = _field(
         None, "Sample from tokens with at least this share of the top token's probability; None = all."
@@ -161,97 +164,98 @@ class GRPOConfig(TrainingArguments):
     generation_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "More fields of transformers.GenerationConfig; top_p, top_k, min_p and repetition_penalty among "
-            "them win over the ones above. Not temperature, seed, beams: what the trainer has to know."
+            "help": "More fields of transformers.GenerationConfig; they override the fields above; temperature, seed "
+            "and beams are errors."
         },
     )
     steps_per_generation: int | None = _field(
-        None, "Micro-batches one generation batch is cut into; None = gradient_accumulation_steps."
+        None, "Micro-batches that a generation batch is cut into; None = gradient_accumulation_steps."
     )
     generation_batch_size: int | None = _field(
         None, "Rows of a generation batch over all processes; instead of steps_per_generation."
     )
-    shuffle_dataset: bool = _field(True, "A new order of the prompts each epoch.")
-    shuffle_completions: bool = _field(False, "Mix the rows of a generation batch before it is cut into micro-batches.")
+    shuffle_dataset: bool = _field(True, "Shuffle the prompts in each epoch.")
+    shuffle_completions: bool = _field(
+        False, "Shuffle the rows of a generation batch before it is cut into micro-batches."
+    )
     length_sorted_batches: bool = _field(
         False,
-        "Put completions of like lengths into the same micro-batch of an optimizer step; less padding (bnpo divides by "
-        "the tokens of each micro-batch, and top_entropy_quantile compares those of one, so their gradients change).",
+        "Sort completions by length within an optimizer step: less padding; changes gradients of bnpo and of "
+        "top_entropy_quantile.",
     )
     fill_micro_batches: bool = _field(
         False,
-        "Sort by length, too, and put short completions into fewer micro-batches, none larger in padded tokens than "
-        "one of per_device_train_batch_size of the longest, and as many on all processes (bnpo then divides by the "
-        "mean number of tokens of a process's micro-batches, and top_entropy_quantile compares those of one, so their "
-        "gradients change).",
+        "Pack short completions into fewer micro-batches, none larger than one of the longest; changes gradients of "
+        "bnpo and of top_entropy_quantile.",
     )
     padding_free: bool = _field(
         False,
-        "Lay the sequences of a micro-batch end to end instead of padding them, where the model keeps such sequences "
-        "apart and the fused head is in use; the trainer says so where not.",
+        "Concatenate the sequences of a micro-batch instead of padding them; needs the fused head and a model that "
+        "separates them.",
     )
     share_prompts: bool = _field(
         True,
-        "Compute the keys and values of a prompt once for all its completions in a micro-batch; on a GPU only where "
-        "that saves more than a pass of its own costs the host.",
+        "Compute a prompt's keys and values once for all its completions in a micro-batch; on a GPU only if that saves "
+        "time.",
     )
 
     # vLLM (the importance sampling fields act whenever an engine reports log probabilities)
     use_vllm: bool = _field(False, "Generate with vLLM.")
-    vllm_mode: str = _field("colocate", "vLLM in this process (colocate) or elsewhere (server).")
+    vllm_mode: str = _field("colocate", "Run vLLM in this process (colocate) or use a running server (server).")
     vllm_lora_mode: str | None = _field(
         None,
-        "How an adapter reaches vLLM: adapter (hot-loaded, a new id each step) or merged (into all weights); None = "
-        "merged in this process, adapter on a server.",
+        "How vLLM gets an adapter: adapter (hot-loaded) or merged (into the weights); None = merged in this process, "
+        "adapter on a server.",
     )
-    vllm_tensor_parallel_size: int = _field(1, "Processes that hold one engine's weights together (colocate).")
+    vllm_tensor_parallel_size: int = _field(1, "Processes that share one engine (colocate).")
     vllm_gpu_memory_utilization: float = _field(0.3, "Share of the GPU's memory for vLLM (colocate).")
     vllm_max_model_length: int | None = _field(
         None,
-        "Longest prompt and completion together, in tokens (colocate); None = max_prompt_length + "
-        "max_completion_length, or the model's context.",
+        "Longest prompt plus completion, in tokens (colocate); None = max_prompt_length + max_completion_length, or "
+        "the model's context.",
     )
-    vllm_enable_sleep_mode: bool = _field(False, "Give vLLM's GPU memory back between generations.")
+    vllm_enable_sleep_mode: bool = _field(False, "Release vLLM's GPU memory between generations.")
     vllm_sleep_level: int = _field(
         1,
-        "1 keeps its weights in host memory meanwhile, 2 drops them and takes over all of them anew; not with "
-        "vllm_lora_mode='adapter'.",
+        "Sleep mode: 1 keeps vLLM's weights in host memory, 2 drops them and loads all again; 2 needs "
+        "vllm_lora_mode='merged'.",
     )
     vllm_enforce_eager: bool | None = _field(
-        None, "No CUDA graphs and no compilation in vLLM (colocate); None = on the CPU only."
+        None, "Run vLLM without CUDA graphs and compilation (colocate); None = on the CPU only."
     )
     vllm_engine_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "More arguments of vllm.LLM (colocate); they win over the ones above."}
+        default=None, metadata={"help": "More arguments of vllm.LLM (colocate); they override the fields above."}
     )
     vllm_weight_check_bound: float | None = _field(
         None,
-        "Largest mean difference, in nats, of vLLM's and the trainer's log probabilities of a fixed prompt; None = "
-        "1e-3 in float32, 0.1 in float16, 0.5 in bfloat16; inf = report only.",
+        "Largest allowed vllm/weight_check, in nats; None = 1e-3 in float32, 0.1 in float16, 0.5 in bfloat16; inf = "
+        "report only.",
     )
-    vllm_server_base_url: str | None = _field(None, "Such as http://127.0.0.1:8000; wins over host and port.")
+    vllm_server_base_url: str | None = _field(
+        None, "The server's address, such as http://127.0.0.1:8000; overrides host and port."
+    )
     vllm_server_host: str = _field("127.0.0.1", "The server's host.")
     vllm_server_port: int = _field(8000, "The server's port.")
     vllm_server_allow_remote: bool = _field(
         False,
-        "Allow a server on another host than this one. It is told paths of weights; its API key comes from the "
-        "environment variable VLLM_API_KEY.",
+        "Allow a server on another host. It is told paths of weights; its API key comes from the environment variable "
+        "VLLM_API_KEY.",
     )
-    vllm_server_timeout: float = _field(240.0, "Seconds to wait for the server to be up.")
-    vllm_request_timeout: float = _field(600.0, "Seconds to wait for one answer of the server.")
+    vllm_server_timeout: float = _field(240.0, "Seconds to wait for the server to start.")
+    vllm_request_timeout: float = _field(600.0, "Seconds to wait for one response of the server.")
     vllm_sync_dir: str | None = _field(
         None,
-        "Folder through which weights and adapters reach the server, under the same path there; None = "
-        "output_dir/vllm.",
+        "Folder for weights and adapters on their way to the server, at the same path there; None = output_dir/vllm.",
     )
     vllm_importance_sampling_correction: bool = _field(
-        True, "Correct for the difference between the generation engine's and the trainer's probabilities."
+        True, "Weight tokens by the ratio of the trainer's to the engine's probability."
     )
     vllm_importance_sampling_mode: str = _field(
-        "token_truncate", "token_truncate, token_mask, sequence_truncate or sequence_mask."
+        "token_truncate", "One of token_truncate, token_mask, sequence_truncate and sequence_mask."
     )
     vllm_importance_sampling_cap: float = _field(2.0, "Upper bound of the importance weight.")
-    vllm_importance_sampling_clip_max: float | None = _field(None, "Another name of the cap; wins when set.")
-    vllm_importance_sampling_clip_min: float | None = _field(None, "Lower bound of the importance weight.")
+    vllm_importance_sampling_clip_max: float | None = _field(None, "Another name of the cap; overrides it if set.")
+    vllm_importance_sampling_clip_min: float | None = _field(None, "Lower bound of the importance weight; None = 0.")
 
     # Evaluation
     num_generations_eval: int = _field(1, "Completions per prompt in evaluation.")
@@ -259,7 +263,9 @@ class GRPOConfig(TrainingArguments):
 
     # Records
     log_completions: bool = _field(False, "Print a table of sample completions at every log.")
-    num_completions_to_print: int | None = _field(8, "Rows of that table; None = the whole generation batch.")
+    num_completions_to_print: int | None = _field(
+        8, "Rows of the table of sample completions; None = the whole generation batch."
+    )
     save_completions: bool = _field(
         True, "Write every generation batch to output_dir/completions/ as JSON lines, one file each."
     )

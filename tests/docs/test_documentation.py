@@ -13,7 +13,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+PAGES = sorted(DOCS.rglob("*.md"))
 #: Pages that are read where they lie, not on the site.
 LOOSE = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "bench/README.md", "bench/NOTES.md")]
 
@@ -56,13 +56,18 @@ def settings() -> dict[str, Any]:
     return yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
 
 
+def menu(entries: list[dict[str, Any]]) -> Iterator[str]:
+    for entry in entries:
+        for page in entry.values():
+            yield from menu(page) if isinstance(page, list) else [page]
+
+
 def test_every_page_is_in_the_menu() -> None:
-    listed = [name for entry in settings()["nav"] for name in entry.values()]
-    assert sorted(listed) == [page.name for page in PAGES]
+    assert sorted(menu(settings()["nav"])) == sorted(page.relative_to(DOCS).as_posix() for page in PAGES)
 
 
 def test_reference_names_exist() -> None:
-    names = re.findall(r"^::: ([\w.]+)$", (DOCS / "reference.md").read_text(encoding="utf-8"), re.MULTILINE)
+    names = re.findall(r"^::: ([\w.]+)$", (DOCS / "inside/reference.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(names) >= 10
     for name in names:
         module, _, attribute = name.rpartition(".")
@@ -73,7 +78,7 @@ def test_reference_names_exist() -> None:
 def test_everything_public_is_in_the_reference() -> None:
     import grpo_ext
 
-    text = (DOCS / "reference.md").read_text(encoding="utf-8")
+    text = (DOCS / "inside/reference.md").read_text(encoding="utf-8")
     missing = [name for name in grpo_ext.__all__ if f"::: grpo_ext.{name}\n" not in text]
     assert missing == ["__version__", "build_info"]  # `grpo-ext info` prints them
 

@@ -4,8 +4,8 @@
 // softmax reference, the logit of its own token; `probability_product` multiplies and exponentiates
 // in the epilogue (sm_90a only); `fold_partials` turns its partial sums into log probabilities and
 // factors, of a loss too where a token's coefficient depends on no other row's logits. Why
-// this is exact is written in docs/probabilities.md. Exponents are to base 2: t = (z - reference) /
-// ln 2.
+// this is exact is written in docs/inside/probabilities.md. Exponents are to base 2:
+// t = (z - reference) / ln 2.
 #pragma once
 
 #include <cstdint>
