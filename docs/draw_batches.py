@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from grpo_ext.trainer.batching import BatchPlan, PromptSchedule, plan_batches
+from grpo_ext.rollouts.batching import BatchPlan, PromptSchedule, plan_batches
 
 FOLDER = Path(__file__).parent / "plots"
 
