@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from grpo_ext.trainer import GRPOConfig
 from grpo_ext.rollouts.batching import PromptSchedule, plan_batches
+from grpo_ext.trainer import GRPOConfig
 
 ROOT = Path(__file__).parents[2]
 SPEC = (ROOT / "docs/inside/spec.md").read_text(encoding="utf-8")
