@@ -319,9 +319,10 @@ def _attributes(cls: type) -> dict[str, str]:
 def _table(settings: Iterator[Setting] | list[Setting], elsewhere: bool = True) -> str:
     lines = []
     for setting in settings:
-        cells = [f"`{setting.name}`", setting.default, setting.type, _sentence(setting.help)]
+        default = f"{setting.default} ({setting.type})" if setting.default else f"required ({setting.type})"
+        cells = [f"`{setting.name}`", default, _sentence(setting.help)]
         lines.append("| " + " | ".join(cells + ([setting.trl, setting.unsloth] if elsewhere else [])) + " |")
-    head = ["field", "default", "type", "meaning"] + (["TRL", "Unsloth"] if elsewhere else [])
+    head = ["field", "default (type)", "meaning"] + (["TRL", "Unsloth"] if elsewhere else [])
     return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *lines, ""])
 
 
