@@ -1,7 +1,7 @@
 """GRPO loss from hidden states and the LM head, forward + backward, against the bare matrix products.
 
     python -m grpo_ext.bench.linear                                        # CPU: 1024 rows, H 576, V 49152, fp32
-    python -m grpo_ext.bench.linear --device cuda                          # the four shapes of the README, bf16
+    python -m grpo_ext.bench.linear --device cuda                          # the four shapes of docs/benchmarks.md, bf16
     python -m grpo_ext.bench.linear --device cuda --masked 0.27 --shapes 2048x151936
     python -m grpo_ext.bench.linear --device cuda --improbable 1           # one token below e^-44, recentred
 

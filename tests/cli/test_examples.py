@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import runpy
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,55 @@ def _code(text: str) -> list[str]:
     return [line for line in lines if line and not line.startswith(('"""', "#"))]
 
 
-def test_readme_shows_the_examples() -> None:
-    readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
-    blocks = [_code(block.split("```")[0]) for block in readme.split("```python\n")[1:]]
-    loss, trainer = (
-        _code((EXAMPLES / f"minimal_{name}.py").read_text(encoding="utf-8")) for name in ("loss", "trainer")
+def _blocks(page: str) -> list[str]:
+    text = (EXAMPLES.parent / page).read_text(encoding="utf-8")
+    return re.findall(r"^```py(?:thon)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("example", "page"),
+    [
+        ("gsm8k_gpu", "README.md"),
+        ("gsm8k_gpu", "docs/start/gpu.md"),
+        ("minimal_loss", "docs/start/loss.md"),
+        ("minimal_trainer", "docs/start/cpu.md"),
+    ],
+)
+def test_pages_show_the_examples(example: str, page: str) -> None:
+    lines = _code((EXAMPLES / f"{example}.py").read_text(encoding="utf-8"))
+    # A script may also fix the seed and print.
+    assert _code(_blocks(page)[0]) == [x for x in lines if "manual_seed" not in x and not x.startswith("print(")]
+
+
+def test_readme_loss() -> None:
+    names: dict[str, Any] = {}
+    exec(_blocks("README.md")[1], names)
+    assert names["logits"].grad.norm() > 0
+
+
+def test_gsm8k_gpu(toy_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a toy model, four rows and a CPU in place of Qwen2.5, GSM8K and a GPU."""
+    import datasets
+
+    from grpo_ext.trainer import trainer as module
+
+    questions = [{"question": f"What is {n} + 2?", "answer": f"Add.\n#### {n + 2}"} for n in range(4)]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(questions))
+    real_config, real_load = module.GRPOConfig, module.load_model
+    small = {"max_steps": 2, "max_completion_length": 4, "use_cpu": True, "report_to": "none"}
+    monkeypatch.setattr(
+        "grpo_ext.trainer.GRPOConfig", lambda folder, **fields: real_config(folder, **{**fields, **small})
     )
-    assert blocks[1] == trainer
-    # The script also fixes the seed and prints.
-    assert blocks[0] == [line for line in loss if "manual_seed" not in line and not line.startswith("print(")]
+    asked: list[str] = []
+    monkeypatch.setattr(module, "load_model", lambda name, args: asked.append(name) or real_load(str(toy_model), args))
+    monkeypatch.setattr(module, "load_tokenizer", lambda *_: load_model(str(toy_model))[1])
+    monkeypatch.chdir(tmp_path)
+    names = runpy.run_path(str(EXAMPLES / "gsm8k_gpu.py"))
+    assert asked == ["Qwen/Qwen2.5-0.5B-Instruct"]
+    answers = [[{"content": f"Thinking of 7, so the answer is {n}."}] for n in (42, 41)]
+    assert names["correct"](answers, answer=["#### 42", "#### 42"]) == [1.0, 0.0]
+    lines = (tmp_path / "runs/gsm8k/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert sum("reward" in json.loads(line) for line in lines) == 2
 
 
 def test_minimal_loss(capsys: pytest.CaptureFixture[str]) -> None:
