@@ -2,7 +2,7 @@
 
 ``--ours liger`` puts the drop-ins in the place of Liger's classes. ``--ours stock,patch,fuse`` runs each of TRL's tests
 with TRL alone, with ``patch()`` and with ``patch(fuse_loss=True)``; HF_HOME is then the folder that tools/trl_hub.py
-makes, which stands in for the hub. docs/peer_tests.md has the commands and the results.
+makes, which stands in for the hub. docs/integrations/peer_tests.md has the commands and the results.
 """
 
 from __future__ import annotations
