@@ -477,12 +477,15 @@ def test_an_infinite_loss_under_a_scaler_takes_no_step(tmp_path: Path) -> None:
         assert torch.equal(before, weight) == (extra > 0)
 
 
-def test_nonfinite_steps_are_skipped_and_then_an_error(make_trainer: Make) -> None:
+def test_nonfinite_steps_are_skipped_and_then_an_error(make_trainer: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_model()
     with torch.no_grad():
         model.lm_head.weight[3] = math.nan
     before = [p.clone() for p in model.parameters()]
     trainer = make_trainer(model=model, engine=FixedEngine(), max_steps=5, max_nonfinite_steps=2)
+    rollouts: list[Rollout] = []
+    assemble = trainer.rollouts.assemble
+    monkeypatch.setattr(trainer.rollouts, "assemble", lambda *args: rollouts.append(assemble(*args)) or rollouts[-1])
     with pytest.raises(NonfiniteError, match=r"step 2: the loss is not finite, for 2 step\(s\) in a row") as error:
         trainer.train()
     assert all(torch.equal(a, b) or a.isnan().any() for a, b in zip(before, model.parameters(), strict=True))
@@ -493,7 +496,7 @@ def test_nonfinite_steps_are_skipped_and_then_an_error(make_trainer: Make) -> No
     assert saved["micro_batches"] == [
         {"generation": (0, 1), "slice": 0, "rows": [0, 1, 2, 3, 4, 5], "loss_finite": False}
     ]
-    assert Rollout.from_state_dict(saved["rollouts"][(0, 1)]).completion_ids == trainer._rollout.completion_ids
+    assert Rollout.from_state_dict(saved["rollouts"][(0, 1)]).completion_ids == rollouts[1].completion_ids
 
 
 @pytest.mark.parametrize("every", [1, 2, 4])
