@@ -12,22 +12,10 @@ import torch
 from torch import Tensor
 
 from grpo_ext._ops import DTYPE_CODES
+from grpo_ext._ops.schemas import PolicyTensors
 from grpo_ext.config import LossConfig, plain_value
 
 Number = int | float
-
-
-class PolicyTensors(NamedTuple):
-    """The tensor arguments that all policy operators share, in their order: ``(B,T)`` unless said otherwise."""
-
-    mask: Tensor
-    advantages: Tensor  # (B,) or (B,T)
-    old_logps: Tensor | None
-    ref_logps: Tensor | None
-    sampling_logps: Tensor | None
-    importance_weights: Tensor | None  # (B,) or (B,T)
-    num_items: Tensor | None  # ()
-    entropy_threshold: Tensor | None  # ()
 
 
 def describe(value: Any) -> str:

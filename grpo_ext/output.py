@@ -8,24 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from grpo_ext import _C
+
 #: Keys of ``GRPOLossOutput.metrics``, in this order; detached 0-d tensors on the loss's device.
-METRIC_NAMES: tuple[str, ...] = (
-    "tokens",
-    "entropy",
-    "kl",
-    "clip_ratio/low_mean",
-    "clip_ratio/high_mean",
-    "clip_ratio/region_mean",
-    "ratio/mean",
-    "ratio/max",
-    "importance_weight/mean",
-    "importance_weight/min",
-    "importance_weight/max",
-    "sampling_logp_difference/mean",
-    "sampling_logp_difference/max",
-    "off_policy_kept",
-    "nonfinite_tokens",
-)
+METRIC_NAMES: tuple[str, ...] = _C.METRIC_NAMES
 
 
 class LossMetrics(Mapping[str, Tensor]):

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/fields.h"
+
 #if defined(__CUDACC__)
 #define GRPO_HOST_DEVICE __host__ __device__ __forceinline__
 #else
@@ -41,6 +43,11 @@ struct LossSpec {
   Real vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg;
   Real max_completion_length;
   Real grad_scale;  // on the gradient only
+
+  GRPO_FIELDS(loss_type, level, importance_mode, use_bias_correction_kl, has_off_policy_threshold,
+              clip_low, clip_high, delta, beta, entropy_coef, importance_min, importance_cap,
+              off_policy_threshold, sapo_temperature_pos, sapo_temperature_neg, vespo_k_pos,
+              vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg, max_completion_length, grad_scale)
 };
 
 // x = softcap(scale * z) / temperature.
@@ -49,6 +56,8 @@ struct LogitTransform {
   Real scale;
   Real softcap;  // 0 = no cap
   Real inv_temperature;
+
+  GRPO_FIELDS(scale, softcap, inv_temperature)
 };
 
 }  // namespace grpo

@@ -38,6 +38,10 @@ struct PolicyParams {
   Real* entropy_coef;  // dLoss/dentropy, grad_scale included; null without a bonus
   Real* kl;            // null when beta == 0
   Real* metrics;       // [kMetricCount]
+
+  GRPO_FIELDS(batch, length, logps, entropy, mask, advantages, advantages_per_token, old_logps,
+              ref_logps, sampling_logps, importance, importance_shape, num_items, entropy_threshold,
+              spec, loss, coef, entropy_coef, kl, metrics)
 };
 
 // Sums over the unmasked tokens of one sequence, in fp64: they decide for every token of it.

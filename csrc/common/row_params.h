@@ -29,6 +29,10 @@ struct RowParams {
   // Upstream gradients for row_gradient, [B,T].
   const Real* coef;          // dLoss/dlogp
   const Real* entropy_coef;  // dLoss/dentropy; null: none
+
+  GRPO_FIELDS(dtype, batch, length, vocab, logits, logits_stride_batch, logits_stride_position,
+              grad, grad_stride_batch, grad_stride_position, ids, mask, transform, logps, entropy,
+              lse, coef, entropy_coef)
 };
 
 }  // namespace grpo

@@ -1,18 +1,12 @@
 """The operators of the compiled extension, registered with torch.library as ``torch.ops.grpo_ext.*``.
 
-These modules allocate outputs and hand raw pointers to ``grpo_ext._C``. They know no autograd: `grpo_ext.losses`,
-`grpo_ext.policy` and `grpo_ext.log_softmax` put the operators into ``torch.autograd.Function``s. Arguments are expected
-to be checked (`grpo_ext._checks`): logits ``(B,T,V)`` with a dense last dimension, everything else contiguous ``(B,T)``
+These modules allocate outputs and hand raw pointers to ``grpo_ext._C``, without autograd: `grpo_ext.losses`,
+`grpo_ext.policy` and `grpo_ext.log_softmax` put the operators into ``torch.autograd.Function``s. `grpo_ext._checks` has
+checked the arguments: logits ``(B,T,V)`` with a dense last dimension, everything else contiguous ``(B,T)``
 in the statistics' dtype, masks ``torch.bool``, ids ``torch.int64``.
 """
 
 from __future__ import annotations
-
-from grpo_ext import _C
-from grpo_ext.output import METRIC_NAMES
-
-if _C.METRIC_NAMES != METRIC_NAMES:
-    raise ImportError("grpo_ext: the compiled extension belongs to another version of the package; reinstall it")
 
 from grpo_ext._ops import cpu, cuda, schemas
 from grpo_ext._ops.direct import kernels

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from grpo_ext import _C
-from grpo_ext._ops.direct import implements
-from grpo_ext._ops.packing import (
-    ENTROPY_COEF,
-    count_call,
-    fresh_outputs,
-    given,
-    policy_of,
-    policy_outputs,
-    rows_of,
-    stats_outputs,
-    with_all_tensors,
-)
+from grpo_ext._ops.operators import register
+from grpo_ext._ops.packing import Params, rows_of
+from grpo_ext._ops.schemas import PolicyLoss, RowGradient, RowLoss, RowStats, ScaleRows
+from grpo_ext._ops.spec import IDENTITY
 
 
 def _raise_bad_id(row: int, ids: Tensor, vocab: int, masked: bool) -> None:
@@ -32,101 +22,25 @@ def _raise_bad_id(row: int, ids: Tensor, vocab: int, masked: bool) -> None:
         )
 
 
-@implements("row_stats", "CPU")
-def _row_stats_cpu(
-    logits: Tensor, ids: Tensor, mask: Tensor | None, transform: list[float], with_entropy: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    count_call()
-    logps, entropy = stats_outputs(logits, with_entropy)
-    lse = torch.empty_like(logps)
-    rows = rows_of(logits, ids=ids, mask=mask, logps=logps, entropy=given(entropy), lse=lse)
-    bad = _C.cpu_row_stats(rows, transform, torch.get_num_threads())
-    _raise_bad_id(bad, ids, logits.shape[-1], mask is not None)
-    return logps, entropy, lse
+class _Cpu:
+    def row_stats(self, rows: Params, a: RowStats) -> None:
+        bad = _C.cpu_row_stats(rows, torch.get_num_threads())
+        _raise_bad_id(bad, a.ids, a.logits.shape[-1], a.mask is not None)
+
+    def row_gradient(self, rows: Params, a: RowGradient) -> None:
+        _C.cpu_row_gradient(rows, torch.get_num_threads())
+
+    def policy_loss(self, policy: Params, a: PolicyLoss) -> None:
+        _C.cpu_policy_loss(a.logps.dtype == torch.float64, policy, torch.get_num_threads())
+
+    def row_loss(self, rows: Params, policy: Params, a: RowLoss) -> None:
+        bad = _C.cpu_row_loss(rows, policy, torch.get_num_threads())
+        _raise_bad_id(bad, a.ids, a.logits.shape[-1], True)
+
+    def scale_rows(self, a: ScaleRows) -> None:
+        factor = float(a.factor)
+        if factor != 1.0:
+            _C.cpu_scale_rows(rows_of(None, IDENTITY, grad=a.grad), factor, torch.get_num_threads())
 
 
-def _row_gradient_into_cpu(
-    logits: Tensor,
-    grad: Tensor,
-    ids: Tensor,
-    mask: Tensor | None,
-    logps: Tensor,
-    entropy: Tensor | None,
-    lse: Tensor,
-    coef: Tensor,
-    entropy_coef: Tensor | None,
-    transform: list[float],
-) -> None:
-    count_call()
-    rows = rows_of(
-        logits, grad=grad, ids=ids, mask=mask, logps=logps, entropy=entropy, lse=lse,
-        coef=coef, entropy_coef=entropy_coef,
-    )  # fmt: skip
-    _C.cpu_row_gradient(rows, transform, torch.get_num_threads())
-
-
-@implements("row_gradient", "CPU")
-def _row_gradient_cpu(logits: Tensor, *arguments: Any) -> Tensor:
-    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _row_gradient_into_cpu(logits, grad, *arguments)
-    return grad
-
-
-@implements("row_gradient_", "CPU")
-def _row_gradient_inplace_cpu(logits: Tensor, *arguments: Any) -> None:
-    _row_gradient_into_cpu(logits, logits, *arguments)
-
-
-@implements("policy_loss", "CPU")
-def _policy_loss_cpu(
-    logps: Tensor, entropy: Tensor | None, mask: Tensor, *tensors_and_spec: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    count_call()
-    *tensors, spec = tensors_and_spec
-    loss, kl, metrics = policy_outputs(logps, spec)
-    coef = torch.empty_like(logps)
-    entropy_coef = torch.empty_like(logps) if spec[ENTROPY_COEF] else logps.new_empty(0)
-    policy = policy_of(
-        logps.shape, mask, *tensors, logps=logps, entropy=entropy, loss=loss, kl=given(kl), metrics=metrics,
-        coef=coef, entropy_coef=given(entropy_coef),
-    )  # fmt: skip
-    _C.cpu_policy_loss(logps.dtype == torch.float64, policy, spec, torch.get_num_threads())
-    return loss, coef, entropy_coef, kl, metrics
-
-
-def _row_loss_into_cpu(
-    logits: Tensor, grad: Tensor | None, ids: Tensor, mask: Tensor, tensors: tuple[Any, ...], spec: list[float],
-    transform: list[float],
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
-    count_call()
-    loss, logps, entropy, kl, metrics = fresh_outputs(logits, spec)
-    rows = rows_of(logits, grad=grad, ids=ids, mask=mask, logps=logps, entropy=entropy)
-    policy = policy_of(logps.shape, mask, *tensors, logps=logps, entropy=entropy, loss=loss, kl=kl, metrics=metrics)
-    bad = _C.cpu_row_loss(rows, transform, policy, spec, torch.get_num_threads())
-    _raise_bad_id(bad, ids, logits.shape[-1], True)
-    return loss, logps, entropy, kl, metrics
-
-
-@implements("row_loss", "CPU", with_all_tensors)
-def _row_loss_cpu(
-    logits: Tensor, ids: Tensor, mask: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    *tensors, spec, transform, with_grad = rest
-    shape = logits.shape if with_grad else (0,)
-    grad = torch.empty(shape, dtype=logits.dtype, device=logits.device)
-    return *_row_loss_into_cpu(logits, grad if with_grad else None, ids, mask, tuple(tensors), spec, transform), grad
-
-
-@implements("row_loss_", "CPU", with_all_tensors)
-def _row_loss_inplace_cpu(
-    logits: Tensor, ids: Tensor, mask: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    *tensors, spec, transform = rest
-    return _row_loss_into_cpu(logits, logits, ids, mask, tuple(tensors), spec, transform)
-
-
-@implements("scale_rows_", "CPU")
-def _scale_rows_cpu(grad: Tensor, factor: Tensor) -> None:
-    value = float(factor)
-    if value != 1.0:
-        _C.cpu_scale_rows(rows_of(None, grad=grad), value, torch.get_num_threads())
+register("CPU", _Cpu())

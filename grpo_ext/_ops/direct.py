@@ -1,8 +1,7 @@
-"""Calls of the operators without torch's dispatcher where nobody listens to it.
+"""Call the backend directly, skipping torch's dispatcher, unless something must see the operator.
 
-The way through the dispatcher into Python takes longer than all of an operator's own work on the host. So the losses
-call the backend's function themselves, unless something wants to see the operator: a compiler, a dispatch mode, a
-profiler, or a tensor that is more than a tensor.
+The dispatcher takes longer than all of an operator's own work on the host. A compiler, a dispatch mode, a profiler and
+a tensor subclass must see the operator; for them the call goes through ``torch.ops``.
 """
 
 from __future__ import annotations
@@ -13,32 +12,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_ext._ops.schemas import library
+from grpo_ext._ops.arguments import with_arguments
+from grpo_ext._ops.schemas import OPERATORS, library
 
 _functions: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
-def implements(
-    name: str, key: str, complete: Callable[[Any], Any] | None = None
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers a function as operator ``grpo_ext::name`` on the devices of dispatch key ``key``.
+def implement(
+    name: str, key: str, function: Callable[[Any], Any], complete: Callable[[Any], Any] | None = None
+) -> None:
+    """Register a function of the operator's NamedTuple (`OPERATORS`) as ``grpo_ext::name`` under a dispatch key.
 
-    ``complete`` makes of its result what the schema promises; who calls past the dispatcher gets the result itself.
+    ``complete`` turns its result into what the schema promises; a direct call returns the result itself.
     """
+    direct = with_arguments(OPERATORS[name], function)
 
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        def completed(*arguments: Any) -> Any:
-            assert complete is not None
-            return complete(function(*arguments))
+    def completed(*arguments: Any) -> Any:
+        assert complete is not None
+        return complete(direct(*arguments))
 
-        library.impl(name, function if complete is None else completed, key)
-        _functions[name, key.lower()] = function
-        return function
-
-    return register
+    library.impl(name, direct if complete is None else completed, key)
+    _functions[name, key.lower()] = direct
 
 
-def _somebody_listens(tensor: Tensor) -> bool:
+def _must_dispatch(tensor: Tensor) -> bool:
     return (
         torch.compiler.is_compiling()
         or type(tensor) not in (Tensor, torch.nn.Parameter)
@@ -49,14 +46,14 @@ def _somebody_listens(tensor: Tensor) -> bool:
 
 
 class _Operator:
-    """``torch.ops.grpo_ext.<name>`` by the shortest way."""
+    """``torch.ops.grpo_ext.<name>``, called directly where nothing must see it."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.operator = getattr(torch.ops.grpo_ext, name)
 
     def __call__(self, first: Tensor, *arguments: Any) -> Any:
-        if _somebody_listens(first):
+        if _must_dispatch(first):
             return self.operator(first, *arguments)
         function = _functions.get((self.name, first.device.type))
         return self.operator(first, *arguments) if function is None else function(first, *arguments)

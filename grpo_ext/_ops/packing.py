@@ -1,14 +1,20 @@
-"""What every backend shares: arguments as the tuples that the C++ side reads, fresh outputs, the call count."""
+"""Arguments as the dicts that the C++ side reads by name, fresh outputs, and the call count."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from grpo_ext import _C
 from grpo_ext.output import METRIC_NAMES
+
+if TYPE_CHECKING:
+    from grpo_ext._ops.schemas import PolicyTensors
+
+#: The fields of a C++ ``...Params`` struct by name; addresses are integers, 0: none.
+Params = dict[str, Any]
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
@@ -41,8 +47,14 @@ def pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def matrix(name: str, tensor: Tensor) -> Params:
+    """The fields ``name`` and ``name_stride`` of a matrix with dense rows."""
+    return {name: tensor.data_ptr(), f"{name}_stride": tensor.stride(0)}
+
+
 def rows_of(
     logits: Tensor | None,
+    transform: list[float],
     *,
     grad: Tensor | None = None,
     ids: Tensor | None = None,
@@ -52,38 +64,39 @@ def rows_of(
     lse: Tensor | None = None,
     coef: Tensor | None = None,
     entropy_coef: Tensor | None = None,
-) -> tuple[Any, ...]:
-    """The C++ ``RowParams``, field by field; see ``read_rows`` in csrc/bindings.cpp."""
+) -> Params:
+    """The C++ ``RowParams`` of logits and their gradient, of which one may be missing."""
     some = logits if logits is not None else grad
     assert some is not None
     batch, length, vocab = some.shape
-    read, written = (
-        (0, 0) if logits is None else logits.stride()[:2],
-        (0, 0) if grad is None else grad.stride()[:2],
-    )
-    return (
-        DTYPE_CODES[some.dtype], batch, length, vocab,
-        pointer(logits), *read, pointer(grad), *written,
-        pointer(ids), pointer(mask), pointer(logps), pointer(entropy), pointer(lse),
-        pointer(coef), pointer(entropy_coef),
-    )  # fmt: skip
-
-
-def importance_shape(importance_weights: Tensor | None) -> int:
-    """The C++ ``ImportanceShape``: none, per sequence ``(B,)``, per token ``(B,T)``."""
-    return 0 if importance_weights is None else importance_weights.dim()
+    read = (0, 0, 0) if logits is None else logits.stride()
+    written = (0, 0, 0) if grad is None else grad.stride()
+    scale, softcap, temperature = transform
+    return {
+        "dtype": DTYPE_CODES[some.dtype],
+        "batch": batch,
+        "length": length,
+        "vocab": vocab,
+        "logits": pointer(logits),
+        "logits_stride_batch": read[0],
+        "logits_stride_position": read[1],
+        "grad": pointer(grad),
+        "grad_stride_batch": written[0],
+        "grad_stride_position": written[1],
+        "ids": pointer(ids),
+        "mask": pointer(mask),
+        "transform": (scale, softcap, 1 / temperature),
+        "logps": pointer(logps),
+        "entropy": pointer(entropy),
+        "lse": pointer(lse),
+        "coef": pointer(coef),
+        "entropy_coef": pointer(entropy_coef),
+    }
 
 
 def policy_of(
-    shape: torch.Size,
-    mask: Tensor,
-    advantages: Tensor,
-    old_logps: Tensor | None,
-    ref_logps: Tensor | None,
-    sampling_logps: Tensor | None,
-    importance_weights: Tensor | None,
-    num_items: Tensor | None,
-    entropy_threshold: Tensor | None,
+    tensors: PolicyTensors,
+    spec: list[float],
     *,
     logps: Tensor | None,
     entropy: Tensor | None,
@@ -92,16 +105,32 @@ def policy_of(
     metrics: Tensor | None,
     coef: Tensor | None = None,
     entropy_coef: Tensor | None = None,
-) -> tuple[Any, ...]:
-    """The C++ ``PolicyParams``, field by field; see ``read_policy`` in csrc/bindings.cpp."""
-    return (
-        *shape, pointer(logps), pointer(entropy), pointer(mask),
-        pointer(advantages), advantages.dim() == 2,
-        pointer(old_logps), pointer(ref_logps), pointer(sampling_logps),
-        pointer(importance_weights), importance_shape(importance_weights),
-        pointer(num_items), pointer(entropy_threshold),
-        pointer(loss), pointer(coef), pointer(entropy_coef), pointer(kl), pointer(metrics),
-    )  # fmt: skip
+) -> Params:
+    """The C++ ``PolicyParams``."""
+    batch, length = tensors.mask.shape
+    weights = tensors.importance_weights
+    return {
+        "batch": batch,
+        "length": length,
+        "logps": pointer(logps),
+        "entropy": pointer(entropy),
+        "mask": pointer(tensors.mask),
+        "advantages": pointer(tensors.advantages),
+        "advantages_per_token": tensors.advantages.dim() == 2,
+        "old_logps": pointer(tensors.old_logps),
+        "ref_logps": pointer(tensors.ref_logps),
+        "sampling_logps": pointer(tensors.sampling_logps),
+        "importance": pointer(weights),
+        "importance_shape": 0 if weights is None else weights.dim(),  # ImportanceShape: (B,) or (B,T)
+        "num_items": pointer(tensors.num_items),
+        "entropy_threshold": pointer(tensors.entropy_threshold),
+        "spec": spec,
+        "loss": pointer(loss),
+        "coef": pointer(coef),
+        "entropy_coef": pointer(entropy_coef),
+        "kl": pointer(kl),
+        "metrics": pointer(metrics),
+    }
 
 
 BETA = _C.LOSS_SPEC_FIELDS.index("beta")

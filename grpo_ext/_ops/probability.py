@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from grpo_ext import _C
-from grpo_ext._ops.packing import DTYPE_CODES, count_call, place, pointer, policy_of
+from grpo_ext._ops.cuda import workspace
+from grpo_ext._ops.packing import DTYPE_CODES, Params, count_call, matrix, place, pointer, policy_of
 
 if TYPE_CHECKING:
-    from grpo_ext._checks import PolicyTensors
+    from grpo_ext._ops.schemas import PolicyTensors
 
 #: Vocabulary columns to a partial sum, as in the kernel.
 TILE_COLUMNS = 256
@@ -32,8 +33,13 @@ class ChunkRows:
     index: Tensor | None  # (count,) int64
     mask: Tensor | None  # (tokens,) bool; None: all count
 
-    def packed(self) -> tuple[int, int, int, int]:
-        return self.count, self.first, pointer(self.index), pointer(self.mask)
+    def params(self) -> Params:
+        return {
+            "count": self.count,
+            "first": self.first,
+            "index": pointer(self.index),
+            "mask": pointer(self.mask),
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,19 +47,18 @@ class RowCoefficients:
     """A loss in which dLoss/dlogp of a token depends on no other row's logits, ready for `fold`; see
     `row_coefficients`."""
 
-    tensors: PolicyTensors  # whose addresses are in `packed`
-    packed: tuple[Any, ...]
-    spec: list[float]
+    tensors: PolicyTensors  # whose addresses are in `policy`
+    policy: Params
     workspace: Tensor
+    terms: int  # address in `workspace`
 
 
 def row_coefficients(tensors: PolicyTensors, spec: list[float]) -> RowCoefficients:
     count_call()
-    mask = tensors.mask
-    packed = policy_of(mask.shape, *tensors, logps=None, entropy=None, loss=None, kl=None, metrics=None)
-    workspace = mask.new_empty(_C.cuda_workspace_bytes(*mask.shape), dtype=torch.uint8)
-    _C.cuda_policy_terms(*place(mask), packed, spec, workspace.data_ptr())
-    return RowCoefficients(tensors, packed, spec, workspace)
+    policy = policy_of(tensors, spec, logps=None, entropy=None, loss=None, kl=None, metrics=None)
+    memory = workspace(tensors.mask)
+    terms = _C.cuda_policy_terms(*place(tensors.mask), policy, memory.data_ptr())
+    return RowCoefficients(tensors, policy, memory, terms)
 
 
 def target_reference(
@@ -70,15 +75,23 @@ def target_reference(
     exponent: Tensor,
 ) -> None:
     count_call()
-    _C.cuda_target_reference(
-        *place(hidden), rows.packed(),
-        (
-            DTYPE_CODES[hidden.dtype], hidden.shape[1], weight.shape[0], pointer(shard),
-            hidden.data_ptr(), hidden.stride(0), pointer(gathered),
-            weight.data_ptr(), weight.stride(0), pointer(bias), ids.data_ptr(), slope / math.log(2),
-            reference.data_ptr(), target.data_ptr(), exponent.data_ptr(),
-        ),
-    )  # fmt: skip
+    params = {
+        "dtype": DTYPE_CODES[hidden.dtype],
+        "rows": rows.params(),
+        "hidden_size": hidden.shape[1],
+        "vocab": weight.shape[0],
+        "shard": pointer(shard),
+        **matrix("hidden", hidden),
+        "gathered": pointer(gathered),
+        **matrix("weight", weight),
+        "bias": pointer(bias),
+        "ids": pointer(ids),
+        "slope": slope / math.log(2),
+        "reference": pointer(reference),
+        "target": pointer(target),
+        "exponent": pointer(exponent),
+    }
+    _C.cuda_target_reference(*place(hidden), params)
 
 
 def product(
@@ -94,17 +107,26 @@ def product(
     exponent: Tensor,
 ) -> None:
     count_call()
-    _C.cuda_probability_product(
-        *place(hidden),
-        (
-            DTYPE_CODES[hidden.dtype], hidden.shape[0], weight.shape[0], hidden.shape[1],
-            hidden.data_ptr(), hidden.stride(0), weight.data_ptr(), weight.stride(0), pointer(bias),
-            reference.data_ptr(), target.data_ptr(), slope / math.log(2),
-            pointer(probabilities), 0 if probabilities is None else probabilities.stride(0),
-            partials.data_ptr(), partials.stride(0) // 2, recentred.data_ptr(), recentred.stride(0),
-            exponent.data_ptr(),
-        ),
-    )  # fmt: skip
+    params = {
+        "dtype": DTYPE_CODES[hidden.dtype],
+        "rows": hidden.shape[0],
+        "vocab": weight.shape[0],
+        "hidden_size": hidden.shape[1],
+        **matrix("hidden", hidden),
+        **matrix("weight", weight),
+        "bias": pointer(bias),
+        "reference": pointer(reference),
+        "target": pointer(target),
+        "slope": slope / math.log(2),
+        "probabilities": pointer(probabilities),
+        "stride": 0 if probabilities is None else probabilities.stride(0),
+        "partials": pointer(partials),
+        "partials_stride": partials.stride(0) // 2,
+        "recentred": pointer(recentred),
+        "recentred_stride": recentred.stride(0),
+        "exponent": pointer(exponent),
+    }
+    _C.cuda_probability_product(*place(hidden), params)
 
 
 def fold(
@@ -126,24 +148,33 @@ def fold(
     rank: int = -1,
 ) -> None:
     count_call()
-    policy: tuple[Any, ...] = ()
-    spec: list[float] = []
-    workspace = 0
-    if coefficients is not None:
-        policy, spec = coefficients.packed, coefficients.spec
-        workspace = coefficients.workspace.data_ptr()
-    _C.cuda_fold_partials(
-        *place(partials), rows.packed(),
-        (
-            DTYPE_CODES[dtype], partials.shape[0], partials.data_ptr(), partials.stride(0) // 2,
-            recentred.data_ptr(), recentred.stride(0), reference.data_ptr(),
-            exponent.data_ptr(), target.data_ptr(), slope, *((0, 0) if sums is None else map(pointer, sums)),
-            logps.data_ptr(), entropy.data_ptr(), factor.data_ptr(), residual.data_ptr(), pointer(probabilities),
-            0 if probabilities is None else probabilities.stride(0),
-            *((0, 0) if probabilities is None else probabilities.shape), rank,
-        ),
-        policy, spec, workspace,
-    )  # fmt: skip
+    params = {
+        "dtype": DTYPE_CODES[dtype],
+        "rows": rows.params(),
+        "tiles": partials.shape[0],
+        "partials": pointer(partials),
+        "partials_stride": partials.stride(0) // 2,
+        "recentred": pointer(recentred),
+        "recentred_stride": recentred.stride(0),
+        "reference": pointer(reference),
+        "exponent": pointer(exponent),
+        "target": pointer(target),
+        "slope": slope,
+        "sums": 0 if sums is None else pointer(sums[0]),
+        "recentred_sums": 0 if sums is None else pointer(sums[1]),
+        "logps": pointer(logps),
+        "entropy": pointer(entropy),
+        "factor": pointer(factor),
+        "residual": pointer(residual),
+        "probabilities": pointer(probabilities),
+        "stride": 0 if probabilities is None else probabilities.stride(0),
+        "stored": 0 if probabilities is None else probabilities.shape[0],
+        "vocab": 0 if probabilities is None else probabilities.shape[1],
+        "rank": rank,
+        "terms": 0 if coefficients is None else coefficients.terms,
+        "policy": None if coefficients is None else coefficients.policy,
+    }
+    _C.cuda_fold_partials(*place(partials), params)
 
 
 def scale(
@@ -156,21 +187,29 @@ def scale(
     out: Tensor,
 ) -> None:
     count_call()
-    _C.cuda_scale_product(
-        *place(product), rows.packed(),
-        (
-            DTYPE_CODES[weight.dtype], DTYPE_CODES[out.dtype], product.shape[1], product.data_ptr(), factor.data_ptr(),
-            pointer(residual), pointer(target), weight.data_ptr(), weight.stride(0), out.data_ptr(),
-        ),
-    )  # fmt: skip
+    params = {
+        "dtype": DTYPE_CODES[weight.dtype],
+        "out_dtype": DTYPE_CODES[out.dtype],
+        "rows": rows.params(),
+        "hidden_size": product.shape[1],
+        "product": pointer(product),
+        "factor": pointer(factor),
+        "residual": pointer(residual),
+        "target": pointer(target),
+        **matrix("weight", weight),
+        "out": pointer(out),
+    }
+    _C.cuda_scale_product(*place(product), params)
 
 
 def scaled_hidden(hidden: Tensor, factor: Tensor, out: Tensor) -> None:
     count_call()
-    _C.cuda_scaled_hidden(
-        *place(hidden),
-        (
-            DTYPE_CODES[hidden.dtype], hidden.shape[0], hidden.shape[1], hidden.data_ptr(), hidden.stride(0),
-            factor.data_ptr(), out.data_ptr(),
-        ),
-    )  # fmt: skip
+    params = {
+        "dtype": DTYPE_CODES[hidden.dtype],
+        "rows": hidden.shape[0],
+        "hidden_size": hidden.shape[1],
+        **matrix("hidden", hidden),
+        "factor": pointer(factor),
+        "out": pointer(out),
+    }
+    _C.cuda_scaled_hidden(*place(hidden), params)

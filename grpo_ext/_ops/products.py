@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from grpo_ext import _C
-from grpo_ext._ops.packing import DTYPE_CODES, count_call, place, pointer
+from grpo_ext._ops.packing import DTYPE_CODES, count_call, matrix, place, pointer
 
 
 @functools.cache
@@ -33,14 +33,18 @@ def logits_product(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Ten
         hidden: (rows, H), weight: (V, H), both bf16 or fp16. bias: (V,) fp32. out: (rows, V) in their dtype or fp32.
     """
     count_call()
-    _C.cuda_logits_product(
-        *place(hidden),
-        (
-            DTYPE_CODES[hidden.dtype], hidden.shape[0], weight.shape[0], hidden.shape[1],
-            hidden.data_ptr(), hidden.stride(0), weight.data_ptr(), weight.stride(0), pointer(bias),
-            DTYPE_CODES[out.dtype], out.data_ptr(), out.stride(0),
-        ),
-    )  # fmt: skip
+    params = {
+        "dtype": DTYPE_CODES[hidden.dtype],
+        "rows": hidden.shape[0],
+        "vocab": weight.shape[0],
+        "hidden_size": hidden.shape[1],
+        **matrix("hidden", hidden),
+        **matrix("weight", weight),
+        "bias": pointer(bias),
+        "out_dtype": DTYPE_CODES[out.dtype],
+        **matrix("out", out),
+    }
+    _C.cuda_logits_product(*place(hidden), params)
 
 
 def head_gradient(left: Tensor, right: Tensor, upper: Tensor, lower: Tensor, *, first: bool, last: bool) -> None:
@@ -51,11 +55,16 @@ def head_gradient(left: Tensor, right: Tensor, upper: Tensor, lower: Tensor, *, 
         left: (rows, V), right: (rows, H), bf16. upper, lower: (V, H) of bf16's size, dense: the halves of fp32 words.
     """
     count_call()
-    _C.cuda_head_gradient(
-        *place(left),
-        (
-            DTYPE_CODES[left.dtype], left.shape[0], left.shape[1], right.shape[1],
-            left.data_ptr(), left.stride(0), right.data_ptr(), right.stride(0), upper.data_ptr(), lower.data_ptr(),
-            first, last,
-        ),
-    )  # fmt: skip
+    params = {
+        "dtype": DTYPE_CODES[left.dtype],
+        "rows": left.shape[0],
+        "vocab": left.shape[1],
+        "hidden_size": right.shape[1],
+        **matrix("left", left),
+        **matrix("right", right),
+        "upper": pointer(upper),
+        "lower": pointer(lower),
+        "first": first,
+        "last": last,
+    }
+    _C.cuda_head_gradient(*place(left), params)

@@ -1,93 +1,124 @@
-"""Schemas of the operators, and their shapes for tracing."""
+"""The operators' arguments, schemas, and output shapes for tracing."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from grpo_ext._ops.arguments import schema_of, with_arguments
 from grpo_ext._ops.packing import ENTROPY_COEF, policy_outputs, stats_outputs
 
 library = torch.library.Library("grpo_ext", "DEF")
 
-#: Of `PolicyTensors` and the ``LossSpec``, in their order.
-POLICY_ARGUMENTS = (
-    "Tensor mask, Tensor advantages, Tensor? old_logps, Tensor? ref_logps, Tensor? sampling_logps, "
-    "Tensor? importance_weights, Tensor? num_items, Tensor? entropy_threshold, float[] spec"
-)
 
-library.define(
-    "row_stats(Tensor logits, Tensor ids, Tensor? mask, float[] transform, bool with_entropy) "
-    "-> (Tensor logps, Tensor entropy, Tensor lse)"
-)
-_ROW_GRADIENT_ARGUMENTS = (
-    "Tensor ids, Tensor? mask, Tensor logps, Tensor? entropy, Tensor lse, Tensor coef, "
-    "Tensor? entropy_coef, float[] transform"
-)
-library.define(f"row_gradient(Tensor logits, {_ROW_GRADIENT_ARGUMENTS}) -> Tensor")
-library.define(f"row_gradient_(Tensor(a!) logits, {_ROW_GRADIENT_ARGUMENTS}) -> ()")
-library.define(
-    f"policy_loss(Tensor logps, Tensor? entropy, {POLICY_ARGUMENTS}) "
-    "-> (Tensor loss, Tensor coef, Tensor entropy_coef, Tensor kl, Tensor metrics)"
-)
-_ROW_LOSS_OUTPUTS = "Tensor loss, Tensor logps, Tensor entropy, Tensor kl, Tensor metrics"
-library.define(
-    f"row_loss(Tensor logits, Tensor ids, {POLICY_ARGUMENTS}, float[] transform, bool with_grad) "
-    f"-> ({_ROW_LOSS_OUTPUTS}, Tensor grad)"
-)
-library.define(
-    f"row_loss_(Tensor(a!) logits, Tensor ids, {POLICY_ARGUMENTS}, float[] transform) -> ({_ROW_LOSS_OUTPUTS})"
-)
-library.define("scale_rows_(Tensor(a!) grad, Tensor factor) -> ()")
+class PolicyTensors(NamedTuple):
+    """The tensor arguments that all policy operators share: ``(B,T)`` unless said otherwise."""
+
+    mask: Tensor
+    advantages: Tensor  # (B,) or (B,T)
+    old_logps: Tensor | None
+    ref_logps: Tensor | None
+    sampling_logps: Tensor | None
+    importance_weights: Tensor | None  # (B,) or (B,T)
+    num_items: Tensor | None  # ()
+    entropy_threshold: Tensor | None  # ()
 
 
-@torch.library.register_fake("grpo_ext::row_stats", lib=library)
-def _row_stats_fake(
-    logits: Tensor, ids: Tensor, mask: Tensor | None, transform: list[float], with_entropy: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    logps, entropy = stats_outputs(logits, with_entropy)
+class RowStats(NamedTuple):
+    logits: Tensor  # (B,T,V)
+    ids: Tensor
+    mask: Tensor | None
+    transform: list[float]  # `logit_transform`
+    with_entropy: bool
+
+
+class RowGradient(NamedTuple):
+    logits: Tensor
+    ids: Tensor
+    mask: Tensor | None
+    logps: Tensor
+    entropy: Tensor | None  # needed with entropy_coef
+    lse: Tensor
+    coef: Tensor  # dLoss/dlogp
+    entropy_coef: Tensor | None  # dLoss/dentropy
+    transform: list[float]
+
+
+class PolicyLoss(NamedTuple):
+    logps: Tensor
+    entropy: Tensor | None
+    tensors: PolicyTensors
+    spec: list[float]  # `loss_spec`
+
+
+class RowLoss(NamedTuple):
+    logits: Tensor
+    ids: Tensor
+    tensors: PolicyTensors
+    spec: list[float]
+    transform: list[float]
+
+
+class RowLossFresh(NamedTuple):
+    call: RowLoss
+    with_grad: bool
+
+
+class ScaleRows(NamedTuple):
+    grad: Tensor
+    factor: Tensor  # ()
+
+
+#: The arguments of `PolicyTensors` and a ``LossSpec`` in a schema.
+POLICY_ARGUMENTS = f"{schema_of(PolicyTensors)}, float[] spec"
+
+#: What implementations of an operator take, by its name.
+OPERATORS: dict[str, type] = {
+    "row_stats": RowStats,
+    "row_gradient": RowGradient,
+    "row_gradient_": RowGradient,
+    "policy_loss": PolicyLoss,
+    "row_loss": RowLossFresh,
+    "row_loss_": RowLoss,
+    "scale_rows_": ScaleRows,
+}
+
+
+def _define(name: str, outputs: str, fake: Callable[[Any], Any], mutates: str = "") -> None:
+    arguments = OPERATORS[name]
+    library.define(f"{name}({schema_of(arguments, [mutates])}) -> {outputs}")
+    torch.library.register_fake(f"grpo_ext::{name}", with_arguments(arguments, fake), lib=library)
+
+
+def _row_stats(a: RowStats) -> tuple[Tensor, Tensor, Tensor]:
+    logps, entropy = stats_outputs(a.logits, a.with_entropy)
     return logps, entropy, torch.empty_like(logps)
 
 
-@torch.library.register_fake("grpo_ext::row_gradient", lib=library)
-def _row_gradient_fake(logits: Tensor, *arguments: Any) -> Tensor:
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+def _policy_loss(a: PolicyLoss) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    loss, kl, metrics = policy_outputs(a.logps, a.spec)
+    entropy_coef = torch.empty_like(a.logps) if a.spec[ENTROPY_COEF] else a.logps.new_empty(0)
+    return loss, torch.empty_like(a.logps), entropy_coef, kl, metrics
 
 
-@torch.library.register_fake("grpo_ext::row_gradient_", lib=library)
-def _row_gradient_inplace_fake(logits: Tensor, *arguments: Any) -> None:
-    return None
+def _row_loss_inplace(a: RowLoss) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    logps, entropy = stats_outputs(a.logits, True)
+    loss, kl, metrics = policy_outputs(logps, a.spec)
+    return loss, logps, entropy, kl, metrics
 
 
-@torch.library.register_fake("grpo_ext::policy_loss", lib=library)
-def _policy_loss_fake(
-    logps: Tensor, entropy: Tensor | None, mask: Tensor, *tensors_and_spec: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    spec = tensors_and_spec[-1]
-    loss, kl, metrics = policy_outputs(logps, spec)
-    entropy_coef = torch.empty_like(logps) if spec[ENTROPY_COEF] else logps.new_empty(0)
-    return loss, torch.empty_like(logps), entropy_coef, kl, metrics
+def _row_loss(a: RowLossFresh) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return *_row_loss_inplace(a.call), a.call.logits.new_empty(a.call.logits.shape if a.with_grad else (0,))
 
 
-@torch.library.register_fake("grpo_ext::row_loss", lib=library)
-def _row_loss_fake(
-    logits: Tensor, ids: Tensor, mask: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *_, spec, _, with_grad = rest
-    logps, entropy = stats_outputs(logits, True)
-    loss, kl, metrics = policy_outputs(logps, spec)
-    shape = logits.shape if with_grad else (0,)
-    return loss, logps, entropy, kl, metrics, torch.empty(shape, dtype=logits.dtype, device=logits.device)
-
-
-@torch.library.register_fake("grpo_ext::row_loss_", lib=library)
-def _row_loss_inplace_fake(
-    logits: Tensor, ids: Tensor, mask: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _row_loss_fake(logits, ids, mask, *rest, False)[:5]
-
-
-@torch.library.register_fake("grpo_ext::scale_rows_", lib=library)
-def _scale_rows_fake(grad: Tensor, factor: Tensor) -> None:
-    return None
+_LOSS = "Tensor loss, Tensor logps, Tensor entropy, Tensor kl, Tensor metrics"
+_define("row_stats", "(Tensor logps, Tensor entropy, Tensor lse)", _row_stats)
+_define("row_gradient", "Tensor", lambda a: a.logits.new_empty(a.logits.shape))
+_define("row_gradient_", "()", lambda a: None, mutates="logits")
+_define("policy_loss", "(Tensor loss, Tensor coef, Tensor entropy_coef, Tensor kl, Tensor metrics)", _policy_loss)
+_define("row_loss", f"({_LOSS}, Tensor grad)", _row_loss)
+_define("row_loss_", f"({_LOSS})", _row_loss_inplace, mutates="logits")
+_define("scale_rows_", "()", lambda a: None, mutates="grad")

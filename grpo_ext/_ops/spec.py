@@ -20,23 +20,33 @@ def loss_spec(config: LossConfig, grad_scale: float) -> list[float]:
 
 def _loss_spec(config: LossConfig, grad_scale: float) -> list[float]:
     mode = 1 + IMPORTANCE_MODES.index(config.vllm_importance_sampling_mode)
-    values: dict[str, float | None] = {
+    threshold, high = config.off_policy_mask_threshold, config.clip_high
+    values: dict[str, float] = {
         "loss_type": LOSS_TYPES.index(config.loss_type),
-        "importance_sampling_level": LEVELS.index(config.importance_sampling_level),
+        "level": LEVELS.index(config.importance_sampling_level),
         "importance_mode": mode if config.vllm_importance_sampling_correction else 0,
-        "clip_high": config.clip_high,
-        "importance_min": config.importance_min,
-        "importance_cap": config.importance_cap,
+        "has_off_policy_threshold": threshold is not None,
+        "clip_low": 1 - config.epsilon,
+        "clip_high": high if config.loss_type == "cispo" else 1 + high,
+        "delta": math.inf if config.delta is None else config.delta,
+        "off_policy_threshold": threshold or 0.0,
+        "max_completion_length": config.max_completion_length or 1,
         "grad_scale": grad_scale,
     }
-    fields = [values.get(name, getattr(config, name, None)) for name in _C.LOSS_SPEC_FIELDS]
-    return [math.nan if value is None else float(value) for value in fields]
+    return [float(values[name] if name in values else getattr(config, name)) for name in _C.LOSS_SPEC_FIELDS]
 
 
 _cached_loss_spec = functools.lru_cache(maxsize=256)(_loss_spec)
 
 
 def logit_transform(temperature: float, logit_softcap: float | None, logit_scale: float) -> list[float]:
-    """The C++ ``LogitTransform``; a softcap of None or 0 is none. ValueError for numbers that float32 does not hold."""
+    """Scale, softcap (0: none) and temperature of raw logits, as operators take them.
+
+    Raises:
+        ValueError: float32 does not hold one of them.
+    """
     check_logit_transform(temperature, logit_softcap or None, logit_scale)
     return [float(logit_scale), float(logit_softcap or 0.0), float(temperature)]
+
+
+IDENTITY = logit_transform(1.0, None, 1.0)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from grpo_ext import _C
 from grpo_ext._ops import DTYPE_CODES, loss_spec
+from grpo_ext._ops.packing import policy_of
+from grpo_ext._ops.schemas import PolicyTensors
 from grpo_ext.config import LossConfig
 
 H100_SHARED_BYTES = 232_448
@@ -90,9 +93,13 @@ def test_the_order_of_sums_depends_on_vocabulary_and_dtype_only() -> None:
 
 def own_terms(config: LossConfig, batch: int, length: int, sampling: bool = False) -> bool:
     """What the row kernel decides for a call of that shape; tensors are only there or not."""
-    some = 1
-    policy = (batch, length, some, some, some, some, False, some, 0, some if sampling else 0, 0, 0, 0, 0, *[some] * 5)
-    return _C.cuda_forms_own_terms(policy, loss_spec(config, 1.0))
+    mask = torch.ones(batch, length, dtype=torch.bool)
+    some, logps = torch.ones(batch), torch.zeros(batch, length)
+    tensors = PolicyTensors(mask, some, logps, None, logps if sampling else None, None, None, None)
+    policy = policy_of(
+        tensors, loss_spec(config, 1.0), logps=logps, entropy=logps, loss=some, kl=logps, metrics=some
+    )  # fmt: skip
+    return _C.cuda_forms_own_terms(policy)
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,9 @@ from grpo_ext._ops import logit_transform
 from grpo_ext._ops.packing import rows_of
 logits, ids = torch.randn(2, 3, 40), torch.zeros(2, 3, dtype=torch.int64)
 logps, lse = torch.empty(2, 3), torch.empty(2, 3)
-rows = list(rows_of(logits, ids=ids, logps=logps, lse=lse))
-assert rows[5] == 120  # the stride from one sequence of logits to the next
-rows[5] = {stride}
-print(_C.cpu_row_stats(tuple(rows), logit_transform(1.0, None, 1.0), 1))
+rows = rows_of(logits, logit_transform(1.0, None, 1.0), ids=ids, logps=logps, lse=lse)
+assert rows["logits_stride_batch"] == 120
+print(_C.cpu_row_stats(rows | dict(logits_stride_batch={stride}), 1))
 """
 
 

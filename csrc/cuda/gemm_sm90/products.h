@@ -23,6 +23,9 @@ struct LogitsProductParams {
   DType out_dtype;        // dtype or fp32
   void* out;              // [rows, vocab]
   int64_t out_stride;     // a multiple of 8
+
+  GRPO_FIELDS(dtype, rows, vocab, hidden_size, hidden, hidden_stride, weight, weight_stride, bias,
+              out_dtype, out, out_stride)
 };
 
 struct HeadGradientParams {
@@ -34,6 +37,9 @@ struct HeadGradientParams {
   int64_t right_stride;  // a multiple of 8
   void *upper, *lower;   // [vocab, hidden_size], dense: the 16-bit halves of an fp32 sum
   bool first, last;      // not both
+
+  GRPO_FIELDS(dtype, rows, vocab, hidden_size, left, left_stride, right, right_stride, upper, lower,
+              first, last)
 };
 
 // hidden weight^T + bias.

@@ -31,6 +31,8 @@ struct ChunkRows {
   int64_t first;
   const int64_t* index;  // [count] or null
   const uint8_t* mask;   // per token, null: all count. A masked row has reference 0 and no target
+
+  GRPO_FIELDS(count, first, index, mask)
   GRPO_HOST_DEVICE int64_t token(int32_t row) const { return index ? index[row] : first + row; }
 };
 
@@ -53,6 +55,9 @@ struct TargetParams {
                           // another rank has the target
   int32_t* target;        // [count] column of the target on this rank, -1: none
   float* exponent;        // [count], made 0 for those without a target here
+
+  GRPO_FIELDS(dtype, rows, hidden_size, vocab, shard, hidden, hidden_stride, gathered, weight,
+              weight_stride, bias, ids, slope, reference, target, exponent)
 };
 
 struct ProductParams {
@@ -75,6 +80,10 @@ struct ProductParams {
   float* recentred;          // [tiles, rows] reference of a recentred tile; others are not written
   int64_t recentred_stride;  // between tiles
   float* exponent;           // [rows] t of the target, written by the tile that has it
+
+  GRPO_FIELDS(dtype, rows, vocab, hidden_size, hidden, hidden_stride, weight, weight_stride, bias,
+              reference, target, slope, probabilities, stride, partials, partials_stride, recentred,
+              recentred_stride, exponent)
 };
 
 struct FoldParams {
@@ -105,6 +114,10 @@ struct FoldParams {
   // Where a row's coefficient depends on no other row's logits: it is multiplied into `factor`.
   const SequenceTerms<float>* terms;  // [B] from policy_terms; null: not so
   PolicyParams<float> policy;
+
+  GRPO_FIELDS(dtype, rows, tiles, partials, partials_stride, recentred, recentred_stride, reference,
+              exponent, target, slope, sums, recentred_sums, logps, entropy, factor, residual,
+              probabilities, stride, stored, vocab, rank, terms, policy)
 };
 
 // out[token] = factor (product + residual weight[target]), rounded once.
@@ -120,6 +133,9 @@ struct ScaleParams {
   const void* weight;
   int64_t weight_stride;
   void* out;  // [tokens, hidden_size]
+
+  GRPO_FIELDS(dtype, out_dtype, rows, hidden_size, product, factor, residual, target, weight,
+              weight_stride, out)
 };
 
 // out = factor hidden, rounded: the right factor of the head's gradient.
@@ -130,6 +146,8 @@ struct ScaledHiddenParams {
   int64_t hidden_stride;  // a multiple of 8
   const float* factor;    // [rows]
   void* out;              // [rows, hidden_size], dense
+
+  GRPO_FIELDS(dtype, rows, hidden_size, hidden, hidden_stride, factor, out)
 };
 
 // Columns of a tile: there are ceil(vocab / kTileColumns) partial sums per row.
