@@ -5,7 +5,7 @@ set -eu
 cd "$(dirname "$0")/.."
 objects=build/ring_bench.d
 mkdir -p "$objects"
-for source in bench/ring_bench.cu csrc/cuda/ops.cu csrc/cuda/policy/policy.cu csrc/cuda/rows/sm90/*.cu \
+for source in bench/ring_bench.cu csrc/cuda/base/device.cu csrc/cuda/ops.cu csrc/cuda/policy/policy.cu csrc/cuda/rows/sm90/*.cu \
   csrc/cuda/rows/streaming_*.cu; do
   nvcc -std=c++17 -O3 --expt-relaxed-constexpr -arch=sm_90 -DGRPO_CUDA_RING -Icsrc \
     -c "$source" -o "$objects/$(basename "$source" .cu).o"

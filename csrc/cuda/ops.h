@@ -7,12 +7,9 @@
 
 #include "common/policy.h"
 #include "common/row_params.h"
-
-struct CUstream_st;
+#include "cuda/base/device.h"
 
 namespace grpo::cuda {
-
-using Stream = CUstream_st*;
 
 // CUDART_VERSION of the build, e.g. 13000.
 int compiled_version();

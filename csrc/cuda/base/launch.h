@@ -1,16 +1,12 @@
-// Launching kernels: the device's properties, cached, and the attributes that we use.
+// Launch kernels with the attributes that this package uses.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include "cuda/base/check.h"
-#include "cuda/ops.h"
-#include "cuda/rows/plan.h"
+#include "cuda/base/device.h"
 
 namespace grpo::cuda {
-
-// What plan.h wants to know of a device; asked for once.
-const Device& device_of(int index);
 
 // Makes `index` the current device for a scope.
 class DeviceGuard {

@@ -8,7 +8,7 @@
 #include <cstdint>
 
 #include "common/row_params.h"
-#include "cuda/ops.h"
+#include "cuda/base/device.h"
 
 namespace grpo::cuda {
 

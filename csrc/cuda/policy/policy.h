@@ -3,7 +3,7 @@
 
 #include "common/metrics.h"
 #include "common/policy.h"
-#include "cuda/ops.h"
+#include "cuda/base/device.h"
 #include "cuda/policy/report.h"
 
 namespace grpo::cuda {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/metrics.h"
-#include "cuda/ops.h"
+#include "cuda/base/device.h"
 
 namespace grpo::cuda {
 

@@ -12,7 +12,7 @@
 
 #include "common/policy.h"
 #include "common/row_params.h"
-#include "cuda/ops.h"
+#include "cuda/base/device.h"
 
 namespace grpo::cuda {
 

@@ -5,6 +5,7 @@
 
 #include "common/policy.h"
 #include "common/row_params.h"
+#include "cuda/base/device.h"
 
 namespace grpo::cuda {
 
@@ -42,13 +43,6 @@ constexpr int kMaxGroups = 2;  // of consumers
 constexpr int kAhead = 2;
 constexpr int kSlots = 2 * kAhead;
 constexpr int kRecordBytes = 16;
-
-struct Device {
-  int architecture;  // 90 for sm_90
-  int multiprocessors;
-  int64_t shared_bytes;  // per block, opt-in
-  bool has_ring;         // this build holds the kernel for it
-};
 
 // A row as `shares` pieces of `share` elements, the last one shorter (possibly empty).
 struct RowDivision {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/row_params.h"
-#include "cuda/ops.h"
+#include "cuda/base/device.h"
 #include "cuda/rows/plan.h"
 
 namespace grpo::cuda {

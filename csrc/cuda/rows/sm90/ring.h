@@ -3,7 +3,7 @@
 
 #include "common/policy.h"
 #include "common/row_params.h"
-#include "cuda/ops.h"
+#include "cuda/base/device.h"
 #include "cuda/policy/report.h"
 #include "cuda/rows/plan.h"
 
