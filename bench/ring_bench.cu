@@ -140,7 +140,7 @@ void measure(DType dtype, const char* dtype_name, int rows, int vocab, float mas
                             : plan_row_loss(device, dtype, vocab);
     const RowDivision division = plan.division;
     if (v.stages) plan.stages = v.stages;
-    if (ring_shared_bytes(plan) > device.shared_bytes - kRingStaticBytes) continue;
+    if (ring_shared_bytes(plan) > device.shared_bytes - kRingStaticSharedBytes) continue;
     if (!plan.ring) continue;
     ring.share = division.share;
     ring.stages = plan.stages;
@@ -198,7 +198,7 @@ void measure(DType dtype, const char* dtype_name, int rows, int vocab, float mas
 
 void print_occupancy() {
   const void* kernel = ring_kernel_address<__nv_bfloat16>(false);
-  const int bytes = int(device_of(0).shared_bytes) - kRingStaticBytes;
+  const int bytes = int(device_of(0).shared_bytes) - kRingStaticSharedBytes;
   GRPO_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   GRPO_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
   for (int cluster = 1; cluster <= 16; ++cluster) {

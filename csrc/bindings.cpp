@@ -213,8 +213,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_scale_rows", &cpu_scale_rows);
   m.def("cuda_plan", &cuda_plan, py::arg("architecture"), py::arg("shared_bytes"), py::arg("dtype"),
         py::arg("vocab"), py::arg("statistics_only") = false);
-  m.def("cuda_forms_own_terms", [](const py::dict& policy) {
-    return cuda::forms_own_terms(read<PolicyParams<float>>(policy));
+  m.def("cuda_forms_terms_in_kernel", [](const py::dict& policy) {
+    return cuda::forms_terms_in_kernel(read<PolicyParams<float>>(policy));
   });
 #if defined(GRPO_CUDA)
   m.attr("CUDA_ARCHITECTURES") = GRPO_CUDA_ARCHITECTURES;

@@ -14,7 +14,7 @@
 namespace grpo::cuda {
 namespace {
 
-std::atomic<bool> use_ring{true}, use_own_terms{true};
+std::atomic<bool> use_ring{true}, use_terms_in_kernel{true};
 
 int32_t count_rows(const RowParams<float>& p) {
   const int64_t rows = p.batch * p.length;
@@ -52,7 +52,7 @@ auto for_dtype(DType dtype, const F& f) {
   }
 }
 
-bool general_logits(const RowParams<float>& p) {
+bool needs_all_features(const RowParams<float>& p) {
   return p.transform.softcap > 0 || p.transform.scale < 0;
 }
 
@@ -68,7 +68,7 @@ void launch_stats(const Device& device, const RowParams<float>& rows, Stream str
   }
 #endif
   const void* kernel = for_dtype(rows.dtype, [&](auto element) {
-    return stats_kernel_address<decltype(element)>(general_logits(rows));
+    return stats_kernel_address<decltype(element)>(needs_all_features(rows));
   });
   launch(kernel, {unsigned(p.row_count), unsigned(kGroupThreads)}, stream, p);
 }
@@ -77,7 +77,7 @@ void launch_gradient(const RowParams<float>& rows, Stream stream) {
   const StreamingParams p = streaming_params(rows);
   if (p.row_count == 0) return;
   const void* kernel = for_dtype(rows.dtype, [&](auto element) {
-    return gradient_kernel_address<decltype(element)>(general_logits(rows) ||
+    return gradient_kernel_address<decltype(element)>(needs_all_features(rows) ||
                                                       rows.entropy_coef != nullptr);
   });
   const int64_t blocks = int64_t(p.row_count) * p.tiles;
@@ -105,7 +105,7 @@ bool select_route(const char* name) {
              terms = !std::strcmp(name, "terms_kernel");
   if (!streaming && !terms && std::strcmp(name, "auto") != 0) return false;
   use_ring = !streaming;
-  use_own_terms = !terms;
+  use_terms_in_kernel = !terms;
   return true;
 }
 
@@ -158,7 +158,7 @@ bool row_loss_on_chip(int device, const RowParams<float>& rows, PolicyKernelPara
   const bool reports = p.policy.spec.level == Level::kToken;
   const bool capturing = is_capturing(stream);
   int counter = -1;
-  if (reports && use_own_terms && forms_own_terms(p.policy))
+  if (reports && use_terms_in_kernel && forms_terms_in_kernel(p.policy))
     counter = take_report_counter(device, stream, capturing);
   if (counter >= 0) {
     ring.report = {p.workspace.sums, nullptr, counter};

@@ -99,7 +99,7 @@ def own_terms(config: LossConfig, batch: int, length: int, sampling: bool = Fals
     policy = policy_of(
         tensors, loss_spec(config, 1.0), logps=logps, entropy=logps, loss=some, kl=logps, metrics=some
     )  # fmt: skip
-    return _C.cuda_forms_own_terms(policy)
+    return _C.cuda_forms_terms_in_kernel(policy)
 
 
 @pytest.mark.parametrize(

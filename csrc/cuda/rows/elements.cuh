@@ -178,24 +178,24 @@ __device__ __forceinline__ auto with_global_vectors(const unsigned char* from, i
 template <class T>
 struct Destination {
   unsigned char* base;  // 16-byte aligned
-  int shift;            // bytes from base to the first element
+  int lead_bytes;       // bytes from base to the first element
   int length;           // elements
 
   __device__ Destination(T* first, int count)
       : base(reinterpret_cast<unsigned char*>(first) - (reinterpret_cast<uintptr_t>(first) & 15)),
-        shift(int(reinterpret_cast<uintptr_t>(first) & 15)),
+        lead_bytes(int(reinterpret_cast<uintptr_t>(first) & 15)),
         length(count) {}
   __device__ __forceinline__ int blocks() const {
-    return length > 0 ? int((shift + length * int(sizeof(T)) + 15) / 16) : 0;
+    return length > 0 ? int((lead_bytes + length * int(sizeof(T)) + 15) / 16) : 0;
   }
   // The element at the start of block q; negative in the first block of a misaligned share.
   __device__ __forceinline__ int first_element(int q) const {
-    return (q * 16 - shift) / int(sizeof(T));
+    return (q * 16 - lead_bytes) / int(sizeof(T));
   }
   // Blocks [first_whole, end_whole) belong to the share alone.
-  __device__ __forceinline__ int first_whole() const { return shift > 0 ? 1 : 0; }
+  __device__ __forceinline__ int first_whole() const { return lead_bytes > 0 ? 1 : 0; }
   __device__ __forceinline__ int end_whole() const {
-    return (shift + length * int(sizeof(T))) / 16;
+    return (lead_bytes + length * int(sizeof(T))) / 16;
   }
   __device__ __forceinline__ void store_whole(int q, const uint4& v) const {
     *reinterpret_cast<uint4*>(base + int64_t(q) * 16) = v;

@@ -1,4 +1,5 @@
-// Which kernels serve a call, and how a row is divided. Plain C++, no CUDA: CPU tests call it.
+// Choose the kernels of a call and the division of a row. Plain C++ without CUDA: CPU tests call
+// it.
 #pragma once
 
 #include <cstdint>
@@ -9,37 +10,38 @@
 
 namespace grpo::cuda {
 
-// One CTA's share of a row is summed by 256 threads, whoever runs them. The division into shares
-// depends on the vocabulary and the dtype alone, so that every kernel on every architecture adds in
-// the same order: a log probability has the same bits from whichever of them it comes.
+// 256 threads sum a share of a row, in every kernel. The division into shares depends on vocabulary
+// and dtype alone, so all kernels on all architectures add in the same order: a log probability has
+// the same bits from each of them.
 constexpr int kGroupThreads = 256;
 constexpr int kGroupWarps = kGroupThreads / 32;
 constexpr int kMaxCluster = 16;
 constexpr int kPortableCluster = 8;
 constexpr int kMaxStages = 8;
-// Rows on their way through L2 displace each other when there are too many of them, in calls on
-// more than L2 holds. Measured: with 2 CTAs per row every stage helps, with 8 and 16 five of 32 KiB
-// or four of 37 KiB are 1 to 4 % faster than one more, with 4 it is four; and rows that start
-// between two 16-byte blocks take longer and want five.
+// When the logits exceed L2, too many rows in flight evict each other. Measured optimum, stages per
+// CTA: with 2 CTAs a row, as many as fit; with 4 CTAs, 4 stages; with 8 and 16 CTAs, 5 stages of
+// 32 KiB or 4 of 37 KiB (1 to 4 % faster than one stage more). Rows that start off 16-byte
+// boundaries take longer and need 5.
 constexpr int64_t kMostRingBytes = 168 * 1024;
 constexpr int kFewStages = 4, kEnoughStages = 5;
-// Calls on fewer logits than this find some of them in L2, as somebody has just written them there,
-// and leave gradients for the next to find.
+// Below this size, L2 still holds some logits of the product that wrote them, and will hold
+// gradients for the product that reads them.
 constexpr int64_t kCachedBytes = int64_t(256) << 20;
-// Measured on an H100: shares of 24 KiB lose 8 % to the exchange between CTAs, shares of 32 to 64
-// KiB are alike as long as three or more fit into shared memory.
+// Measured on an H100: shares of 24 KiB lose 8 % to the exchange between CTAs; shares of 32 to 64
+// KiB are equally fast while at least three fit into shared memory.
 constexpr int64_t kTargetShareBytes = 50 * 1024;
 constexpr int kShareAlignment = 64;  // elements: whole 128-byte lines
-// A stage keeps its share where the row lies with respect to 128-byte lines (bulk copies across
-// them run at 90 %), behind one line that a differently aligned gradient may look into.
+// A stage holds its share at the row's offset within a 128-byte line: bulk copies at another offset
+// run at 90 % of the speed. One line of padding comes first; a gradient of another alignment reads
+// into it.
 constexpr int kStageLine = 128;
 constexpr int kStagePadding = 2 * kStageLine + 32;
-constexpr int kRingStaticBytes = 17152;
-constexpr int kMaxGroups = 2;  // of consumers
-// A warp sums at most kAhead rows of its group whose gradient it has not formed. A CTA's records of
-// turn t come after its gradients of turn t - kAhead, so after the other CTAs' records of that
-// turn, so after their gradients of t - 2 kAhead: with that many slots no record is overwritten
-// unread.
+constexpr int kRingStaticSharedBytes = 17152;  // upper bound; static_asserts beside the kernels
+constexpr int kMaxGroups = 2;                  // consumer groups of a CTA
+// A warp sums at most kAhead rows before it forms the gradient of the first. Record slots: a CTA
+// sends its records of its t-th row after its gradient of row t - kAhead, which needed the other
+// CTAs' records of that row, which they sent after their gradients of row t - 2 kAhead. So
+// 2 kAhead slots never overwrite an unread record.
 constexpr int kAhead = 2;
 constexpr int kSlots = 2 * kAhead;
 constexpr int kRecordBytes = 16;
@@ -52,14 +54,14 @@ struct RowDivision {
 
 struct RowPlan {
   RowDivision division;
-  bool ring;  // one launch with the row on chip; else statistics, policy, gradient
+  bool ring;  // one launch, row in shared memory; else three: statistics, policy, gradient
   int stages;
   int stage_bytes;
-  int groups;  // rows in work at a time
+  int groups;  // rows processed at a time
 };
 
-// What the row kernel asks for beside its static shared memory: stages, then a record per warp of
-// the cluster, for every row whose records may be on their way.
+// Dynamic shared memory of the ring kernel: the stages, then for each row whose records may be in
+// flight a record per warp of the cluster.
 inline int ring_shared_bytes(const RowPlan& plan) {
   return plan.stages * plan.stage_bytes +
          plan.groups * kSlots * plan.division.shares * kGroupWarps * kRecordBytes;
@@ -81,13 +83,14 @@ inline RowDivision divide_row(DType dtype, int64_t vocab) {
   return divide_evenly(vocab, shares);
 }
 
-// Rows in shared memory, divided in the given way, in as many stages as fit.
+// Plan a ring of as many stages as fit for rows of the given division.
 inline RowPlan plan_ring(const Device& device, DType dtype, const RowDivision& division) {
   RowPlan plan{division, false, 0, 0, kMaxGroups};
   const int64_t bytes = int64_t(division.share) * element_bytes(dtype) + kStagePadding;
   const int64_t stage = (bytes + 127) / 128 * 128;
-  const int64_t stages = (device.shared_bytes - kRingStaticBytes - ring_shared_bytes(plan)) / stage;
-  // Two stages at least: one is loaded while the other is worked on.
+  const int64_t stages =
+      (device.shared_bytes - kRingStaticSharedBytes - ring_shared_bytes(plan)) / stage;
+  // At least two stages: one loads while the other is processed.
   if (device.architecture == 90 && device.has_ring && stages >= 2) {
     plan.ring = true;
     plan.stages = int(stages < kMaxStages ? stages : kMaxStages);
@@ -96,7 +99,7 @@ inline RowPlan plan_ring(const Device& device, DType dtype, const RowDivision& d
   return plan;
 }
 
-// The plan for loss and gradient in one call. exceeds_cache: its logits are kCachedBytes or more.
+// Plan loss and gradient in one call. exceeds_cache: the logits take kCachedBytes or more.
 inline RowPlan plan_row_loss(const Device& device, DType dtype, int64_t vocab,
                              bool exceeds_cache = true) {
   RowPlan plan = plan_ring(device, dtype, divide_row(dtype, vocab));
@@ -111,32 +114,32 @@ inline RowPlan plan_row_loss(const Device& device, DType dtype, int64_t vocab,
   return plan;
 }
 
-// Shorter rows are for the streaming kernel: many blocks per multiprocessor hide more latency than
-// one CTA with a few stages of so few bytes.
+// Shorter rows take the streaming kernel: many blocks per multiprocessor hide more latency than one
+// CTA with a few small stages.
 constexpr int64_t kLeastStatsRingBytes = 16 * 1024;
 
-// The plan for statistics alone: a CTA works on whole rows, a share per stage.
+// Plan statistics alone: a CTA processes whole rows, one share per stage.
 inline RowPlan plan_row_stats(const Device& device, DType dtype, int64_t vocab) {
   RowPlan plan = plan_ring(device, dtype, divide_row(dtype, vocab));
   if (vocab * element_bytes(dtype) < kLeastStatsRingBytes) plan.ring = false;
   return plan;
 }
 
-// Token level: the row kernel forms the terms of the sequences itself, every CTA for itself, while
-// its first rows are on their way. A warp counts the mask a piece at a time, in half a microsecond;
-// with more pieces, or more sequences than shared memory has room for, a kernel of its own (3 to 5
-// microseconds) forms them before.
-constexpr int kMaxOwnSequences = 64;
+// At token level every CTA of the ring kernel computes the sequences' terms itself while its first
+// rows load. A warp counts the mask in pieces of half a microsecond. If there are more pieces than
+// kMaxTermPieces, or more sequences than fit in shared memory, a separate kernel (3 to 5
+// microseconds) computes the terms first.
+constexpr int kMaxLocalSequences = 64;
 constexpr int kTermPiece = 1024;  // tokens
 constexpr int64_t kMaxTermPieces = 128;
 
-// Pieces of a sequence; `aligned`: all sequences start at 16-byte blocks of the mask.
+// Pieces of a sequence's mask. aligned: each sequence's mask starts at a 16-byte boundary.
 GRPO_HOST_DEVICE int64_t term_pieces(int64_t length, bool aligned) {
   return (length + (aligned ? 0 : 15) + kTermPiece - 1) / kTermPiece;
 }
 
-inline bool forms_own_terms(const PolicyParams<float>& p) {
-  return !needs_sums(p) && p.batch <= kMaxOwnSequences &&
+inline bool forms_terms_in_kernel(const PolicyParams<float>& p) {
+  return !needs_sums(p) && p.batch <= kMaxLocalSequences &&
          p.batch * term_pieces(p.length, false) <= kMaxTermPieces;
 }
 

@@ -15,14 +15,14 @@ namespace grpo::cuda {
 constexpr float kLn2 = 0.693147180559945309f;
 constexpr float kLog2e = 1.442695040888963407f;
 // Elements that a thread works on at a time; fewer where the registers would not suffice.
-template <bool kGeneral>
-constexpr int kBatchElements = kGeneral ? 8 : 16;
+template <bool kAllFeatures>
+constexpr int kBatchElements = kAllFeatures ? 8 : 16;
 constexpr float kLowest = -1e30f;  // 2^kLowest = 0 and 0 * kLowest = 0, where -inf would give NaN
 
 // Processed logits are x = slope * u with slope > 0: the greatest u is the greatest x.
-// kGeneral: negative scale or softcap (and, in the gradient, an entropy bonus); otherwise u is the
-// logit itself.
-template <bool kGeneral>
+// kAllFeatures: negative scale or softcap (and, in the gradient, an entropy bonus); otherwise u is
+// the logit itself.
+template <bool kAllFeatures>
 struct LogitMap {
   float slope;
   float log2_slope;  // slope / ln 2
@@ -32,7 +32,7 @@ struct LogitMap {
     sign = 1.f;
     cap = inv_cap = scale = 0.f;
     slope = t.scale * t.inv_temperature;
-    if (kGeneral) {
+    if (kAllFeatures) {
       cap = t.softcap;
       scale = t.scale;
       if (cap > 0) {
@@ -45,14 +45,14 @@ struct LogitMap {
     }
     log2_slope = __fmul_rn(slope, kLog2e);
   }
-  __device__ __forceinline__ float u(float z) const {
-    if (!kGeneral) return z;
+  __device__ __forceinline__ float unscaled(float z) const {
+    if (!kAllFeatures) return z;
     return cap > 0 ? __fmul_rn(cap, tanhf(__fmul_rn(z, inv_cap))) : __fmul_rn(z, sign);
   }
   // u and du/dz.
-  __device__ __forceinline__ float u(float z, float* derivative) const {
+  __device__ __forceinline__ float unscaled(float z, float* derivative) const {
     *derivative = 1.f;
-    if (!kGeneral) return z;
+    if (!kAllFeatures) return z;
     *derivative = sign;
     if (!(cap > 0)) return __fmul_rn(z, sign);
     const float th = tanhf(__fmul_rn(z, inv_cap));
@@ -127,21 +127,21 @@ __device__ __forceinline__ void load_batch(uint4 (&raw)[kBatch], const Load& loa
   }
 }
 
-template <class T, int kBatch, bool kGuarded, bool kInfinite, bool kGeneral>
+template <class T, int kBatch, bool kGuarded, bool kInfinite, bool kAllFeatures>
 __device__ __forceinline__ void add_batch(Part* part, const uint4 (&raw)[kBatch], int v, int length,
-                                          const LogitMap<kGeneral>& map) {
+                                          const LogitMap<kAllFeatures>& map) {
   constexpr int n = kPerVector<T>;
   float u[kBatch * n];
-  float peak = kGeneral ? -INFINITY : peak_of<T>(raw, kBatch);
+  float peak = kAllFeatures ? -INFINITY : peak_of<T>(raw, kBatch);
 #pragma unroll
   for (int b = 0; b < kBatch; ++b) {
     unpack<T>(raw[b], u + b * n);
-    if constexpr (kGeneral) {
+    if constexpr (kAllFeatures) {
 #pragma unroll
       for (int j = 0; j < n; ++j) {
         const bool inside = !kGuarded || (v + b * kGroupThreads) * n + j < length;
         float& here = u[b * n + j];
-        here = inside ? map.u(here) : -INFINITY;
+        here = inside ? map.unscaled(here) : -INFINITY;
         peak = fmaxf(peak, here);
       }
     }
@@ -149,11 +149,11 @@ __device__ __forceinline__ void add_batch(Part* part, const uint4 (&raw)[kBatch]
   add<kBatch * n, kInfinite || kGuarded>(part, u, peak, map.log2_slope);
 }
 
-template <class T, bool kInfinite, bool kGeneral, class Load>
+template <class T, bool kInfinite, bool kAllFeatures, class Load>
 __device__ __forceinline__ Part sum_vectors(const Load& load, int length,
-                                            const LogitMap<kGeneral>& map, int thread) {
+                                            const LogitMap<kAllFeatures>& map, int thread) {
   constexpr int n = kPerVector<T>;
-  constexpr int kBatch = kBatchElements<kGeneral> / n;
+  constexpr int kBatch = kBatchElements<kAllFeatures> / n;
   constexpr int kStep = kBatch * kGroupThreads;  // vectors of the whole group
   Part part = {-INFINITY, 0.f, 0.f};
   uint4 raw[kBatch];
@@ -171,12 +171,12 @@ __device__ __forceinline__ Part sum_vectors(const Load& load, int length,
 
 // What thread `thread` of a group sums of a share of `length` elements; `load(v)` gives the v-th
 // vector of eight (fp32: four) elements.
-template <class T, bool kGeneral, class Load>
+template <class T, bool kAllFeatures, class Load>
 __device__ __forceinline__ Part part_of_thread(const Load& load, int length,
-                                               const LogitMap<kGeneral>& map, int thread) {
-  Part part = sum_vectors<T, kGeneral>(load, length, map, thread);
+                                               const LogitMap<kAllFeatures>& map, int thread) {
+  Part part = sum_vectors<T, kAllFeatures>(load, length, map, thread);
   // Logits of -inf are rare: they cost a second look instead of an instruction per logit.
-  if (!kGeneral && part.weighted != part.weighted)
+  if (!kAllFeatures && part.weighted != part.weighted)
     part = sum_vectors<T, true>(load, length, map, thread);
   return part;
 }
@@ -266,7 +266,7 @@ __device__ __forceinline__ bool is_zero(const GradientTerms& g) {
 }
 
 // The target's own element but for dx/dz: coef (1 - p) without cancellation, rounded once.
-__device__ __forceinline__ float own_gradient(const GradientTerms& g) {
+__device__ __forceinline__ float target_gradient(const GradientTerms& g) {
   float own = g.coef * -expm1f(g.logp);
   const float probability = expf(g.logp);
   if (g.entropy_coef != 0 && probability > 0)
@@ -275,8 +275,8 @@ __device__ __forceinline__ float own_gradient(const GradientTerms& g) {
 }
 
 // The gradient of one vector of logits.
-template <class T, bool kGeneral>
-__device__ __forceinline__ uint4 gradient_of(const uint4& logits, const LogitMap<kGeneral>& map,
+template <class T, bool kAllFeatures>
+__device__ __forceinline__ uint4 gradient_of(const uint4& logits, const LogitMap<kAllFeatures>& map,
                                              const GradientTerms& g) {
   constexpr int n = kPerVector<T>;
   float f[n];
@@ -284,9 +284,9 @@ __device__ __forceinline__ uint4 gradient_of(const uint4& logits, const LogitMap
 #pragma unroll
   for (int j = 0; j < n; ++j) {
     float derivative;
-    const float u = map.u(f[j], &derivative);
+    const float u = map.unscaled(f[j], &derivative);
     const float t = fmaf(u, map.log2_slope, -g.log2_norm);
-    if (kGeneral)
+    if (kAllFeatures)
       f[j] = ptx::exp2(t) * fmaf(g.k1, fmaxf(t, kLowest), g.k0) * derivative;
     else
       f[j] = ptx::exp2(t) * g.k0;
@@ -295,21 +295,21 @@ __device__ __forceinline__ uint4 gradient_of(const uint4& logits, const LogitMap
 }
 
 // The same for the vector whose element `target` is the token's own.
-template <class T, bool kGeneral>
+template <class T, bool kAllFeatures>
 __device__ __forceinline__ uint4 gradient_with_target(const uint4& logits,
-                                                      const LogitMap<kGeneral>& map,
+                                                      const LogitMap<kAllFeatures>& map,
                                                       const GradientTerms& g, int target) {
   constexpr int n = kPerVector<T>;
   float z[n], f[n];
   unpack<T>(logits, z);
   const uint4 others = gradient_of<T>(logits, map, g);
   unpack<T>(others, f);  // and back: no rounding
-  const float own = map.slope * own_gradient(g);
+  const float own = map.slope * target_gradient(g);
 #pragma unroll
   for (int j = 0; j < n; ++j) {
     float derivative;
     if (j != target) continue;
-    (void)map.u(z[j], &derivative);
+    (void)map.unscaled(z[j], &derivative);
     f[j] = own * derivative;
   }
   return pack<T>(f);

@@ -9,7 +9,7 @@ namespace grpo::cuda {
 
 // A row is summed share by share, as the CTAs of a cluster would, and the records are folded in the
 // same order.
-template <class T, bool kGeneral>
+template <class T, bool kAllFeatures>
 __global__ void __launch_bounds__(kGroupThreads, 3)
     stats_kernel(const __grid_constant__ StreamingParams p) {
   __shared__ Record records[kMaxCluster * kGroupWarps];
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kGroupThreads, 3)
   }
   const int64_t id = p.rows.ids[row];
   const bool valid_target = id >= 0 && id < p.rows.vocab;
-  const LogitMap<kGeneral> map(p.rows.transform);
+  const LogitMap<kAllFeatures> map(p.rows.transform);
   const T* logits = logits_row<T>(p.rows, row);
   for (int s = 0; s < p.shares; ++s) {
     const int64_t first = int64_t(s) * p.share;
@@ -38,7 +38,8 @@ __global__ void __launch_bounds__(kGroupThreads, 3)
     part = merge_warp(part, map.log2_slope);
     if (lane == 0) {
       Record record = {part.max, part.sum, part.weighted, 0.f};
-      if (warp == 0 && id >= first && id < first + length) record.w = map.u(to_float(logits[id]));
+      if (warp == 0 && id >= first && id < first + length)
+        record.w = map.unscaled(to_float(logits[id]));
       records[s * kGroupWarps + warp] = record;
     }
   }
@@ -55,11 +56,12 @@ __global__ void __launch_bounds__(kGroupThreads, 3)
 }
 
 // Blocks [begin, end) of the destination, every kGroupThreads-th: loads first.
-template <class T, bool kGeneral, class Load>
+template <class T, bool kAllFeatures, class Load>
 __device__ __forceinline__ void gradient_tile(const Load& load, const Destination<T>& out,
-                                              const LogitMap<kGeneral>& map, const GradientTerms& g,
-                                              int target, int begin, int end) {
-  const int own = target < 0 ? -1 : (target * int(sizeof(T)) + out.shift) / 16;
+                                              const LogitMap<kAllFeatures>& map,
+                                              const GradientTerms& g, int target, int begin,
+                                              int end) {
+  const int own = target < 0 ? -1 : (target * int(sizeof(T)) + out.lead_bytes) / 16;
   uint4 raw[kTileVectors];
 #pragma unroll
   for (int j = 0; j < kTileVectors; ++j)
@@ -75,7 +77,7 @@ __device__ __forceinline__ void gradient_tile(const Load& load, const Destinatio
   }
 }
 
-template <class T, bool kGeneral>
+template <class T, bool kAllFeatures>
 __global__ void __launch_bounds__(kGroupThreads, 4)
     gradient_kernel(const __grid_constant__ StreamingParams p) {
   ptx::let_next_kernel_start();
@@ -96,7 +98,7 @@ __global__ void __launch_bounds__(kGroupThreads, 4)
   }
   const int64_t id = p.rows.ids[row];
   const bool valid_target = id >= 0 && id < p.rows.vocab;
-  const LogitMap<kGeneral> map(p.rows.transform);
+  const LogitMap<kAllFeatures> map(p.rows.transform);
   const GradientTerms g = gradient_terms(valid_target ? coef : NAN, entropy_coef, p.rows.logps[row],
                                          p.rows.entropy ? p.rows.entropy[row] : 0.f,
                                          p.rows.lse[row] * kLog2e, map.slope);
@@ -104,19 +106,19 @@ __global__ void __launch_bounds__(kGroupThreads, 4)
   // Vectors of the logits that lie under the blocks of the destination.
   const unsigned char* logits = reinterpret_cast<const unsigned char*>(logits_row<T>(p.rows, row));
   with_global_vectors(
-      logits - out.shift, out.shift, p.rows.vocab * int64_t(sizeof(T)),
+      logits - out.lead_bytes, out.lead_bytes, p.rows.vocab * int64_t(sizeof(T)),
       [&](const auto& load) { gradient_tile<T>(load, out, map, g, target, begin, end); });
 }
 
 template <class T>
-const void* stats_kernel_address(bool general) {
-  return general ? reinterpret_cast<const void*>(&stats_kernel<T, true>)
-                 : reinterpret_cast<const void*>(&stats_kernel<T, false>);
+const void* stats_kernel_address(bool all_features) {
+  return all_features ? reinterpret_cast<const void*>(&stats_kernel<T, true>)
+                      : reinterpret_cast<const void*>(&stats_kernel<T, false>);
 }
 template <class T>
-const void* gradient_kernel_address(bool general) {
-  return general ? reinterpret_cast<const void*>(&gradient_kernel<T, true>)
-                 : reinterpret_cast<const void*>(&gradient_kernel<T, false>);
+const void* gradient_kernel_address(bool all_features) {
+  return all_features ? reinterpret_cast<const void*>(&gradient_kernel<T, true>)
+                      : reinterpret_cast<const void*>(&gradient_kernel<T, false>);
 }
 
 }  // namespace grpo::cuda

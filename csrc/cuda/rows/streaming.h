@@ -16,9 +16,9 @@ struct StreamingParams {
 
 // One instantiation file per dtype. Addresses of the kernels.
 template <class T>
-const void* stats_kernel_address(bool general);
+const void* stats_kernel_address(bool all_features);
 template <class T>
-const void* gradient_kernel_address(bool general);
+const void* gradient_kernel_address(bool all_features);
 
 constexpr int kTileVectors = 4;  // per thread, of the gradient
 

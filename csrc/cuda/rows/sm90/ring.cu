@@ -1,4 +1,4 @@
-// Which ring kernel, with how many clusters; both asked for once per device and plan.
+// Select and launch the ring kernels; occupancy is queried once per device and plan.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -24,7 +24,7 @@ const void* for_dtype(DType dtype, const F& address) {
   }
 }
 
-// Clusters that fit on the device at a time. The first call for a plan also raises the kernel's
+// Clusters that the device runs at a time. The first call for a plan also raises the kernel's
 // limits.
 int active_clusters(const void* kernel, int cluster, int threads, int shared_bytes) {
   using Key = std::tuple<int, const void*, int, int, int>;
@@ -36,9 +36,10 @@ int active_clusters(const void* kernel, int cluster, int threads, int shared_byt
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = known.find(key);
   if (found != known.end()) return found->second;
-  // To the maximum, so that it never shrinks under a plan that was prepared before.
-  GRPO_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                       int(device_of(device).shared_bytes) - kRingStaticBytes));
+  // Always the maximum: a later plan must not lower the limit of an earlier one.
+  GRPO_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           int(device_of(device).shared_bytes) - kRingStaticSharedBytes));
   if (cluster > kPortableCluster)
     GRPO_CUDA_CHECK(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
@@ -59,18 +60,19 @@ int active_clusters(const void* kernel, int cluster, int threads, int shared_byt
 
 const void* ring_kernel_of(const RingParams& params) {
   const auto& t = params.rows.transform;
-  const bool general = t.softcap > 0 || t.scale < 0 || params.policy.spec.entropy_coef != 0;
-  return for_dtype(params.rows.dtype,
-                   [&](auto element) { return ring_kernel_address<decltype(element)>(general); });
+  const bool all_features = t.softcap > 0 || t.scale < 0 || params.policy.spec.entropy_coef != 0;
+  return for_dtype(params.rows.dtype, [&](auto element) {
+    return ring_kernel_address<decltype(element)>(all_features);
+  });
 }
 
 }  // namespace
 
 int take_report_counter(int device, Stream stream, bool capturing) {
   static std::mutex mutex;
-  static std::map<std::pair<int, unsigned long long>, int> of_stream;  // by the stream's number
+  static std::map<std::pair<int, unsigned long long>, int> of_stream;  // by stream id
   static std::map<int, int> taken;                                     // by device
-  // Handles of streams come again, numbers do not.
+  // The driver reuses stream handles, but not stream ids.
   unsigned long long number = 0;
   if (!capturing) GRPO_CUDA_CHECK(cudaStreamGetId(stream, &number));
   const std::lock_guard<std::mutex> lock(mutex);

@@ -1,22 +1,23 @@
-// Persistent clusters, each CTA with its share of a row in a ring of shared-memory stages.
+// Compute loss and gradient with one read of the logits: persistent clusters, each CTA with its
+// share of a row in a ring of shared-memory stages.
 //
-// Warps with roles. A loading warp keeps the ring full with bulk copies. Groups of consumers take
-// rows in turn; a warp of a group sums its part of a row, pushes a 16-byte record to every CTA of
-// the cluster, and goes on to the next row until the verdict on this one is there. The group's
-// deciding warp folds the records of all CTAs in a fixed order, which gives logp, the loss
-// coefficient and the scale. Then the consumers turn the stage into the gradient, and a storing
-// warp sends it off with a bulk copy and clears masked rows. A reporting warp writes what else is
-// known of a row and adds it up, 32 rows at a time.
+// Warps are specialized. A loading warp fills the ring with bulk copies. Consumer groups take rows
+// in turn: each warp sums its part of a row, pushes a 16-byte record to every CTA of the cluster,
+// and sums the next rows until the deciding warp publishes this row's coefficients. The deciding
+// warp of a group folds the records of all CTAs in a fixed order into logp, entropy and the
+// coefficients. The consumers then overwrite the stage with the gradient. A storing warp copies the
+// stage to global memory and clears masked rows. A reporting warp writes logp, entropy and kl and
+// accumulates the metrics, 32 rows at a time.
 //
-// In place this is safe: nobody writes before every CTA has summed what it has loaded of the row,
-// and the 16-byte blocks that two rows or shares have in common are written element by element.
+// In-place operation is safe: the gradient of a row is written only after every CTA has summed its
+// share, and 16-byte blocks that two rows or shares have in common are written element by element.
 #pragma once
 
 #include "cuda/rows/sm90/ring_report.cuh"
 
 namespace grpo::cuda {
 
-// Whether the gradient of a row lies like its logits with respect to 16-byte blocks.
+// Whether a row's gradient and logits have the same offset within a 16-byte block.
 template <class T>
 __device__ __forceinline__ bool same_alignment(const RingParams& p, uint32_t row, int64_t first) {
   return ((reinterpret_cast<uintptr_t>(logits_row<T>(p.rows, row) + first) ^
@@ -27,7 +28,7 @@ __device__ __forceinline__ bool same_alignment(const RingParams& p, uint32_t row
 template <class T>
 __device__ __forceinline__ void load_rows(const RingParams& p, RingShared& sh,
                                           unsigned char* stages, RowCursor cursor, uint32_t rank) {
-  // In L2 the gradient makes room before the logits do: 1 to 3 % faster, in place and not.
+  // L2 evicts gradients first and logits last: 1 to 3 % faster, in place and out of place.
   const uint64_t policy = p.exceeds_cache ? ptx::evict_last() : ptx::evict_normal();
   const int length = share_length(p.rows.vocab, rank, p.share);
   const bool elected = (threadIdx.x & 31) == 0;
@@ -36,7 +37,7 @@ __device__ __forceinline__ void load_rows(const RingParams& p, RingShared& sh,
     if (!cursor.live()) continue;
     if (elected) {
       const int stage = place.stage;
-      if (place.lap > 0) wait_patiently(&sh.empty[stage], (place.lap - 1) & 1);
+      if (place.lap > 0) wait_with_backoff(&sh.empty[stage], (place.lap - 1) & 1);
       const T* logits = logits_row<T>(p.rows, cursor.row()) + int64_t(rank) * p.share;
       sh.rows[stage] = cursor.row();
       load_share(logits, length, place_in_stage(stages, p.stage_bytes, stage, logits),
@@ -45,13 +46,13 @@ __device__ __forceinline__ void load_rows(const RingParams& p, RingShared& sh,
     place.advance(1, p.stages);
   }
   for (int group = 0; group < p.groups && elected; ++group, place.advance(1, p.stages)) {
-    if (place.lap > 0) wait_patiently(&sh.empty[place.stage], (place.lap - 1) & 1);
+    if (place.lap > 0) wait_with_backoff(&sh.empty[place.stage], (place.lap - 1) & 1);
     sh.rows[place.stage] = kNoRow;
     ptx::mbarrier_arrive(ptx::shared_address(&sh.full[place.stage]));
   }
 }
 
-// The storing warp's part of a masked row.
+// Clear a masked row's share (storing warp).
 template <class T>
 __device__ __forceinline__ void clear_share(const Destination<T>& out, const RingShared& sh,
                                             int lane, uint64_t policy) {
@@ -85,7 +86,7 @@ __device__ __forceinline__ void store_rows(const RingParams& p, RingShared& sh,
     }
     if (lane == 0) {
       const int stage = place.stage;
-      wait_patiently(&sh.ready[stage], place.lap & 1);
+      wait_with_backoff(&sh.ready[stage], place.lap & 1);
       const uint32_t bytes = uint32_t(max(0, out.end_whole() - out.first_whole())) * 16;
       if (bytes > 0 && same_alignment<T>(p, row, first)) {
         const unsigned char* share =
@@ -106,19 +107,20 @@ __device__ __forceinline__ void store_rows(const RingParams& p, RingShared& sh,
   }
 }
 
-// The gradient of a share, block by block of the destination, into `store(block, value)`.
-template <class T, bool kGeneral, class Load, class Store>
+// Compute the gradient of a share in 16-byte blocks of the destination; call store(block, value).
+template <class T, bool kAllFeatures, class Load, class Store>
 __device__ __forceinline__ void gradient_blocks(const Load& logits, const Destination<T>& out,
-                                                const LogitMap<kGeneral>& map,
+                                                const LogitMap<kAllFeatures>& map,
                                                 const GradientTerms& g, int target, int thread,
                                                 const Store& store) {
-  constexpr int kBatch = kBatchElements<kGeneral> / kPerVector<T>;
+  constexpr int kBatch = kBatchElements<kAllFeatures> / kPerVector<T>;
   const int blocks = out.blocks(), whole = out.end_whole();
-  const int own = target < 0 ? -1 : (target * int(sizeof(T)) + out.shift) / 16;
+  const int target_block = target < 0 ? -1 : (target * int(sizeof(T)) + out.lead_bytes) / 16;
   int q = out.first_whole() + thread;
   const bool zero = is_zero(g);
   const auto gradient = [&](const uint4& z, int block) -> uint4 {
-    if (block == own) return gradient_with_target<T>(z, map, g, target - out.first_element(block));
+    if (block == target_block)
+      return gradient_with_target<T>(z, map, g, target - out.first_element(block));
     return gradient_of<T>(z, map, g);
   };
   if (zero) {
@@ -134,42 +136,42 @@ __device__ __forceinline__ void gradient_blocks(const Load& logits, const Destin
   }
 #pragma unroll 1
   for (; q < whole; q += kGroupThreads) store(q, gradient(logits(q), q));
-  // At most two blocks are shared with the neighbours.
+  // At most two blocks also hold elements of neighbouring rows or shares.
   int edge = -1;
   if (thread == 0 && out.first_whole() > 0) edge = 0;
   if (thread == 32 && whole < blocks && whole >= out.first_whole()) edge = whole;
   if (edge >= 0) out.store(edge, zero ? uint4{0, 0, 0, 0} : gradient(logits(edge), edge));
 }
 
-// In the stage, for the storing warp to send off; straight to global memory where the gradient is
-// aligned in another way than the logits.
-template <class T, bool kGeneral>
+// Write the gradient into the stage, from which the storing warp copies it; directly to global
+// memory if gradient and logits are aligned differently.
+template <class T, bool kAllFeatures>
 __device__ __forceinline__ void write_gradient(unsigned char* share, int skip,
                                                const Destination<T>& out,
-                                               const LogitMap<kGeneral>& map,
+                                               const LogitMap<kAllFeatures>& map,
                                                const GradientTerms& g, int target, int thread) {
-  if (skip == out.shift) {
+  if (skip == out.lead_bytes) {
     uint4* stage = reinterpret_cast<uint4*>(share);
     gradient_blocks<T>(AlignedShared{stage}, out, map, g, target, thread,
                        [&](int q, const uint4& v) { stage[q] = v; });
     ptx::fence_shared_for_bulk();
   } else {
-    gradient_blocks<T>(ShiftedShared(share, skip - out.shift), out, map, g, target, thread,
+    gradient_blocks<T>(ShiftedShared(share, skip - out.lead_bytes), out, map, g, target, thread,
                        [&](int q, const uint4& v) { out.store_whole(q, v); });
   }
 }
 
-// One warp's part of a row's sums, pushed to all CTAs.
-template <class T, bool kGeneral>
+// Sum one warp's part of a row and push the record to all CTAs of the cluster.
+template <class T, bool kAllFeatures>
 __device__ __forceinline__ void sum_row(const RingParams& p, RingShared& sh, unsigned char* stages,
                                         int stage, int group, uint32_t slot,
-                                        const LogitMap<kGeneral>& map, uint32_t rank,
+                                        const LogitMap<kAllFeatures>& map, uint32_t rank,
                                         uint32_t ranks) {
   const int thread = threadIdx.x % kGroupThreads, lane = thread & 31, warp = thread >> 5;
   const uint32_t row = sh.rows[stage];
   const int64_t first = int64_t(rank) * p.share;
   const int length = share_length(p.rows.vocab, rank, p.share);
-  const int64_t id = warp == 0 ? p.rows.ids[row] : -1;  // used only when the sums are done
+  const int64_t id = warp == 0 ? p.rows.ids[row] : -1;  // loads while the warp sums
   const T* logits = logits_row<T>(p.rows, row) + first;
   const int skip = int(reinterpret_cast<uintptr_t>(logits) & 15);
   const unsigned char* share = place_in_stage(stages, p.stage_bytes, stage, logits);
@@ -179,7 +181,7 @@ __device__ __forceinline__ void sum_row(const RingParams& p, RingShared& sh, uns
   part = merge_warp(part, map.log2_slope);
   float target = 0.f;
   if (lane == 0 && id >= first && id < first + length)
-    target = map.u(to_float(reinterpret_cast<const T*>(share + skip)[id - first]));
+    target = map.unscaled(to_float(reinterpret_cast<const T*>(share + skip)[id - first]));
   target = __shfl_sync(~0u, target, 0);
   const uint32_t exchanged = ptx::shared_address(&sh.exchanged[group][slot]);
   if (lane < ranks) {
@@ -191,40 +193,42 @@ __device__ __forceinline__ void sum_row(const RingParams& p, RingShared& sh, uns
     else
       *box = record;
   }
-  // In a misaligned row another thread's gradient may overwrite what this one has read.
+  // In a misaligned row, a block of the gradient overlaps logits that another thread sums: every
+  // thread arrives. Otherwise a thread overwrites only what it has read itself.
   if (skip != 0)
     ptx::mbarrier_arrive(exchanged);
   else if (lane == 0)
     ptx::mbarrier_arrive<32>(exchanged);
 }
 
-// One warp's part of a row's gradient.
-template <class T, bool kGeneral>
+// Form one warp's part of a row's gradient.
+template <class T, bool kAllFeatures>
 __device__ __forceinline__ void finish_row(const RingParams& p, RingShared& sh,
-                                           unsigned char* stages, int stage, const Verdict& verdict,
-                                           const LogitMap<kGeneral>& map, uint32_t rank) {
+                                           unsigned char* stages, int stage,
+                                           const GradientInputs& inputs,
+                                           const LogitMap<kAllFeatures>& map, uint32_t rank) {
   const int thread = threadIdx.x % kGroupThreads;
-  const int64_t first = int64_t(rank) * p.share, id = verdict.id;
+  const int64_t first = int64_t(rank) * p.share, id = inputs.id;
   const int length = share_length(p.rows.vocab, rank, p.share);
   const int target = id >= first && id < first + length ? int(id - first) : -1;
-  const uint32_t row = verdict.row;
+  const uint32_t row = inputs.row;
   const T* logits = logits_row<T>(p.rows, row) + first;
   const int skip = int(reinterpret_cast<uintptr_t>(logits) & 15);
   const Destination<T> out(grad_row<T>(p.rows, row) + first, length);
   write_gradient<T>(place_in_stage(stages, p.stage_bytes, stage, logits), skip, out, map,
-                    verdict.gradient, target, thread);
+                    inputs.gradient, target, thread);
   __syncwarp();
   if ((thread & 31) == 0) ptx::mbarrier_arrive(ptx::shared_address(&sh.ready[stage]));
 }
 
-template <class T, bool kGeneral>
+template <class T, bool kAllFeatures>
 __device__ __forceinline__ void consume_rows(const RingParams& p, RingShared& sh,
                                              unsigned char* stages, uint32_t rank, uint32_t ranks) {
   const int group = threadIdx.x / kGroupThreads;
-  const LogitMap<kGeneral> map(p.rows.transform);
+  const LogitMap<kAllFeatures> map(p.rows.transform);
   RingPlace to_sum = {group, 0};
-  int to_finish = group;  // stage
-  if (!p.terms) count_tokens(p.policy, sh.own, threadIdx.x / 32, p.groups * kGroupWarps);
+  int to_finish = group;  // stage of the next gradient
+  if (!p.terms) count_tokens(p.policy, sh.local, threadIdx.x / 32, p.groups * kGroupWarps);
   uint32_t summed = 0, finished = 0;
   bool more = true;
   while (more || finished < summed) {
@@ -233,20 +237,22 @@ __device__ __forceinline__ void consume_rows(const RingParams& p, RingShared& sh
       const uint32_t slot = finished % kSlots, parity = finished / kSlots & 1;
       uint64_t* decided = &sh.decided[group][slot];
       if (!may_sum) wait(decided, parity);
-      if (!may_sum || is_over(decided, parity)) {
-        finish_row<T, kGeneral>(p, sh, stages, to_finish, sh.verdicts[group][slot], map, rank);
+      if (!may_sum || phase_is_complete(decided, parity)) {
+        finish_row<T, kAllFeatures>(p, sh, stages, to_finish, sh.gradient_inputs[group][slot], map,
+                                    rank);
         to_finish += p.groups;
         if (to_finish >= p.stages) to_finish -= p.stages;
         ++finished;
         continue;
       }
     }
-    // A parity cannot tell a phase from the one two before. This warp has seen a later row than
-    // the stage's last but one, so when the last one has left, the next to fill it is ours.
+    // A parity does not distinguish a phase from the one two before it. `empty` therefore comes
+    // first: once the row before ours has left the stage, the next fill holds our row.
     uint64_t *empty = &sh.empty[to_sum.stage], *full = &sh.full[to_sum.stage];
     const uint32_t lap = to_sum.lap;
     if (waits) {
-      if ((lap > 0 && !is_over(empty, (lap - 1) & 1)) || !is_over(full, lap & 1)) {
+      if ((lap > 0 && !phase_is_complete(empty, (lap - 1) & 1)) ||
+          !phase_is_complete(full, lap & 1)) {
         __nanosleep(20);
         continue;
       }
@@ -257,15 +263,16 @@ __device__ __forceinline__ void consume_rows(const RingParams& p, RingShared& sh
     if (sh.rows[to_sum.stage] == kNoRow) {
       more = false;
     } else {
-      sum_row<T, kGeneral>(p, sh, stages, to_sum.stage, group, summed % kSlots, map, rank, ranks);
+      sum_row<T, kAllFeatures>(p, sh, stages, to_sum.stage, group, summed % kSlots, map, rank,
+                               ranks);
       to_sum.advance(p.groups, p.stages);
       ++summed;
     }
   }
 }
 
-// The rows of one group, with what their verdicts take: one number of RowInputs per lane, under
-// way.
+// Iterates over the rows of one group and loads the next row's inputs ahead: one number of
+// RowInputs per lane.
 struct Pending {
   uint32_t row;
   int64_t id;
@@ -290,18 +297,18 @@ class PendingRows {
  private:
   RowCursor cursor_;
   const SequenceTerms<float>* terms_;
-  int skip_;  // rows of other groups before ours
+  int skip_;  // unmasked rows of other groups before the next of this group
 };
 
-// A group's deciding warp.
-template <bool kGeneral>
+// Publish the coefficients of a group's rows (deciding warp).
+template <bool kAllFeatures>
 __device__ __forceinline__ void decide_rows(const RingParams& p, RingShared& sh,
                                             unsigned char* stages, const RowCursor& cursor,
                                             int group, uint32_t rank, uint32_t ranks) {
   const int lane = threadIdx.x & 31;
-  const LogitMap<kGeneral> map(p.rows.transform);
+  const LogitMap<kAllFeatures> map(p.rows.transform);
   PendingRows rows(cursor, terms_of(p, sh), group);
-  if (!p.terms && group == 0) form_terms(p.policy, sh.own);
+  if (!p.terms && group == 0) form_terms(p.policy, sh.local);
   wait_for_terms(p, sh);
   uint32_t turn = 0;
   for (Pending next = rows.next(p);; ++turn) {
@@ -322,7 +329,7 @@ __device__ __forceinline__ void decide_rows(const RingParams& p, RingShared& sh,
     uint64_t* exchanged = &sh.exchanged[group][slot];
     const Record* records = records_of(p, stages, group, slot, ranks);
     wait(exchanged, turn / kSlots & 1);
-    // For turn + kSlots; its records may already be on their way.
+    // Expect the records of turn + kSlots now: they may already be in flight.
     if (ranks > 1 && lane == 0)
       ptx::mbarrier_arrive_expect(ptx::shared_address(exchanged),
                                   ranks * kGroupWarps * sizeof(Record));
@@ -335,9 +342,9 @@ __device__ __forceinline__ void decide_rows(const RingParams& p, RingShared& sh,
     const TokenLoss<float> token =
         evaluate_token(q, d.inputs.terms, 0, 0, stats.logp, stats.entropy);
     const float coef = valid_target ? logp_coefficient(q, d.inputs.terms, token) : NAN;
-    const float entropy_coef = kGeneral ? entropy_coefficient(q, d.inputs.terms) : 0.f;
+    const float entropy_coef = kAllFeatures ? entropy_coefficient(q, d.inputs.terms) : 0.f;
     if (lane == 0) {
-      sh.verdicts[group][slot] = {
+      sh.gradient_inputs[group][slot] = {
           gradient_terms(coef, entropy_coef, stats.logp, stats.entropy, stats.log2_norm, map.slope),
           now.row, now.id};
       ptx::mbarrier_arrive(ptx::shared_address(&sh.decided[group][slot]));
@@ -350,14 +357,14 @@ __device__ __forceinline__ void decide_rows(const RingParams& p, RingShared& sh,
   }
 }
 
-template <class T, bool kGeneral>
-__global__ void __launch_bounds__(kRingThreadsWithRoom, 1)
+template <class T, bool kAllFeatures>
+__global__ void __launch_bounds__(kRingLaunchBound, 1)
     ring_kernel(const __grid_constant__ RingParams p) {
   extern __shared__ __align__(128) unsigned char stages[];
   __shared__ RingShared sh;
   const uint32_t rank = ptx::cluster_rank(), ranks = ptx::cluster_size();
   const uint32_t cluster = blockIdx.x / ranks, clusters = gridDim.x / ranks;
-  // Terms from the kernel before: only who needs them waits for it.
+  // With p.terms, only the warps that read the terms wait for the kernel that computes them.
   if (!p.terms) ptx::wait_for_previous_kernel();
   const RowCursor cursor(p.rows.mask, p.row_count, cluster, clusters);
   if (threadIdx.x == 0) {
@@ -368,7 +375,7 @@ __global__ void __launch_bounds__(kRingThreadsWithRoom, 1)
     }
     for (int i = 0; i < p.groups * int(kSlots); ++i) {
       const uint32_t exchanged = ptx::shared_address(&sh.exchanged[0][i]);
-      // The CTA's own threads arrive; in a cluster the bytes of all records are counted as well.
+      // Arrivals: this CTA's threads, and in a cluster the expected bytes of all records.
       ptx::mbarrier_init(exchanged, kGroupThreads + (ranks > 1));
       ptx::mbarrier_init(ptx::shared_address(&sh.decided[0][i]), 1);
     }
@@ -376,50 +383,50 @@ __global__ void __launch_bounds__(kRingThreadsWithRoom, 1)
       ptx::mbarrier_init(ptx::shared_address(&sh.complete[0][i]), 32);
       ptx::mbarrier_init(ptx::shared_address(&sh.reported[0][i]), 32);
     }
-    ptx::mbarrier_init(ptx::shared_address(&sh.own.counted), p.groups * kGroupWarps);
-    ptx::mbarrier_init(ptx::shared_address(&sh.own.known), 32);
+    ptx::mbarrier_init(ptx::shared_address(&sh.local.counted), p.groups * kGroupWarps);
+    ptx::mbarrier_init(ptx::shared_address(&sh.local.known), 32);
     ptx::fence_mbarrier_init();
     for (int i = 0; i < p.groups * int(kSlots) && ranks > 1; ++i)
       ptx::mbarrier_arrive_expect(ptx::shared_address(&sh.exchanged[0][i]),
                                   ranks * kGroupWarps * sizeof(Record));
   }
   if (threadIdx.x < kZeroBytes / 16) sh.zeros[threadIdx.x] = {0, 0, 0, 0};
-  if (threadIdx.x < kMaxOwnSequences) sh.own.tokens[threadIdx.x] = 0;
+  if (threadIdx.x < kMaxLocalSequences) sh.local.tokens[threadIdx.x] = 0;
   ptx::fence_shared_for_bulk();
   __syncthreads();
   ptx::cluster_arrive();
-  const int helper = int(threadIdx.x / 32) - p.groups * kGroupWarps;
-  // The loading warp works with its own CTA alone.
-  if (helper != 0) ptx::cluster_wait();
+  const int role = int(threadIdx.x / 32) - p.groups * kGroupWarps;
+  // The loading warp touches only this CTA's memory and need not wait for the cluster.
+  if (role != 0) ptx::cluster_wait();
   ptx::let_next_kernel_start();
-  if (helper == 0) {
+  if (role == 0) {
     load_rows<T>(p, sh, stages, cursor, rank);
     __syncwarp();
     ptx::cluster_wait();
-  } else if (helper == 1) {
+  } else if (role == 1) {
     store_rows<T>(p, sh, stages, cursor, rank);
-  } else if (helper == 2 && rank == 0) {
+  } else if (role == 2 && rank == 0) {
     report_rows(p, sh);
-  } else if (helper >= 3) {
-    decide_rows<kGeneral>(p, sh, stages, cursor, helper - 3, rank, ranks);
-  } else if (helper < 0) {
-    consume_rows<T, kGeneral>(p, sh, stages, rank, ranks);
+  } else if (role >= 3) {
+    decide_rows<kAllFeatures>(p, sh, stages, cursor, role - 3, rank, ranks);
+  } else if (role < 0) {
+    consume_rows<T, kAllFeatures>(p, sh, stages, rank, ranks);
   }
   __syncwarp();
   const int consumers = p.groups * kGroupWarps;
-  if (rank == 0 && p.report.sums && (helper < 0 || helper == 2))
+  if (rank == 0 && p.report.sums && (role < 0 || role == 2))
     finish_report(p.report,
                   p.report.finished ? p.report.finished : &report_counters[p.report.counter],
-                  p.policy, terms_of(p, sh), sh.report, helper < 0 ? helper + consumers : consumers,
+                  p.policy, terms_of(p, sh), sh.report, role < 0 ? role + consumers : consumers,
                   consumers + 1, cluster, clusters);
   ptx::cluster_arrive();
-  ptx::cluster_wait();  // nobody leaves while records for it may be under way
+  ptx::cluster_wait();  // a CTA must not exit while records may still be sent to it
 }
 
 template <class T>
-const void* ring_kernel_address(bool general) {
-  return general ? reinterpret_cast<const void*>(&ring_kernel<T, true>)
-                 : reinterpret_cast<const void*>(&ring_kernel<T, false>);
+const void* ring_kernel_address(bool all_features) {
+  return all_features ? reinterpret_cast<const void*>(&ring_kernel<T, true>)
+                      : reinterpret_cast<const void*>(&ring_kernel<T, false>);
 }
 
 }  // namespace grpo::cuda

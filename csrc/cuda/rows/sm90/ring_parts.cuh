@@ -1,4 +1,4 @@
-// What the persistent kernels have in common: waiting, walking over rows, filling stages.
+// Shared by the persistent kernels: waiting, iterating over rows, filling stages.
 #pragma once
 
 #include "cuda/rows/row_math.cuh"
@@ -9,23 +9,23 @@ namespace grpo::cuda {
 constexpr uint32_t kBulkBytes = 16384;
 constexpr uint32_t kNoRow = ~0u;
 
-// Until the phase of this parity is over. Warps that wait long do not poll at full speed: they
-// would take a fifth of the instruction slots.
+// Wait until the phase of this parity is complete. Warps with long waits back off: polling at full
+// speed takes a fifth of the instruction slots.
 __device__ __forceinline__ void wait(uint64_t* barrier, uint32_t parity) {
   while (!ptx::mbarrier_try_wait(ptx::shared_address(barrier), parity)) {
   }
 }
-__device__ __forceinline__ void wait_patiently(uint64_t* barrier, uint32_t parity) {
+__device__ __forceinline__ void wait_with_backoff(uint64_t* barrier, uint32_t parity) {
   while (!ptx::mbarrier_try_wait(ptx::shared_address(barrier), parity)) __nanosleep(64);
 }
-// Whether it is over, the same answer for the whole warp.
-__device__ __forceinline__ bool is_over(uint64_t* barrier, uint32_t parity) {
+// Test a phase without waiting; all lanes of the warp get the same answer.
+__device__ __forceinline__ bool phase_is_complete(uint64_t* barrier, uint32_t parity) {
   return __all_sync(~0u, ptx::mbarrier_test_wait(ptx::shared_address(barrier), parity));
 }
 
-// The rows of one cluster or CTA, in ascending order: every `step`-th live row, so that all have as
-// much to do, and every `step`-th masked one, counted from the other end. A warp walks over the
-// mask in windows of 32 rows, with those of the next 128 read ahead.
+// Iterates over the rows of one cluster or CTA in ascending order: every `step`-th unmasked row, so
+// that work is balanced, and every `step`-th masked row, assigned in the opposite order. A warp
+// reads the mask in windows of 32 rows and prefetches the next 128 rows.
 class RowCursor {
  public:
   __device__ RowCursor(const uint8_t* mask, uint32_t count, uint32_t first, uint32_t step)
@@ -55,7 +55,7 @@ class RowCursor {
  private:
   static constexpr int kAheadWindows = 4;
 
-  // To the next own row, in this window or behind it.
+  // Move to this cluster's next row, in this window or a later one.
   __device__ void settle() {
     while (own_ == 0) {
       window_ += 32;
@@ -93,14 +93,15 @@ class RowCursor {
   }
   const uint8_t* mask_;
   uint32_t count_, step_, row_;
-  uint32_t window_ = 0u - 32, own_ = 0, live_ = ~0u;  // its first row; bits of its rows
-  uint32_t next_live_, next_masked_;                  // own ones, counted from the next window on
-  uint32_t every_step_ = 0;                           // bits 0, step, 2 step, ...
-  uint32_t masks_ = 0;                                // of this lane, a bit for each window
+  uint32_t window_ = 0u - 32;         // first row of the window
+  uint32_t own_ = 0, live_ = ~0u;     // bits: rows of this cluster not yet visited, unmasked rows
+  uint32_t next_live_, next_masked_;  // this cluster's next ones, counted from the next window on
+  uint32_t every_step_ = 0;           // bits 0, step, 2 step, ...
+  uint32_t masks_ = 0;                // this lane's mask, a bit for each prefetched window
   uint8_t ahead_[kAheadWindows];
 };
 
-// A place in the ring, moved on row by row.
+// A stage of the ring and how often the ring has been gone through.
 struct RingPlace {
   int stage;
   uint32_t lap;
@@ -110,7 +111,7 @@ struct RingPlace {
   }
 };
 
-// The place in stage number `stage` of the 16-byte block that `from` lies in.
+// Address, within a stage, of the 16-byte block that contains `from`.
 template <class T>
 __device__ __forceinline__ unsigned char* place_in_stage(unsigned char* stages, int stage_bytes,
                                                          int stage, const T* from) {
@@ -118,8 +119,8 @@ __device__ __forceinline__ unsigned char* place_in_stage(unsigned char* stages, 
   return stages + stage * stage_bytes + kStageLine + in_line;
 }
 
-// Whole 16-byte blocks: up to 15 bytes of the neighbours on either side come along. `policy`: none,
-// or one for the L2 cache.
+// Copy a share into a stage in whole 16-byte blocks, with up to 15 bytes of the neighbours on
+// either side. `policy`: optional L2 cache policy.
 template <class T, class... Policy>
 __device__ __forceinline__ void load_share(const T* logits, int length, unsigned char* in_stage,
                                            uint32_t full, Policy... policy) {

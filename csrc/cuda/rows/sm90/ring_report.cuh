@@ -1,11 +1,11 @@
-// The reporting warp: what is known of a row beside its gradient, written and added up.
+// The reporting warp: write logp, entropy and kl of each row and accumulate loss and metrics.
 #pragma once
 
 #include "cuda/rows/sm90/ring_state.cuh"
 
 namespace grpo::cuda {
 
-// One row: its outputs, and its part of the lane's sums.
+// Write one row's outputs and add it to the lane's sums.
 __device__ __forceinline__ void report_row(const RingParams& p, RingShared& sh, const Decided& d) {
   const PolicyParams<float> q = policy_of_row(p.policy, d.inputs);
   const TokenLoss<float> token = evaluate_token(q, d.inputs.terms, 0, 0, d.logp, d.entropy);
@@ -19,8 +19,8 @@ __device__ __forceinline__ void report_row(const RingParams& p, RingShared& sh, 
   add_to_column(sh.report.sums, threadIdx.x & 31, row);
 }
 
-// The reporting warp, in the first CTA of the cluster. Every group ends with an incomplete batch,
-// and none is a batch ahead of another: the ring holds fewer rows.
+// Report all rows (first CTA of the cluster). Each group ends with an incomplete batch. No group is
+// a whole batch ahead of another, since the ring holds fewer rows.
 __device__ __forceinline__ void report_rows(const RingParams& p, RingShared& sh) {
   const int lane = threadIdx.x & 31, group = lane / kBatchRows, place = lane % kBatchRows;
   constexpr uint32_t kPlaces = (1u << kBatchRows) - 1;
@@ -30,11 +30,11 @@ __device__ __forceinline__ void report_rows(const RingParams& p, RingShared& sh)
   for (uint32_t number = 0; ended + 1 < 1u << p.groups; ++number) {
     const uint32_t batch = number % kBatches, before = ended;
     for (int g = 0; g < p.groups; ++g)
-      if (!(before >> g & 1)) wait_patiently(&sh.complete[g][batch], number / kBatches & 1);
+      if (!(before >> g & 1)) wait_with_backoff(&sh.complete[g][batch], number / kBatches & 1);
     const bool mine = group < p.groups && !(before >> group & 1);
     const Decided& row = sh.batches[group][batch][place];
     const uint32_t ends = __ballot_sync(~0u, mine && row.row == kNoRow);
-    // Behind the end lies what an earlier batch has left.
+    // Places after the end hold rows of an earlier batch.
     const uint32_t end = ends >> (group * kBatchRows) & kPlaces;
     if (mine && (end == 0 || place < __ffs(end) - 1)) report_row(p, sh, row);
     for (int g = 0; g < p.groups; ++g) {

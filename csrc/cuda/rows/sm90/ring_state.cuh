@@ -1,4 +1,4 @@
-// What the warps of a CTA tell each other in shared memory.
+// Shared memory of the ring kernel: barriers and the values that its warps exchange.
 #pragma once
 
 #include "cuda/policy/report.cuh"
@@ -9,10 +9,10 @@
 namespace grpo::cuda {
 
 constexpr uint32_t kZeroBytes = 4096;
-static_assert(sizeof(Record) == kRecordBytes, "plan.h counts on it");
+static_assert(sizeof(Record) == kRecordBytes, "plan.h uses it");
 constexpr int kTermsWords = sizeof(SequenceTerms<float>) / 4;
 
-// What a row's coefficient is made of beside its logits.
+// Inputs of a row's coefficients other than its logits.
 struct RowInputs {
   float advantage, old_logp, ref_logp, sampling_logp, importance;
   SequenceTerms<float> terms;
@@ -20,15 +20,15 @@ struct RowInputs {
 constexpr int kInputWords = sizeof(RowInputs) / 4;
 static_assert(kInputWords == 5 + kTermsWords && kInputWords <= 32, "one lane per number");
 
-// What the consumers need to form a row's gradient.
-struct Verdict {
+// Inputs of a row's gradient, from the deciding warp to the consumers.
+struct GradientInputs {
   GradientTerms gradient;
   uint32_t row;
   int64_t id;
 };
 
-// A row with its verdict spoken, for the reporting warp, which takes kBatchRows of every group at a
-// time, a row per lane.
+// A row with its coefficients, for the reporting warp: kBatchRows of every group at a time, one row
+// per lane.
 constexpr int kBatchRows = 32 / kMaxGroups, kBatches = 2;
 struct Decided {
   RowInputs inputs;
@@ -36,43 +36,43 @@ struct Decided {
   uint32_t row;
 };
 
-// Who is the last reporter of a call: see take_report_counter.
+// Counters that find the last cluster of a call to report; see take_report_counter.
 static __device__ uint32_t report_counters[kReportCounters];
 
 struct RingShared {
   alignas(128) uint4 zeros[kZeroBytes / 16];
   uint64_t full[kMaxStages], ready[kMaxStages], empty[kMaxStages];
-  uint32_t rows[kMaxStages];               // what `full` announces; kNoRow: the end
-  uint64_t exchanged[kMaxGroups][kSlots];  // all records of a row are there
-  uint64_t decided[kMaxGroups][kSlots];    // its verdict is
-  Verdict verdicts[kMaxGroups][kSlots];
+  uint32_t rows[kMaxStages];               // row in each full stage; kNoRow: no more rows
+  uint64_t exchanged[kMaxGroups][kSlots];  // all records of a row have arrived
+  uint64_t decided[kMaxGroups][kSlots];    // its gradient inputs are published
+  GradientInputs gradient_inputs[kMaxGroups][kSlots];
   Decided batches[kMaxGroups][kBatches][kBatchRows];
   uint64_t complete[kMaxGroups][kBatches], reported[kMaxGroups][kBatches];
-  OwnTerms own;
+  LocalTerms local;
   ReportShared report;
 };
-static_assert(sizeof(RingShared) <= kRingStaticBytes, "plan.h counts on it");
+static_assert(sizeof(RingShared) <= kRingStaticSharedBytes, "plan.h uses it");
 
-// A row's records, rank-major; behind the stages.
+// A row's records, rank-major, after the stages.
 __device__ __forceinline__ Record* records_of(const RingParams& p, unsigned char* stages, int group,
                                               uint32_t slot, uint32_t ranks) {
   Record* records = reinterpret_cast<Record*>(stages + p.stages * p.stage_bytes);
   return records + (group * kSlots + slot) * ranks * kGroupWarps;
 }
 
-// Where the terms of the sequences are; valid behind wait_for_terms.
+// The sequences' terms; valid after wait_for_terms.
 __device__ __forceinline__ const SequenceTerms<float>* terms_of(const RingParams& p,
                                                                 const RingShared& sh) {
-  return p.terms ? p.terms : sh.own.terms;
+  return p.terms ? p.terms : sh.local.terms;
 }
 __device__ __forceinline__ void wait_for_terms(const RingParams& p, RingShared& sh) {
   if (p.terms)
     ptx::wait_for_previous_kernel();
   else
-    wait(&sh.own.known, 0);
+    wait(&sh.local.known, 0);
 }
 
-// One number of RowInputs per lane.
+// Load one number of RowInputs per lane.
 __device__ __forceinline__ float load_input(const RingParams& p, uint32_t row, uint32_t sequence,
                                             const SequenceTerms<float>* terms, int lane) {
   const PolicyParams<float>& q = p.policy;
@@ -87,7 +87,7 @@ __device__ __forceinline__ float load_input(const RingParams& p, uint32_t row, u
   return from ? *from : 0.f;
 }
 
-// The policy's view of one row: the same parameters, with the tensors of length one in `in`.
+// The policy parameters of one row: tensors of length one, stored in `in`.
 __device__ __forceinline__ PolicyParams<float> policy_of_row(const PolicyParams<float>& policy,
                                                              const RowInputs& in) {
   PolicyParams<float> q = policy;

@@ -1,7 +1,7 @@
-// Statistics of rows, persistent: a CTA streams its rows share by share through a ring of stages.
+// Compute statistics alone: a persistent CTA streams its rows, share by share, through a ring.
 //
-// A loading warp fills the stages, groups of consumers take shares in turn and leave a record per
-// warp, the deciding warp folds a row's records in the order of shares, as a cluster would.
+// A loading warp fills the stages. Consumer groups take shares in turn and write a record per warp.
+// The deciding warp folds a row's records in the order of shares, as a cluster would.
 #pragma once
 
 #include "cuda/rows/sm90/ring.h"
@@ -9,15 +9,15 @@
 
 namespace grpo::cuda {
 
-constexpr uint32_t kRowSlots = 8;  // rows whose records are kept apart
+constexpr uint32_t kRowSlots = 8;  // rows with records in flight
 
 struct StatsShared {
   uint64_t full[kMaxStages], empty[kMaxStages];
-  uint32_t rows[kMaxStages];  // what `full` announces; kNoRow: the end
+  uint32_t rows[kMaxStages];  // row in each full stage; kNoRow: no more rows
   uint64_t summed[kRowSlots], folded[kRowSlots];
   Record records[kRowSlots][kMaxCluster * kGroupWarps];  // share-major
 };
-static_assert(sizeof(StatsShared) <= kRingStaticBytes, "plan.h counts on it");
+static_assert(sizeof(StatsShared) <= kRingStaticSharedBytes, "plan.h uses it");
 
 template <class T>
 __device__ __forceinline__ void load_shares(const StatsRingParams& p, StatsShared& sh,
@@ -28,7 +28,7 @@ __device__ __forceinline__ void load_shares(const StatsRingParams& p, StatsShare
     if (!cursor.live()) continue;
     for (int s = 0; s < p.shares && elected; ++s, place.advance(1, p.stages)) {
       const int stage = place.stage;
-      if (place.lap > 0) wait_patiently(&sh.empty[stage], (place.lap - 1) & 1);
+      if (place.lap > 0) wait_with_backoff(&sh.empty[stage], (place.lap - 1) & 1);
       const T* logits = logits_row<T>(p.rows, cursor.row()) + int64_t(s) * p.share;
       sh.rows[stage] = cursor.row();
       load_share(logits, share_length(p.rows.vocab, s, p.share),
@@ -37,32 +37,32 @@ __device__ __forceinline__ void load_shares(const StatsRingParams& p, StatsShare
     }
   }
   for (int group = 0; group < p.groups && elected; ++group, place.advance(1, p.stages)) {
-    if (place.lap > 0) wait_patiently(&sh.empty[place.stage], (place.lap - 1) & 1);
+    if (place.lap > 0) wait_with_backoff(&sh.empty[place.stage], (place.lap - 1) & 1);
     sh.rows[place.stage] = kNoRow;
     ptx::mbarrier_arrive(ptx::shared_address(&sh.full[place.stage]));
   }
 }
 
-template <class T, bool kGeneral>
+template <class T, bool kAllFeatures>
 __device__ __forceinline__ void sum_shares(const StatsRingParams& p, StatsShared& sh,
                                            unsigned char* stages) {
   const int group = threadIdx.x / kGroupThreads, thread = threadIdx.x % kGroupThreads;
   const int lane = thread & 31, warp = thread >> 5;
-  const LogitMap<kGeneral> map(p.rows.transform);
+  const LogitMap<kAllFeatures> map(p.rows.transform);
   RingPlace place = {group, 0};
-  // The row's number among this CTA's, and which of its shares.
+  // `turn` counts this CTA's rows; share_number is the share within the row.
   int share_number = group;
   for (uint32_t turn = 0;; share_number += p.groups, place.advance(p.groups, p.stages)) {
     for (; share_number >= p.shares; share_number -= p.shares) ++turn;
     const int stage = place.stage;
-    // As in ring.cuh: when the stage's last share has left, the next one to fill it is ours.
+    // As in ring.cuh: once the share before ours has left the stage, the next fill is ours.
     if (place.lap > 0) wait(&sh.empty[stage], (place.lap - 1) & 1);
     wait(&sh.full[stage], place.lap & 1);
     const uint32_t row = sh.rows[stage];
     if (row == kNoRow) return;
     const int64_t first = int64_t(share_number) * p.share;
     const int length = share_length(p.rows.vocab, share_number, p.share);
-    const int64_t id = warp == 0 ? p.rows.ids[row] : -1;  // used only when the sums are done
+    const int64_t id = warp == 0 ? p.rows.ids[row] : -1;  // loads while the warp sums
     const T* logits = logits_row<T>(p.rows, row) + first;
     const int skip = int(reinterpret_cast<uintptr_t>(logits) & 15);
     const unsigned char* share = place_in_stage(stages, p.stage_bytes, stage, logits);
@@ -70,11 +70,11 @@ __device__ __forceinline__ void sum_shares(const StatsRingParams& p, StatsShared
       return part_of_thread<T>(vectors, length, map, thread);
     });
     part = merge_warp(part, map.log2_slope);
-    __syncwarp();  // all lanes have read what the record speaks of
+    __syncwarp();  // all lanes have read the stage
     if (lane == 0) {
       Record record = {part.max, part.sum, part.weighted, 0.f};
       if (id >= first && id < first + length)
-        record.w = map.u(to_float(reinterpret_cast<const T*>(share + skip)[id - first]));
+        record.w = map.unscaled(to_float(reinterpret_cast<const T*>(share + skip)[id - first]));
       ptx::mbarrier_arrive(ptx::shared_address(&sh.empty[stage]));
       const uint32_t slot = turn % kRowSlots;
       if (turn >= kRowSlots) wait(&sh.folded[slot], (turn / kRowSlots - 1) & 1);
@@ -85,11 +85,11 @@ __device__ __forceinline__ void sum_shares(const StatsRingParams& p, StatsShared
   }
 }
 
-template <bool kGeneral>
+template <bool kAllFeatures>
 __device__ __forceinline__ void fold_rows(const StatsRingParams& p, StatsShared& sh,
                                           RowCursor cursor) {
   const int lane = threadIdx.x & 31;
-  const LogitMap<kGeneral> map(p.rows.transform);
+  const LogitMap<kAllFeatures> map(p.rows.transform);
   for (uint32_t turn = 0; cursor.more(); cursor.advance()) {
     const uint32_t row = cursor.row();
     RowStats stats = {};
@@ -112,7 +112,7 @@ __device__ __forceinline__ void fold_rows(const StatsRingParams& p, StatsShared&
   }
 }
 
-template <class T, bool kGeneral>
+template <class T, bool kAllFeatures>
 __global__ void __launch_bounds__(stats_ring_threads(kMaxGroups), 1)
     stats_ring_kernel(const __grid_constant__ StatsRingParams p) {
   extern __shared__ __align__(128) unsigned char stages[];
@@ -136,15 +136,15 @@ __global__ void __launch_bounds__(stats_ring_threads(kMaxGroups), 1)
   if (helper == 0)
     load_shares<T>(p, sh, stages, cursor);
   else if (helper == 1)
-    fold_rows<kGeneral>(p, sh, cursor);
+    fold_rows<kAllFeatures>(p, sh, cursor);
   else
-    sum_shares<T, kGeneral>(p, sh, stages);
+    sum_shares<T, kAllFeatures>(p, sh, stages);
 }
 
 template <class T>
-const void* stats_ring_kernel_address(bool general) {
-  return general ? reinterpret_cast<const void*>(&stats_ring_kernel<T, true>)
-                 : reinterpret_cast<const void*>(&stats_ring_kernel<T, false>);
+const void* stats_ring_kernel_address(bool all_features) {
+  return all_features ? reinterpret_cast<const void*>(&stats_ring_kernel<T, true>)
+                      : reinterpret_cast<const void*>(&stats_ring_kernel<T, false>);
 }
 
 }  // namespace grpo::cuda

@@ -1,4 +1,4 @@
-// The terms of the sequences, formed by every CTA for itself while its first rows are on their way.
+// Compute the sequences' terms in every CTA while its first rows load.
 #pragma once
 
 #include "cuda/rows/sm90/ring.h"
@@ -6,13 +6,13 @@
 
 namespace grpo::cuda {
 
-struct OwnTerms {
+struct LocalTerms {
   uint64_t counted, known;  // tokens are counted, terms are formed
-  uint32_t tokens[kMaxOwnSequences];
-  SequenceTerms<float> terms[kMaxOwnSequences];
+  uint32_t tokens[kMaxLocalSequences];
+  SequenceTerms<float> terms[kMaxLocalSequences];
 };
 
-// Of the 16 mask bytes at `block`, those within [begin, end); they are 0 or 1, as in torch.bool.
+// Sum the mask bytes (0 or 1, torch.bool) of a 16-byte block that lie within [begin, end).
 __device__ __forceinline__ uint32_t count_block(uintptr_t block, uintptr_t begin, uintptr_t end) {
   if (block >= begin && block + 16 <= end) {
     const uint4 x = *reinterpret_cast<const uint4*>(block);
@@ -26,9 +26,9 @@ __device__ __forceinline__ uint32_t count_block(uintptr_t block, uintptr_t begin
   return tokens;
 }
 
-// The part of one of `warps` warps.
-__device__ __forceinline__ void count_tokens(const PolicyParams<float>& p, OwnTerms& own, int warp,
-                                             int warps) {
+// Count one warp's pieces of the mask, of `warps` warps.
+__device__ __forceinline__ void count_tokens(const PolicyParams<float>& p, LocalTerms& local,
+                                             int warp, int warps) {
   constexpr int kBlocks = kTermPiece / (32 * 16);  // per lane and piece
   const int lane = threadIdx.x & 31;
   const int length = int(p.length);
@@ -43,25 +43,25 @@ __device__ __forceinline__ void count_tokens(const PolicyParams<float>& p, OwnTe
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) tokens += count_block(first + i * 512, begin, begin + length);
     tokens = __reduce_add_sync(~0u, tokens);
-    if (lane == 0) atomicAdd(&own.tokens[sequence], tokens);
+    if (lane == 0) atomicAdd(&local.tokens[sequence], tokens);
   }
-  if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(&own.counted));
+  if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(&local.counted));
 }
 
-// By one warp. The same numbers as from the kernel in policy/policy.cu.
-__device__ __forceinline__ void form_terms(const PolicyParams<float>& p, OwnTerms& own) {
+// Compute the terms (one warp); same values as terms_kernel in policy/policy.cu.
+__device__ __forceinline__ void form_terms(const PolicyParams<float>& p, LocalTerms& local) {
   const int lane = threadIdx.x & 31, batch = int(p.batch);
-  wait(&own.counted, 0);
+  wait(&local.counted, 0);
   uint32_t all = 0;
-  for (int b = lane; b < batch; b += 32) all += own.tokens[b];
+  for (int b = lane; b < batch; b += 32) all += local.tokens[b];
   all = __reduce_add_sync(~0u, all);
 #pragma unroll 1
   for (int b = lane; b < batch; b += 32) {
     SequenceSums sums{};
-    sums.tokens = own.tokens[b];
-    own.terms[b] = sequence_terms(p, b, sums, double(all));
+    sums.tokens = local.tokens[b];
+    local.terms[b] = sequence_terms(p, b, sums, double(all));
   }
-  ptx::mbarrier_arrive(ptx::shared_address(&own.known));
+  ptx::mbarrier_arrive(ptx::shared_address(&local.known));
 }
 
 }  // namespace grpo::cuda
