@@ -1,4 +1,4 @@
-// The constants of a loss call: what LossConfig says, as plain numbers that CPU and CUDA code read.
+// The constants of a loss call: LossConfig as plain numbers for CPU and CUDA code.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +28,7 @@ template <class Real>
 struct LossSpec {
   LossType loss_type;
   Level level;
-  ImportanceMode importance_mode;  // kOff also when the caller brings the weights along
+  ImportanceMode importance_mode;  // kOff also when the caller passes weights
   bool use_bias_correction_kl;
   bool has_off_policy_threshold;
   Real clip_low;   // 1 - epsilon

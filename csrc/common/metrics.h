@@ -1,4 +1,4 @@
-// What a loss call reports beside the loss: sums over unmasked tokens, folded in a fixed order.
+// Loss and metrics of a call: sums over unmasked tokens, folded in a fixed order.
 #pragma once
 
 #include "common/policy.h"
@@ -55,7 +55,7 @@ GRPO_HOST_DEVICE void merge(BatchSums* a, const BatchSums& b) {
   a->difference_max = greater(a->difference_max, b.difference_max);
 }
 
-// A ratio of its own: every token at token level, every sequence at sequence level.
+// Add one ratio: of a token at token level, of a sequence at sequence level.
 template <class Real>
 GRPO_HOST_DEVICE void add_ratio(BatchSums* sums, Real ratio, bool low, bool high) {
   sums->ratios += 1;

@@ -1,8 +1,8 @@
-// From log probabilities to coefficients: SPEC sections 2 to 4 (docs/inside/spec.md) for a batch
-// of sequences.
+// Turn log probabilities into losses and coefficients: SPEC sections 2 to 4 (docs/inside/spec.md)
+// for a batch.
 //
-// The work per sequence is: accumulate SequenceSums over its tokens, turn them into SequenceTerms,
-// evaluate every token with them. CPU and CUDA differ only in how they loop.
+// Per sequence: accumulate SequenceSums over its tokens, turn them into SequenceTerms, evaluate
+// each token with those. CPU and CUDA differ only in their loops.
 #pragma once
 
 #include <cmath>
@@ -27,7 +27,7 @@ struct PolicyParams {
   const Real* old_logps;
   const Real* ref_logps;
   const Real* sampling_logps;
-  const Real* importance;  // [B] or [B,T], brought along by the caller
+  const Real* importance;  // [B] or [B,T], importance weights from the caller
   ImportanceShape importance_shape;
   const Real* num_items;          // [1] divisor of dapo, cispo and vespo; null: sum of the mask
   const Real* entropy_threshold;  // [1] keep tokens at or above it; null: keep all
@@ -44,7 +44,7 @@ struct PolicyParams {
               spec, loss, coef, entropy_coef, kl, metrics)
 };
 
-// Sums over the unmasked tokens of one sequence, in fp64: they decide for every token of it.
+// Sums over the unmasked tokens of one sequence, in fp64: each of its tokens depends on them.
 struct SequenceSums {
   double tokens;
   double log_ratio;          // d
@@ -71,7 +71,7 @@ struct SequenceTerms {
   Real vespo_weight;     // lw of SPEC section 2.3
   Real tokens;           // unmasked ones
   Real inv_tokens;       // 1 / max(tokens, 1)
-  Real shared_gradient;  // sequence level: sum_t weight dl_t/dw / tokens, for every token alike
+  Real shared_gradient;  // sequence level: sum_t weight dl_t/dw / tokens, equal for all tokens
   bool keep;             // off-policy mask
 };
 
@@ -93,7 +93,7 @@ GRPO_HOST_DEVICE bool forms_importance(const PolicyParams<Real>& p) {
          p.importance_shape == ImportanceShape::kNone && p.sampling_logps != nullptr;
 }
 
-// Whether the terms of a sequence follow from more than the number of its tokens.
+// Whether the terms of a sequence need more than its number of tokens.
 template <class Real>
 GRPO_HOST_DEVICE bool needs_sums(const PolicyParams<Real>& p) {
   return p.spec.level == Level::kSequence || p.spec.loss_type == LossType::kVespo ||
@@ -101,7 +101,7 @@ GRPO_HOST_DEVICE bool needs_sums(const PolicyParams<Real>& p) {
          (forms_importance(p) && per_sequence(p.spec.importance_mode));
 }
 
-// Truncate to [min, cap], or 0 outside of it.
+// Truncate to [min, cap], or set to 0 outside it (mask modes).
 template <class Real>
 GRPO_HOST_DEVICE Real bound_importance(const LossSpec<Real>& spec, Real weight) {
   const bool truncate = spec.importance_mode == ImportanceMode::kTokenTruncate ||
@@ -130,7 +130,7 @@ GRPO_HOST_DEVICE Real sampling_gap(const PolicyParams<Real>& p, int64_t i, Real 
   return gap == gap ? gap : Real(0);
 }
 
-// isw of token i, when there is one per token; `terms` carries the one per sequence.
+// isw of token i; `of_sequence` if weights are per sequence.
 template <class Real>
 GRPO_HOST_DEVICE Real importance(const PolicyParams<Real>& p, int64_t i, Real new_logp,
                                  Real of_sequence) {
@@ -196,7 +196,7 @@ GRPO_HOST_DEVICE Real vespo_phi(const LossSpec<Real>& spec, Real lw, Real A) {
   return phi - phi == 0 ? phi : Real(0);  // inf and NaN -> 0
 }
 
-// Everything but shared_gradient, which needs a second look at the tokens.
+// All terms except shared_gradient, which needs a second pass over the tokens.
 template <class Real>
 GRPO_HOST_DEVICE SequenceTerms<Real> sequence_terms(const PolicyParams<Real>& p, int64_t b,
                                                     const SequenceSums& sums, double batch_tokens) {

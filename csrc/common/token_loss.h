@@ -2,8 +2,8 @@
 // CPU and CUDA.
 //
 // A token's loss l depends on its log probability `new` directly (KL, cispo, vespo) and through the
-// log ratio w, which at sequence level is shared by the whole completion. Both partial derivatives
-// are returned; the caller adds them up for its level.
+// log ratio w, which at sequence level the whole completion shares. token_loss returns both partial
+// derivatives; the caller combines them for its level.
 #pragma once
 
 #include <cmath>
@@ -43,7 +43,7 @@ GRPO_HOST_DEVICE Real k3(Real x) {
   return std::expm1(x) - x;
 }
 
-// -min(min(r, delta) A, clamp(r) A): the gradient is that of whichever branch is the smaller.
+// -min(min(r, delta) A, clamp(r) A), with the gradient of the smaller branch.
 template <class Real>
 GRPO_HOST_DEVICE void clipped_objective(const LossSpec<Real>& spec, Real r, Real A,
                                         TokenLoss<Real>* out) {
@@ -75,7 +75,7 @@ GRPO_HOST_DEVICE TokenLoss<Real> token_loss(const LossSpec<Real>& spec,
   const Real r = std::exp(in.log_ratio);
   const Real A = in.advantage;
   out.ratio = r;
-  // A zero advantage never multiplies an overflowed ratio; a NaN gets through.
+  // Skip a zero advantage: 0 times an overflowed ratio is NaN. A NaN ratio still propagates.
   if (A != 0 || in.log_ratio != in.log_ratio) {
     switch (spec.loss_type) {
       case LossType::kCispo: {

@@ -11,11 +11,11 @@ namespace grpo::cpu {
 
 // Instruction set of the row kernels: "avx512", "avx2" or "portable".
 const char* active_isa();
-// Restrict it (tests compare the sets on one machine); returns false when this CPU lacks `name`.
+// Select a set (tests compare them on one machine); returns false if this CPU lacks `name`.
 bool select_isa(const char* name);
 
 // logits -> logps, entropy, lse. Returns the first unmasked row whose id lies outside [0, vocab),
-// or -1; nothing may be trusted then.
+// or -1; with a bad row the outputs are undefined.
 template <class Real>
 int64_t row_stats(const RowParams<Real>& rows, int threads);
 
@@ -27,9 +27,9 @@ void row_gradient(const RowParams<Real>& rows, int threads);
 template <class Real>
 void policy_loss(const PolicyParams<Real>& policy, int threads);
 
-// All of the above with one read of every logit; only where a row's coefficient
-// depends on no other row (fits_one_pass in grpo_ext/losses.py). Fills rows.logps and rows.entropy,
-// which the policy reads, and rows.grad when it is not null.
+// Do all of the above with one read of each logit. Requires that a row's coefficient depends on no
+// other row (fits_one_pass in grpo_ext/losses.py). Writes rows.logps and rows.entropy, which the
+// policy reads, and rows.grad unless it is null.
 template <class Real>
 int64_t row_loss(const RowParams<Real>& rows, const PolicyParams<Real>& policy, int threads);
 

@@ -1,4 +1,4 @@
-// The policy stage on the CPU: a few passes over [B,T] numbers, one sequence per task.
+// The policy loss on the CPU: a few passes over [B,T] numbers, one sequence per task.
 #include "common/metrics.h"
 #include "cpu/cpu.h"
 #include "cpu/policy_loop.h"
@@ -37,7 +37,7 @@ SequenceTerms<Real> terms_of(const PolicyParams<Real>& p, bool with_logps, int64
   return terms;
 }
 
-// Outputs of sequence b, and its share of the batch sums.
+// Write the outputs of sequence b; return its part of the batch sums.
 template <class Real>
 BatchSums emit(const PolicyParams<Real>& p, const SequenceTerms<Real>& terms, int64_t b) {
   BatchSums sums;

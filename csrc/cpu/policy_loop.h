@@ -7,8 +7,8 @@
 
 namespace grpo::cpu {
 
-// Terms of every sequence from what is known before any logit is read: the reduction weights, the
-// weights brought along and, on-policy, the shared gradient of the sequence level.
+// Terms of every sequence that need no logits: reduction weights, the caller's importance weights
+// and, on-policy, the shared gradient of the sequence level.
 template <class Real>
 std::vector<SequenceTerms<Real>> terms_before_logits(const PolicyParams<Real>& policy, int threads);
 

@@ -8,14 +8,14 @@
 
 namespace grpo::cpu {
 
-// What one read of a row leaves behind.
+// Results of one read of a row.
 template <class Real>
 struct RowStatistics {
   SoftmaxRecord<Real> record;  // `weighted` stays 0 unless the entropy was asked for
   double target;               // x[target] - record.max, not rounded: log probabilities are, once
 };
 
-// What the gradient of one row needs: dz = coef dlogp/dz + entropy_coef dH/dz.
+// Inputs of one row's gradient, dz = coef dlogp/dz + entropy_coef dH/dz.
 template <class Real>
 struct RowGradient {
   int64_t target;

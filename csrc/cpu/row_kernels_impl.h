@@ -1,8 +1,7 @@
 // Softmax statistics and gradient of one row, for any SIMD backend V of vec_*.h.
 //
-// The row comes from memory once: it is read in blocks that stay in L1, each block first for its
-// maximum, then for the sums. The gradient pass finds the row in L2 (a 49,152-token fp32 row has
-// 192 KiB).
+// Statistics read the row from memory once, in blocks that stay in L1: first each block's maximum,
+// then its sums. The gradient pass finds the row in L2 (49,152 fp32 logits take 192 KiB).
 #pragma once
 
 #include <type_traits>
@@ -105,8 +104,8 @@ static RowStatistics<typename V::Real> stats_of(const T* z, int64_t vocab, int64
     }
     // No finite logit so far: any reference serves, the terms are exp(-inf) or NaN.
     const Reg top = V::set1(highest > Real(-INFINITY) ? highest : Real(0));
-    // A sum for each block and one of the blocks: eight lanes of fp32 that add up a whole
-    // vocabulary one after the other are off by more than the exponentials.
+    // Sum per block, then over blocks: eight fp32 lanes that accumulate a whole vocabulary
+    // sequentially err by more than the exponentials.
     Reg block_sum[2] = {zero, zero}, block_weighted[2] = {zero, zero};
     int64_t i = 0;
     for (; i + 2 * W <= n; i += 2 * W) {

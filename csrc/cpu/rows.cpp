@@ -67,7 +67,7 @@ bool masked(const RowParams<Real>& p, int64_t i) {
   return p.mask && !p.mask[i];
 }
 
-// f(i) for every row, rows of short vocabularies in bundles.
+// Call f(i) for every row; threads take rows of short vocabularies in bundles.
 template <class F>
 void for_rows(int64_t rows, int64_t vocab, int threads, const F& f) {
   const int chunk = int(1 + 16384 / (vocab + 1));
@@ -75,7 +75,7 @@ void for_rows(int64_t rows, int64_t vocab, int threads, const F& f) {
   for (int64_t i = 0; i < rows; ++i) f(i);
 }
 
-// A fresh gradient buffer is paid for page by page at first touch; large pages make that cheap.
+// Ask for large pages: a fresh gradient buffer faults page by page at first touch.
 template <class Real>
 void prefer_large_pages(const RowParams<Real>& p) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -90,7 +90,7 @@ void prefer_large_pages(const RowParams<Real>& p) {
 #endif
 }
 
-// Statistics of row i into the output tensors; false when its id is out of range.
+// Write the statistics of row i; false if its id is out of range.
 template <class Real>
 bool stats_of_row(const RowParams<Real>& p, const RowKernels<Real>& kernels, int64_t i,
                   RowGradient<Real>* row) {

@@ -1,6 +1,6 @@
-// What every SIMD backend shares: element types and the conversions a scalar needs.
-// This header is compiled once per instruction set, so everything in it is static: a definition
-// built with AVX-512 must never be linked into the portable path.
+// Shared by the SIMD backends: element types and scalar conversions. Everything is static, since
+// the header is compiled once per instruction set: the linker must not pick a definition built with
+// AVX-512 for the portable path.
 #pragma once
 
 #include <cmath>

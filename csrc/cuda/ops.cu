@@ -1,4 +1,4 @@
-// The operations: a plan, parameters, launches.
+// The operations: plan, fill parameters, launch.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -35,7 +35,7 @@ StreamingParams streaming_params(const RowParams<float>& rows) {
   p.shares = division.shares;
   p.share = division.share;
   const int64_t tile = int64_t(kTileVectors) * kGroupThreads * 16;
-  // One 16-byte block more than the row has bytes for, where it starts between two of them.
+  // A row that starts off a 16-byte boundary touches one block more.
   p.tiles = int32_t((rows.vocab * element_bytes(rows.dtype) + 15 + tile - 1) / tile);
   return p;
 }
@@ -138,7 +138,7 @@ const SequenceTerms<float>* terms_in(void* workspace, const PolicyParams<float>&
 #if defined(GRPO_CUDA_RING)
 namespace {
 
-// Loss and gradient with the row on chip. False: not on this device, or not for this call.
+// Launch the ring kernel. Returns false if device or call does not allow it.
 bool row_loss_on_chip(int device, const RowParams<float>& rows, PolicyKernelParams p,
                       Stream stream) {
   RingParams ring{};
@@ -154,7 +154,8 @@ bool row_loss_on_chip(int device, const RowParams<float>& rows, PolicyKernelPara
   ring.groups = plan.groups;
   if (!plan.ring || !use_ring || ring.row_count == 0 || ring_clusters(ring, plan) == 0)
     return false;
-  // A sequence is reported against every token's own log probability: a NaN in one shows in all.
+  // At sequence level the metrics need all log probabilities of a sequence: NaN in one shows in
+  // all.
   const bool reports = p.policy.spec.level == Level::kToken;
   const bool capturing = is_capturing(stream);
   int counter = -1;
@@ -162,7 +163,7 @@ bool row_loss_on_chip(int device, const RowParams<float>& rows, PolicyKernelPara
     counter = take_report_counter(device, stream, capturing);
   if (counter >= 0) {
     ring.report = {p.workspace.sums, nullptr, counter};
-    // A graph's nodes before are not always kernels.
+    // In a graph, the previous node is not always a kernel.
     launch_ring(ring, plan, !capturing, stream);
     return true;
   }

@@ -1,7 +1,7 @@
 // The CUDA backend's operations. They enqueue work on the given stream of the given device and
-// never synchronise; failures to launch throw std::runtime_error.
+// never synchronize; a failed launch throws std::runtime_error.
 //
-// Ids cannot raise here, nobody waits for the device: an unmasked row whose id lies outside
+// The host never reads ids, so a wrong one cannot raise: an unmasked row whose id lies outside
 // [0, vocab) gets NaN as its log probability, loss and gradient, and counts in nonfinite_tokens.
 #pragma once
 
@@ -14,12 +14,11 @@ namespace grpo::cuda {
 // CUDART_VERSION of the build, e.g. 13000.
 int compiled_version();
 
-// Device memory that row_loss and policy_loss need beside their outputs, in bytes.
+// Bytes of device workspace that row_loss and policy_loss need.
 int64_t workspace_bytes(int64_t batch, int64_t length);
 
-// For tests: "auto", "streaming" to leave the one-launch kernel aside, or "terms_kernel" to have
-// the terms of the sequences from a kernel before it wherever it could form them itself; false:
-// unknown.
+// Force a kernel variant in tests: "auto", "streaming" (never the ring kernel), or "terms_kernel"
+// (always a separate kernel for the sequences' terms). Returns false for another name.
 bool select_route(const char* name);
 
 // logits -> logps, entropy, lse.
@@ -31,17 +30,17 @@ void row_gradient(int device, const RowParams<float>& rows, Stream stream);
 // logps -> loss, coefficients, kl, metrics.
 void policy_loss(int device, const PolicyParams<float>& policy, void* workspace, Stream stream);
 
-// What the tokens of a sequence have in common where their coefficients depend on no other row's
-// logits; `policy` has neither logps nor outputs. Left in the workspace, at terms_in.
+// Compute the sequences' terms into the workspace, at terms_in, for losses whose coefficients
+// depend on no other row's logits. `policy` has neither logps nor outputs.
 void policy_terms(int device, const PolicyParams<float>& policy, void* workspace, Stream stream);
 const SequenceTerms<float>* terms_in(void* workspace, const PolicyParams<float>& policy);
 
-// All of the above with one read of every logit; only where a row's coefficient depends on no other
-// row (fits_one_pass in grpo_ext/losses.py). rows.grad may be null.
+// Do all of the above with one read of each logit. Requires that a row's coefficient depends on no
+// other row (fits_one_pass in grpo_ext/losses.py). rows.grad may be null.
 void row_loss(int device, const RowParams<float>& rows, const PolicyParams<float>& policy,
               void* workspace, Stream stream);
 
-// grad *= *factor, except that a factor of 1 reads and writes nothing.
+// grad *= *factor; a factor of 1 reads and writes nothing.
 void scale_rows(int device, const RowParams<float>& rows, const float* factor, Stream stream);
 
 }  // namespace grpo::cuda

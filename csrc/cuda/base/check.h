@@ -1,4 +1,4 @@
-// CUDA return codes become C++ exceptions, and those Python's.
+// Turn CUDA return codes into C++ exceptions; pybind11 turns those into Python's.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -8,7 +8,7 @@
 
 namespace grpo::cuda {
 
-// Makes `index` the current device for a scope.
+// Makes `index` the current device within a scope.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int index) {
@@ -27,7 +27,7 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-// Whether what is launched on the stream becomes part of a CUDA graph.
+// Whether the stream is capturing a CUDA graph.
 inline bool is_capturing(Stream stream) {
   cudaStreamCaptureStatus status;
   GRPO_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
@@ -38,8 +38,8 @@ struct Launch {
   unsigned grid, block;
   int cluster = 0;  // 0: not launched as clusters
   int shared_bytes = 0;
-  // Start beside the previous kernel of the stream (sm_90 and later); the kernel then waits for its
-  // results itself, with ptx::wait_for_previous_kernel.
+  // Start before the previous kernel of the stream ends (programmatic dependent launch, sm_90 and
+  // later); the kernel waits for its results with ptx::wait_for_previous_kernel.
   bool beside_previous = false;
 };
 

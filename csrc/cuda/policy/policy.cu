@@ -1,4 +1,4 @@
-// The policy stage on the device. Sums are folded in fixed trees: threads, warps, blocks by number.
+// Policy kernels. Sums fold in fixed trees: threads, warps, blocks in order.
 #include "cuda/base/launch.h"
 #include "cuda/base/ptx.cuh"
 #include "cuda/policy/policy.h"
@@ -40,7 +40,7 @@ __device__ __forceinline__ S sum_lanes(S s) {
   return s;
 }
 
-// The sum over the block, in thread 0. `shared` may be used again after the next barrier.
+// Sum over the block; thread 0 gets it. `shared` is free again after the next barrier.
 template <class S>
 __device__ S sum_block(S s, S* shared) {
   s = sum_lanes<32>(s);
@@ -58,7 +58,7 @@ __device__ __forceinline__ void merge(TokenCounts* a, const TokenCounts& b) {
   a->batch += b.batch;
 }
 
-// This thread's part of the tokens under a mask of n bytes; they are 0 or 1, as in torch.bool.
+// Count this thread's part of a mask of n bytes, each 0 or 1 (torch.bool).
 __device__ uint32_t count_tokens(const uint8_t* mask, int64_t n) {
   uint32_t tokens = 0;
   int64_t i = threadIdx.x;
@@ -77,7 +77,7 @@ __device__ uint32_t count_tokens(const uint8_t* mask, int64_t n) {
   return tokens;
 }
 
-// The divisor of these is the number of tokens of all sequences.
+// Whether the loss divides by the number of tokens of all sequences.
 __device__ bool needs_batch_tokens(const PolicyParams<float>& p) {
   switch (p.spec.loss_type) {
     case LossType::kBnpo:
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kPolicyThreads)
   if (threadIdx.x == 0) k.workspace.terms[b] = terms;
 }
 
-// What counts once per sequence: that it is there, kept, and at sequence level its ratio.
+// Add what counts once per sequence: presence, off-policy mask, and the ratio at sequence level.
 __device__ void add_sequence(const PolicyParams<float>& p, const SequenceTerms<float>& terms,
                              const ChunkSums* chunks, int count, BatchSums* total) {
   double tokens = 0;
@@ -155,7 +155,7 @@ __device__ void add_sequence(const PolicyParams<float>& p, const SequenceTerms<f
   if (p.spec.level == Level::kSequence) add_ratio(total, ratio, low, high);
 }
 
-// The token of this thread: outputs, and its share of the sums.
+// Write the outputs of this thread's token and add it to the chunk's sums.
 __device__ void emit_token(const PolicyParams<float>& p, const SequenceTerms<float>& terms,
                            int64_t b, int64_t i, ChunkSums* chunk) {
   float coef = 0, entropy_coef = 0, kl = 0;
@@ -179,7 +179,7 @@ __device__ void emit_token(const PolicyParams<float>& p, const SequenceTerms<flo
   if (p.kl) p.kl[i] = kl;
 }
 
-// One block per chunk of a sequence; the last one to finish folds what all have reported.
+// One block per chunk of a sequence; the last block to finish folds all chunks' sums.
 __global__ void __launch_bounds__(kPolicyThreads)
     emit_kernel(const __grid_constant__ PolicyKernelParams k) {
   const PolicyParams<float>& p = k.policy;

@@ -1,4 +1,4 @@
-// The policy stage on the device: terms per sequence, then loss, coefficients and metrics.
+// Policy kernels: terms per sequence, then loss, coefficients and metrics.
 #pragma once
 
 #include "common/metrics.h"
@@ -10,20 +10,20 @@ namespace grpo::cuda {
 
 constexpr int kPolicyThreads = 256;
 
-// Pieces of one block each; chunks of a sequence follow each other.
+// Sums of a chunk, i.e. of one block; chunks of a sequence are adjacent.
 struct ChunkSums {
   BatchSums sums;
   float ratio;                   // of any token
   uint32_t low, high, negative;  // any token clipped, any with A < 0
 };
 
-// The caller's scratch memory, cut up.
+// The caller's workspace, divided.
 struct Workspace {
   uint32_t* finished;           // [1] blocks that have reported
   double* sums;                 // [kSumCount, kMaxReporters]
   SequenceTerms<float>* terms;  // [B]
   ChunkSums* chunks;            // [B * chunks per sequence]
-  // Where statistics and gradient are separate launches, [B,T] each.
+  // [B,T] each, for calls that launch statistics and gradient separately.
   float *lse, *coef, *entropy_coef;
 };
 
@@ -34,13 +34,13 @@ struct PolicyKernelParams {
   PolicyParams<float> policy;
   Workspace workspace;
   int32_t chunks;   // per sequence
-  bool with_logps;  // the terms look at policy.logps; else only at what is known before
+  bool with_logps;  // whether the terms may read policy.logps
 };
 
 // Fills workspace.terms and resets workspace.finished.
 void launch_terms(const PolicyKernelParams& params, Stream stream);
 
-// Everything else. `beside_previous`: see Launch.
+// Computes loss, coefficients, kl and metrics. `beside_previous`: see Launch.
 void launch_emit(const PolicyKernelParams& params, bool beside_previous, Stream stream);
 
 }  // namespace grpo::cuda

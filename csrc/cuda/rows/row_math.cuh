@@ -1,7 +1,7 @@
 // The arithmetic of one row, shared by all row kernels: softmax statistics and gradient.
 //
-// Sums are formed with explicit roundings in an order that depends on the row's division alone
-// (plan.h), never on the row's address, its neighbours or the kernel.
+// Sums use explicit roundings in an order that depends on the row's division alone (plan.h), never
+// on the row's address, its neighbours or the kernel.
 #pragma once
 
 #include <cmath>
@@ -14,7 +14,7 @@ namespace grpo::cuda {
 
 constexpr float kLn2 = 0.693147180559945309f;
 constexpr float kLog2e = 1.442695040888963407f;
-// Elements that a thread works on at a time; fewer where the registers would not suffice.
+// Elements per thread and step; fewer with kAllFeatures, for registers.
 template <bool kAllFeatures>
 constexpr int kBatchElements = kAllFeatures ? 8 : 16;
 constexpr float kLowest = -1e30f;  // 2^kLowest = 0 and 0 * kLowest = 0, where -inf would give NaN
@@ -49,7 +49,7 @@ struct LogitMap {
     if (!kAllFeatures) return z;
     return cap > 0 ? __fmul_rn(cap, tanhf(__fmul_rn(z, inv_cap))) : __fmul_rn(z, sign);
   }
-  // u and du/dz.
+  // Returns u and stores du/dz.
   __device__ __forceinline__ float unscaled(float z, float* derivative) const {
     *derivative = 1.f;
     if (!kAllFeatures) return z;
@@ -61,8 +61,8 @@ struct LogitMap {
   }
 };
 
-// A part of a row: greatest u, sum of 2^t and of t 2^t with t = log2_slope u - R, R = reference().
-// R is a rounded product, t one fused operation: no accuracy is lost in t, however great u is.
+// Sums over a part of a row: maximum u, sum of 2^t and of t 2^t with t = log2_slope u - R and
+// R = reference(). R is a rounded product and t one fused operation: t is accurate for any u.
 struct Part {
   float max, sum, weighted;
 };
@@ -71,7 +71,7 @@ __device__ __forceinline__ float reference(float max, float log2_slope) {
   return max > -INFINITY ? __fmul_rn(max, log2_slope) : 0.f;
 }
 
-// The part's sums against a greater maximum.
+// Rescale the part's sums to a greater maximum.
 __device__ __forceinline__ void lift(Part* part, float max, float log2_slope) {
   const float before = __fmul_rn(part->max, log2_slope);
   const float step = fmaxf(__fsub_rn(before, reference(max, log2_slope)), kLowest);
@@ -81,8 +81,8 @@ __device__ __forceinline__ void lift(Part* part, float max, float log2_slope) {
   part->max = max;
 }
 
-// kCount values of u, the greatest of them `peak`, join the part. Without kInfinite, a u of -inf
-// makes `weighted` NaN.
+// Add kCount values of u with maximum `peak` to the part. Without kInfinite, a u of -inf makes
+// `weighted` NaN.
 template <int kCount, bool kInfinite>
 __device__ __forceinline__ void add(Part* part, const float (&u)[kCount], float peak,
                                     float log2_slope) {
@@ -114,7 +114,7 @@ __device__ __forceinline__ float peak_of(const uint4* raw, int vectors) {
   return fmaxf(f[0], f[1]);
 }
 
-// kBatch vectors, kGroupThreads apart; with kGuarded some of them may lie beyond the share.
+// Load kBatch vectors, kGroupThreads apart; with kGuarded some may lie beyond the share.
 template <class T, int kBatch, bool kGuarded, class Load>
 __device__ __forceinline__ void load_batch(uint4 (&raw)[kBatch], const Load& load, int v,
                                            int length) {
@@ -169,19 +169,19 @@ __device__ __forceinline__ Part sum_vectors(const Load& load, int length,
   return part;
 }
 
-// What thread `thread` of a group sums of a share of `length` elements; `load(v)` gives the v-th
-// vector of eight (fp32: four) elements.
+// Sum one thread's part of a share of `length` elements; load(v) returns the v-th vector of eight
+// (fp32: four) elements.
 template <class T, bool kAllFeatures, class Load>
 __device__ __forceinline__ Part part_of_thread(const Load& load, int length,
                                                const LogitMap<kAllFeatures>& map, int thread) {
   Part part = sum_vectors<T, kAllFeatures>(load, length, map, thread);
-  // Logits of -inf are rare: they cost a second look instead of an instruction per logit.
+  // Logits of -inf are rare: a second pass handles them, which saves an instruction per logit.
   if (!kAllFeatures && part.weighted != part.weighted)
     part = sum_vectors<T, true>(load, length, map, thread);
   return part;
 }
 
-// The greatest of a warp's numbers, none of them NaN: as integers, which order alike.
+// Maximum over a warp, without NaN: compares as integers of the same order.
 __device__ __forceinline__ float max_of_warp(float x) {
   const int bits = __float_as_int(x);
   const int top = __reduce_max_sync(~0u, bits < 0 ? bits ^ 0x7fffffff : bits);
@@ -199,7 +199,7 @@ __device__ __forceinline__ Part merge_warp(Part part, float log2_slope) {
   return part;
 }
 
-// What a warp reports of its part: (max, sum, weighted, u of the target if it is the one to say).
+// A warp's sums: (max, sum, weighted, u of the target if the warp owns it).
 using Record = float4;
 
 struct RowStats {
@@ -207,8 +207,7 @@ struct RowStats {
   float logp, entropy, lse;
 };
 
-// One warp folds the records of all warps of all shares. `target`: u of the row's
-// token.
+// Fold the records of all warps of all shares (one warp). `target`: u of the row's token.
 __device__ __forceinline__ RowStats fold(const Record* records, int count, float target,
                                          float slope, float log2_slope) {
   const int lane = threadIdx.x & 31;
@@ -228,7 +227,7 @@ __device__ __forceinline__ RowStats fold(const Record* records, int count, float
     part.weighted = __fadd_rn(part.weighted, other.weighted);
   }
   part = merge_warp(part, log2_slope);
-  // Against the greatest u itself, whose t is not quite 0: a row of one token gets exactly 0.
+  // Relative to the maximum u itself, whose t is not quite 0: a row of one token gets exactly 0.
   const float r = reference(part.max, log2_slope);
   const float residue = __fmaf_rn(part.max, log2_slope, -r);
   const float log_sum = logf(__fdiv_rn(part.sum, ptx::exp2(residue)));
@@ -245,7 +244,7 @@ __device__ __forceinline__ RowStats fold(const Record* records, int count, float
 struct GradientTerms {
   float log2_norm;
   float k0, k1;
-  float coef, entropy_coef, logp, entropy;  // for the target's own element
+  float coef, entropy_coef, logp, entropy;  // for the target's element
 };
 
 // From dLoss/dlogp and dLoss/dentropy.
@@ -265,7 +264,7 @@ __device__ __forceinline__ bool is_zero(const GradientTerms& g) {
   return g.coef == 0 && g.entropy_coef == 0;
 }
 
-// The target's own element but for dx/dz: coef (1 - p) without cancellation, rounded once.
+// dLoss/dx of the target: coef (1 - p) without cancellation, rounded once.
 __device__ __forceinline__ float target_gradient(const GradientTerms& g) {
   float own = g.coef * -expm1f(g.logp);
   const float probability = expf(g.logp);
@@ -294,7 +293,7 @@ __device__ __forceinline__ uint4 gradient_of(const uint4& logits, const LogitMap
   return pack<T>(f);
 }
 
-// The same for the vector whose element `target` is the token's own.
+// The same for the vector whose element `target` is the row's token.
 template <class T, bool kAllFeatures>
 __device__ __forceinline__ uint4 gradient_with_target(const uint4& logits,
                                                       const LogitMap<kAllFeatures>& map,
@@ -303,7 +302,7 @@ __device__ __forceinline__ uint4 gradient_with_target(const uint4& logits,
   float z[n], f[n];
   unpack<T>(logits, z);
   const uint4 others = gradient_of<T>(logits, map, g);
-  unpack<T>(others, f);  // and back: no rounding
+  unpack<T>(others, f);  // exact: repacking does not round again
   const float own = map.slope * target_gradient(g);
 #pragma unroll
   for (int j = 0; j < n; ++j) {

@@ -1,4 +1,4 @@
-// A gradient that was formed in the forward pass meets its upstream factor: grad *= *factor.
+// Multiply a gradient from the forward pass by its upstream factor: grad *= *factor.
 #include "cuda/base/launch.h"
 #include "cuda/rows/elements.cuh"
 #include "cuda/rows/rows.cuh"

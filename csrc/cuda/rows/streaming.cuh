@@ -1,4 +1,5 @@
-// Statistics: one block per row, one read. Gradient: one block per 16 KiB of a row.
+// Stream rows from global memory. Statistics: one block per row, one read. Gradient: one block per
+// 16 KiB of a row.
 #pragma once
 
 #include "cuda/rows/row_math.cuh"
@@ -7,8 +8,8 @@
 
 namespace grpo::cuda {
 
-// A row is summed share by share, as the CTAs of a cluster would, and the records are folded in the
-// same order.
+// Sum a row share by share and fold the records in the order of a cluster's CTAs: same bits as the
+// ring kernel.
 template <class T, bool kAllFeatures>
 __global__ void __launch_bounds__(kGroupThreads, 3)
     stats_kernel(const __grid_constant__ StreamingParams p) {
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(kGroupThreads, 4)
   const uint32_t row = blockIdx.x / p.tiles, tile = blockIdx.x % p.tiles;
   constexpr int kTile = kTileVectors * kGroupThreads;
   T* grad = grad_row<T>(p.rows, row);
-  // Blocks of 16 bytes of the destination; a misaligned row has one more than its length asks for.
+  // 16-byte blocks of the destination; a misaligned row touches one more.
   const Destination<T> out(grad, int(p.rows.vocab));
   const int begin = tile * kTile + threadIdx.x;
   const int end = min(out.blocks(), int(tile + 1) * kTile);
@@ -103,7 +104,7 @@ __global__ void __launch_bounds__(kGroupThreads, 4)
                                          p.rows.entropy ? p.rows.entropy[row] : 0.f,
                                          p.rows.lse[row] * kLog2e, map.slope);
   const int target = valid_target ? int(id) : -1;
-  // Vectors of the logits that lie under the blocks of the destination.
+  // The logits that correspond to the blocks of the destination.
   const unsigned char* logits = reinterpret_cast<const unsigned char*>(logits_row<T>(p.rows, row));
   with_global_vectors(
       logits - out.lead_bytes, out.lead_bytes, p.rows.vocab * int64_t(sizeof(T)),

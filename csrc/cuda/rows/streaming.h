@@ -1,4 +1,4 @@
-// The pair of kernels of every architecture: statistics, and the gradient from them.
+// Streaming kernels, for every architecture: statistics, then the gradient from them.
 #pragma once
 
 #include "common/row_params.h"
@@ -14,7 +14,7 @@ struct StreamingParams {
   int32_t tiles;          // gradient: blocks of threads per row
 };
 
-// One instantiation file per dtype. Addresses of the kernels.
+// Addresses of the kernels; one instantiation file per dtype.
 template <class T>
 const void* stats_kernel_address(bool all_features);
 template <class T>
