@@ -72,6 +72,11 @@ def check_device(name: str, tensor: Tensor, device: torch.device, other: str) ->
         raise ValueError(f"{name} is on {tensor.device}, {other} on {device}; move it: {name}.to({str(device)!r})")
 
 
+def check_config(config: LossConfig) -> None:
+    if not isinstance(config, LossConfig):
+        raise TypeError(f"config must be a LossConfig, got {describe(config)}; pass grpo_ext.LossConfig(...)")
+
+
 def check_real(name: str, tensor: Tensor) -> None:
     """No complex numbers: a conversion would drop their imaginary parts."""
     if tensor.is_complex():
@@ -201,8 +206,7 @@ def policy_tensors(
 
     tokens_argument: what has that shape and device, as errors call it.
     """
-    if not isinstance(config, LossConfig):
-        raise TypeError(f"config must be a LossConfig, got {describe(config)}; pass grpo_ext.LossConfig(...)")
+    check_config(config)
     tokens = _Tokens(tokens_argument, shape, device, dtype)
     _check_companion("completion_mask", completion_mask, tokens)
     mask, right = checked_mask("completion_mask", completion_mask)

@@ -91,10 +91,18 @@ def policy_loss(
         if not isinstance(entropy, Tensor) or entropy.shape != logps.shape:
             raise ValueError(f"entropy must have the shape of logps {tuple(logps.shape)}, got {describe(entropy)}")
         check_device("entropy", entropy, logps.device, "logps")
-    flat_logps = batch_of_tokens(logps.to(dtype).contiguous())
-    flat_entropy = None if entropy is None else batch_of_tokens(entropy.to(dtype).contiguous())
+        entropy = entropy.to(dtype)
+    return checked_policy_loss(logps.to(dtype), entropy, tensors, config, float(grad_scale))
+
+
+def checked_policy_loss(
+    logps: Tensor, entropy: Tensor | None, tensors: PolicyTensors, config: LossConfig, grad_scale: float
+) -> GRPOLossOutput:
+    """`policy_loss` of checked arguments; ``logps`` and ``entropy`` in the statistics' dtype."""
+    flat_logps = batch_of_tokens(logps.contiguous())
+    flat_entropy = None if entropy is None else batch_of_tokens(entropy.contiguous())
     tensors = with_entropy_threshold(tensors, config, flat_entropy)
-    loss, kl, metrics = _PolicyLoss.apply(flat_logps, flat_entropy, loss_spec(config, float(grad_scale)), *tensors)
+    loss, kl, metrics = _PolicyLoss.apply(flat_logps, flat_entropy, loss_spec(config, grad_scale), *tensors)
     return loss_output(loss, _inert(flat_logps, tensors), _inert(flat_entropy, tensors), kl, metrics, logps.shape)
 
 

@@ -1,7 +1,7 @@
 """The kernels around and of the probability product (csrc/cuda/probability/probability.h), called with tensors.
 
-Work is enqueued on the current stream of the tensors' device. Tensors are as `grpo_ext.linear.probabilities` makes
-them; `grpo_ext.linear.probabilities_reference` says in plain torch what each computes.
+Work is enqueued on the current stream of the tensors' device. `grpo_ext.linear.routes.probabilities` makes the tensors;
+`probabilities_reference` beside it says in plain torch what each kernel computes.
 """
 
 from __future__ import annotations

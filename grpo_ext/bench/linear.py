@@ -46,8 +46,9 @@ from torch import Tensor
 
 import grpo_ext
 from grpo_ext.bench import common
-from grpo_ext.linear.chunks import Numerics
-from grpo_ext.linear.probabilities import select_route, serves
+from grpo_ext.linear.plan import Numerics
+from grpo_ext.linear.routes import choose_route, select_route
+from grpo_ext.linear.routes.probabilities import ProbabilityRoute
 
 CONFIG = grpo_ext.LossConfig(loss_type="dapo", epsilon=0.2, epsilon_high=0.28)
 SHAPES = {"cpu": "576x49152", "cuda": "576x49152,1024x151936,2048x151936,4096x151936"}
@@ -174,10 +175,10 @@ def route_of(name: str, size: int, vocab: int, dtype: torch.dtype, device: torch
     if candidate in OTHERS:
         return ""
     logits_dtype = torch.float32 if candidate == "loss_fp32" else dtype
-    numerics = Numerics([1.0, 0.0, 1.0], dtype, logits_dtype, 0, "")
+    numerics = Numerics([1.0, 0.0, 1.0], dtype, logits_dtype, None, None)
     with variant(name):
         weight = torch.empty(vocab, size, dtype=dtype, device=device)
-        return "probabilities" if serves(weight, numerics) else "logits"
+        return "probabilities" if choose_route(weight, numerics) is ProbabilityRoute else "logits"
 
 
 def make_inputs(

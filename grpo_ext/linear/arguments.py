@@ -1,4 +1,4 @@
-"""Arguments of the fused linear functions: checked once, errors that name argument, shape and remedy."""
+"""Arguments of the fused linear functions: checked once, with errors that name argument, shape and remedy."""
 
 from __future__ import annotations
 
@@ -13,33 +13,51 @@ from torch import Tensor
 from grpo_ext._checks import check_device, checked_mask, describe
 from grpo_ext._ops import DTYPE_CODES, logit_transform, statistics_dtype
 from grpo_ext.config import LossConfig
-from grpo_ext.linear.chunks import Numerics
-from grpo_ext.linear.plan import parse_logits_dtype, product_dtypes
+from grpo_ext.linear.plan import Numerics, parse_logits_dtype, product_dtypes
+from grpo_ext.linear.routes.base import Wanted
 from grpo_ext.vocabulary.shards import group_name
 
-#: Called with (weight, bias); inside the returned context the head is whole. What the context yields, (weight, bias),
-#: is used in their place; None: the same tensors, filled in place (ZeRO-3).
+#: Called with (weight, bias), of a sharded head. Inside the context that it returns the head is whole: what the context
+#: yields, (weight, bias), or, if that is None, the same tensors, filled in place (ZeRO-3).
 Gather = Callable[[Tensor, Tensor | None], AbstractContextManager[tuple[Tensor, Tensor | None] | None]]
 
 
-def whole(tensor: Tensor | None) -> Tensor | None:
+def unsharded(tensor: Tensor | None) -> Tensor | None:
     """A sharded parameter (DTensor) as a plain tensor, by a gathering that autograd follows."""
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
 
 
 @contextlib.contextmanager
-def gathered(gather: Gather | None, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The head as the products may read it."""
+def whole_head(
+    gather: Gather | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, weight_grad: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yield the head as the products read it; one that is gathered here is checked here."""
     if gather is None:
         yield weight, bias
         return
-    with gather(weight, bias) as full:
-        yield (weight, bias) if full is None else full
+    with gather(weight, bias) as gathered:
+        weight, bias = (weight, bias) if gathered is None else gathered
+        check_head(hidden, weight, bias, weight_grad)
+        yield weight, bias
+
+
+def checked_head(
+    hidden: Tensor, ids: Tensor, ids_name: str, weight: Tensor, bias: Tensor | None, weight_grad: Tensor | None,
+    gather: Gather | None, memory_budget: int | None, valid_rows: int | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Check what both public functions take; return weight and bias as plain tensors."""
+    check_hidden(hidden, ids, ids_name)
+    check_sizes(memory_budget, valid_rows)
+    plain, plain_bias = unsharded(weight), unsharded(bias)
+    assert plain is not None
+    if gather is None:
+        check_head(hidden, plain, plain_bias, weight_grad)
+    return plain, plain_bias
 
 
 def check_hidden(hidden: Tensor, ids: Tensor, ids_name: str) -> None:
-    """``hidden (B,T,H)`` or ``(N,H)``, ids int64 of its leading shape."""
+    """Check ``hidden (B,T,H)`` or ``(N,H)``, and ids int64 of its leading shape."""
     if not isinstance(hidden, Tensor) or hidden.dim() not in (2, 3):
         raise ValueError(f"hidden must be a (B,T,H) or (N,H) tensor, got {describe(hidden)}")
     if hidden.dtype not in DTYPE_CODES:
@@ -57,7 +75,7 @@ def check_hidden(hidden: Tensor, ids: Tensor, ids_name: str) -> None:
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, weight_grad: Tensor | None) -> None:
-    """``weight (V,H)``, ``bias (V,)``, ``weight_grad (V,H)`` fp32."""
+    """Check ``weight (V,H)``, ``bias (V,)`` and ``weight_grad (V,H)``, fp32 (fp64 for fp64)."""
     if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"weight must be (V,H) with H = {hidden.shape[-1]}, the last dimension of hidden; got {describe(weight)}: "
@@ -108,11 +126,10 @@ def numerics_of(
 ) -> Numerics:
     compute, logits = product_dtypes(hidden, weight, parse_logits_dtype(logits_dtype))
     transform = logit_transform(config.temperature, config.logit_softcap, config.logit_scale)
-    return Numerics(transform, compute, logits, memory_budget or 0, group_name(process_group))
+    return Numerics(transform, compute, logits, memory_budget, group_name(process_group))
 
 
-def wanted_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[bool]:
-    """Of (hidden, weight, bias)."""
+def wanted_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Wanted:
     if not torch.is_grad_enabled():
-        return [False, False, False]
-    return [hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad]
+        return Wanted(False, False, False)
+    return Wanted(hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)

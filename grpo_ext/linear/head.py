@@ -1,6 +1,6 @@
-"""The LM head as the products see it: factors of one dtype, a logits buffer, and sums of the gradients.
+"""The products of the logits route with the head, and the sums of the head's gradient on either route.
 
-Everything that multiplies is here. The row kernels between the products are in `vocabulary` and `parallel`.
+The row kernels between the products are in `grpo_ext.vocabulary`.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from grpo_ext._ops import products, statistics_dtype
-from grpo_ext.linear.plan import ChunkPlan, row_stride
-
-Rows = Tensor | slice  # rows of the flattened tokens: indices, or a range
+from grpo_ext.linear.plan import Numerics, row_stride
+from grpo_ext.linear.rows import Rows
 
 
 def padded_rows(like: Tensor, rows: int, columns: int, stride: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -26,23 +25,15 @@ def padded_rows(like: Tensor, rows: int, columns: int, stride: int, dtype: torch
 
 
 class Head:
-    """``logits = hidden @ weight.T + bias``, and the product back to the hidden states. In blocks of a fixed shape, but
-    in one piece where the product is our own (`grpo_ext._ops.products`).
+    """Multiply hidden states with the head, and gradients of logits with it. The product with the hidden states runs in
+    blocks of a fixed shape, or in one piece if it is our own (`grpo_ext._ops.products`).
 
     Args:
-        weight: (V,H), bias: (V,) or None, in any dtype. rows: how many rows the whole call has; the buffers are no
-            larger than that needs.
+        weight: (V,H), bias: (V,) or None, in any dtype. rows: of the whole call; the buffers hold at most that many.
     """
 
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        plan: ChunkPlan,
-        compute_dtype: torch.dtype,
-        logits_dtype: torch.dtype,
-        rows: int,
-    ) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, numerics: Numerics, rows: int) -> None:
+        plan, compute_dtype, logits_dtype = numerics.plan(weight), numerics.compute_dtype, numerics.logits_dtype
         self.weight = weight.to(compute_dtype)
         self.vocab, hidden_size = weight.shape
         sixteen_bits = compute_dtype in (torch.bfloat16, torch.float16)
@@ -58,33 +49,33 @@ class Head:
         self._product: Tensor | None = None
 
     def logits(
-        self, hidden: Tensor, where: Rows, count: int, live: Tensor | None, kept: Tensor | None = None
+        self, hidden: Tensor, rows: Rows, count: int, unmasked: Tensor | None, kept: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """``(X, Z)``: `count` rows of hidden states in the products' dtype, and their logits, both in the buffers.
 
-        live: (count,) bool, 0 for masked rows among them, None = there are none. kept: the logits, where an earlier
-        call has left them.
+        unmasked: (count,) bool; None: all of them are. kept: the logits, if an earlier call has saved them.
         """
         padded = -(-count // self.plan.block) * self.plan.block
-        rows = self._hidden[:count]
-        if isinstance(where, Tensor) and hidden.dtype == rows.dtype:
-            torch.index_select(hidden, 0, where, out=rows)
+        X = self._hidden[:count]
+        if isinstance(rows, Tensor) and hidden.dtype == X.dtype:
+            torch.index_select(hidden, 0, rows, out=X)
         else:
-            rows.copy_(hidden[where])
-        if live is not None:  # 0 times whatever a masked row holds must be 0
-            rows.masked_fill_(~live.unsqueeze(1), 0)
+            X.copy_(hidden[rows])
+        if unmasked is not None:  # 0 times whatever a masked row holds must be 0
+            X.masked_fill_(~unmasked.unsqueeze(1), 0)
         if kept is not None:
-            return rows, kept
+            return X, kept
         if self._buffer is None:
-            self._buffer = padded_rows(rows, self.capacity, self.vocab, self.plan.stride, self._logits_dtype)
-        if self._own_product:  # in one piece, at the speed of many rows: a row's bits are its own there
-            products.logits_product(rows, self.weight, self.bias, self._buffer[:count])
-            return rows, self._buffer[:count]
+            self._buffer = padded_rows(X, self.capacity, self.vocab, self.plan.stride, self._logits_dtype)
+        Z = self._buffer[:count]
+        if self._own_product:  # in one piece: it is faster, and a row's bits do not depend on the number of rows
+            products.logits_product(X, self.weight, self.bias, Z)
+            return X, Z
         self._hidden[count:padded].zero_()
         for start in range(0, padded, self.plan.block):
             block = slice(start, start + self.plan.block)
             self._logits_product(self._hidden[block], self._buffer[block])
-        return rows, self._buffer[:count]
+        return X, Z
 
     def _logits_product(self, rows: Tensor, out: Tensor) -> None:
         transposed = self.weight.t()
@@ -99,7 +90,7 @@ class Head:
         else:
             torch.mm(rows, transposed, out=out)
 
-    def factor(self, gradient: Tensor) -> Tensor:
+    def left_factor(self, gradient: Tensor) -> Tensor:
         """The gradient of the logits in the products' dtype."""
         if not self.mixed:
             return gradient
@@ -107,11 +98,11 @@ class Head:
             self._rounded = padded_rows(self.weight, self.capacity, self.vocab, self.plan.stride)
         return self._rounded[: gradient.shape[0]].copy_(gradient)
 
-    def back_to_hidden(self, gradient: Tensor, out: Tensor, where: Rows) -> None:
-        """``out[where] = gradient @ weight``; `out` is (tokens, H). The chunk's hidden states are no longer needed."""
+    def back_to_hidden(self, gradient: Tensor, out: Tensor, rows: Rows) -> None:
+        """``out[rows] = gradient @ weight``; `out` is (tokens, H). May overwrite the X of `logits`."""
         widen = out.dtype != self.weight.dtype and out.dtype == torch.float32 and out.is_cuda
-        if isinstance(where, slice) and (widen or out.dtype == self.weight.dtype):
-            target = out[where]
+        if isinstance(rows, slice) and (widen or out.dtype == self.weight.dtype):
+            target = out[rows]
         elif widen:
             if self._product is None:
                 self._product = out.new_empty((self.capacity, out.shape[1]))
@@ -122,15 +113,15 @@ class Head:
             torch.mm(gradient, self.weight, out_dtype=out.dtype, out=target)
         else:
             torch.mm(gradient, self.weight, out=target)
-        if isinstance(where, Tensor):
-            out.index_copy_(0, where, target.to(out.dtype))
+        if isinstance(rows, Tensor):
+            out.index_copy_(0, rows, target.to(out.dtype))
         elif target.dtype != out.dtype:
-            out[where] = target
+            out[rows] = target
 
 
 def _onednn_serves(weight: Tensor) -> bool:
-    """fp32 on the CPU: torch.mm goes to MKL, which splits a block of few rows badly over threads. oneDNN, which torch
-    takes for bf16 anyway, needed 0.75 of its time on one thread and 0.45 on two (128 x 576 x 49152, EPYC)."""
+    """Whether oneDNN forms the product: in fp32 on the CPU. torch.mm calls MKL there, which splits a block of few rows
+    badly over threads: oneDNN needed 0.75 of its time on one thread and 0.45 on two (128 x 576 x 49152, EPYC)."""
     return (
         weight.dtype == torch.float32
         and weight.device.type == "cpu"
@@ -141,25 +132,30 @@ def _onednn_serves(weight: Tensor) -> bool:
 
 
 class HeadGradient:
-    """Sum over chunks of ``gradient.T @ hidden`` and of the gradient itself, in fp32 (fp64 for fp64).
+    """Sum ``gradient.T @ hidden`` and the gradient itself over chunks, in fp32 (fp64 for fp64).
 
     Args:
-        weight, bias: what the gradients are of; None: not wanted.
-        accumulate_into: (V,H) fp32 to which the gradient of the weight is added, and which is not returned then.
+        weight, bias: the parameters; None: their gradient is not wanted.
+        accumulate_into: (V,H) fp32 to which the gradient of the weight is added; it is not returned then.
     """
 
     def __init__(self, weight: Tensor | None, bias: Tensor | None, accumulate_into: Tensor | None) -> None:
         self.weight, self.bias = weight, bias
         self._given = accumulate_into
         self._sum = accumulate_into
-        self._lower: Tensor | None = None  # of fp32 sums in two planes; `_sum` is the upper one then
+        self._lower: Tensor | None = None  # lower plane of an fp32 sum whose upper one is `_sum`
         self._bias_sum: Tensor | None = None
 
-    def add(self, gradient: Tensor, rows: Tensor, factor: Tensor | None = None, *, last: bool = False) -> None:
-        """factor: (rows,) of the gradient's rows, where it is not in them yet; `rows` has it already. last: nothing is
-        added after this."""
+    def add(self, gradient: Tensor, right: Tensor, factor: Tensor | None = None, *, is_last: bool = False) -> None:
+        """Add a chunk.
+
+        Args:
+            gradient: (rows, V). right: (rows, H) hidden states, times ``factor`` if that is given.
+            factor: (rows,) that the gradient's rows still lack; None: 1.
+            is_last: nothing is added after this.
+        """
         if self.weight is not None:
-            self._add_product(gradient, rows, last)
+            self._add_product(gradient, right, is_last)
         if self.bias is not None:
             if factor is None:
                 total = gradient.sum(dim=0, dtype=statistics_dtype(gradient.dtype))
@@ -167,20 +163,20 @@ class HeadGradient:
                 total = weighted_rows(gradient, factor)
             self._bias_sum = total if self._bias_sum is None else self._bias_sum.add_(total)
 
-    def _add_product(self, gradient: Tensor, right: Tensor, last: bool) -> None:
+    def _add_product(self, gradient: Tensor, right: Tensor, is_last: bool) -> None:
         assert self.weight is not None
         wide = statistics_dtype(right.dtype)
         left = gradient.t()
-        if self._sum is None and last and self.weight.dtype == right.dtype:
-            # A single product needs no wider sum: it accumulates in fp32 inside.
+        if self._sum is None and is_last and self.weight.dtype == right.dtype:
+            # A single product needs no wider sum: it accumulates in fp32 itself.
             self._sum = torch.mm(left, right)
         elif self._in_planes(gradient, right):
-            first = self._sum is None
+            is_first = self._sum is None
             if self._sum is None:
                 self._sum, self._lower = right.new_empty(self.weight.shape), right.new_empty(self.weight.shape)
             assert self._lower is not None
-            products.head_gradient(gradient, right, self._sum, self._lower, first=first, last=last)
-            if last:
+            products.head_gradient(gradient, right, self._sum, self._lower, first=is_first, last=is_last)
+            if is_last:
                 self._lower = None
         elif self._sum is None:
             self._sum = right.new_empty(self.weight.shape, dtype=wide)
@@ -198,8 +194,8 @@ class HeadGradient:
             self._sum.add_(torch.mm(left, right))
 
     def _in_planes(self, gradient: Tensor, right: Tensor) -> bool:
-        """Whether the sum over several products is kept as two planes of 16 bits, whose upper one becomes the gradient:
-        a third less memory than an fp32 sum with a rounded copy of it, and nearly half the traffic."""
+        """Whether the sum of several products lies in two planes of 16 bits, whose upper one becomes the gradient. That
+        takes a third less memory than an fp32 sum with a rounded copy, and nearly half the traffic."""
         assert self.weight is not None
         if self._lower is not None:
             return True
@@ -208,11 +204,11 @@ class HeadGradient:
         return self._sum is None and rounded and aligned and products.served(gradient, right)
 
     def results(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients in the dtypes of what they are of; empty tensors for those that were not wanted."""
+        """Gradients of weight and bias in their dtypes; empty if not wanted."""
         nothing = like.new_empty(0)
         of_weight, of_bias = nothing, nothing
         if self.weight is not None and self._given is None:
-            assert self._lower is None, "the last product was not announced"
+            assert self._lower is None, "add(is_last=True) is missing"
             of_weight = torch.zeros_like(self.weight) if self._sum is None else self._sum.to(self.weight.dtype)
         if self.bias is not None:
             of_bias = torch.zeros_like(self.bias) if self._bias_sum is None else self._bias_sum.to(self.bias.dtype)
@@ -230,20 +226,20 @@ def weighted_rows(gradient: Tensor, factor: Tensor) -> Tensor:
     return torch.mm(row.to(wide), gradient.to(wide)).squeeze(0)
 
 
-def drop_rows(keep: Tensor, where: Rows, *buffers: Tensor) -> tuple[Rows, int]:
-    """Moves the kept rows of the buffers to their front; returns where these rows belong, and their number.
+def drop_rows(nonzero: Tensor, rows: Rows, *buffers: Tensor) -> tuple[Rows, int]:
+    """Move the nonzero rows of the buffers to their front; return which rows these are, and their number.
 
-    For the CPU, where a count costs nothing. No more rows are moved than are dropped.
+    For the CPU, where a count needs no wait. At most as many rows are moved as are dropped.
     """
-    count = int(keep.sum())
-    total = keep.numel()
-    if total - count <= total // 16:  # hardly worth the moving
-        return where, total
-    holes = torch.nonzero(~keep[:count]).flatten()
-    movers = torch.nonzero(keep[count:]).flatten() + count
-    order = torch.arange(count, device=keep.device)
+    count = int(nonzero.sum())
+    total = nonzero.numel()
+    if total - count <= total // 16:  # moving would cost more than it saves
+        return rows, total
+    holes = torch.nonzero(~nonzero[:count]).flatten()
+    movers = torch.nonzero(nonzero[count:]).flatten() + count
+    order = torch.arange(count, device=nonzero.device)
     order[holes] = movers
     for buffer in buffers:
         buffer.index_copy_(0, holes, buffer.index_select(0, movers))
-    index = torch.arange(where.start, where.stop, device=keep.device) if isinstance(where, slice) else where
+    index = torch.arange(rows.start, rows.stop, device=nonzero.device) if isinstance(rows, slice) else rows
     return index[order], count

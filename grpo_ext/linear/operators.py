@@ -1,93 +1,102 @@
-"""The chunk loops as operators: opaque to torch.compile, with outputs whose shapes follow from the inputs.
+"""The chunk loops as operators, opaque to torch.compile: only they know how many rows are unmasked.
 
-How many rows are unmasked, and with it the number of chunks, is known inside only.
+Shapes of the outputs follow from the inputs. An output that is not asked for is empty.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from grpo_ext._checks import PolicyTensors
-from grpo_ext._ops.packing import ENTROPY_COEF, policy_outputs, statistics_dtype
-from grpo_ext._ops.schemas import POLICY_ARGUMENTS
-from grpo_ext.linear import probabilities_loops
-from grpo_ext.linear.chunks import Numerics, Rowwise, gradients, log_probabilities, loss_gradients
-from grpo_ext.linear.head import HeadGradient
-from grpo_ext.linear.policy import RowPolicy
-from grpo_ext.linear.probabilities import Probabilities, serves
-from grpo_ext.linear.rows import Selection, select_rows, select_sequences
+from grpo_ext._ops.arguments import schema_of, with_arguments
+from grpo_ext._ops.packing import ENTROPY_COEF, policy_outputs
+from grpo_ext.linear.chunks import gradients_of_logps, gradients_of_loss, log_probabilities
+from grpo_ext.linear.routes import choose_route
+from grpo_ext.linear.routes.base import Inputs, Saved, Wanted
+from grpo_ext.linear.rows import RowArguments, select_rows, select_sequences
 from grpo_ext.vocabulary.shards import total_vocabulary
 from grpo_ext.vocabulary.statistics import kernels
 
 library = torch.library.Library("grpo_ext", "FRAGMENT")
 
-_NUMERICS = "float[] transform, ScalarType compute_dtype, ScalarType logits_dtype, int memory_budget, str group"
-# rows: what select_rows found in a forward, so that backward need not ask the device again; None: ask here.
-_ROWS = "Tensor? mask, Tensor? active, Tensor? rows, int active_rows, bool exact, int valid_rows"
-_cudagraph_unsafe = getattr(torch.Tag, "cudagraph_unsafe", None)  # they may wait for a count
+Arguments = TypeVar("Arguments")
+Outputs = tuple[Tensor, ...]
+_GRADIENTS = "Tensor dhidden, Tensor dweight, Tensor dbias"
+_cudagraph_unsafe = getattr(torch.Tag, "cudagraph_unsafe", None)  # the host may wait for a count
 _TAGS = () if _cudagraph_unsafe is None else (_cudagraph_unsafe,)
-library.define(
-    f"linear_logps(Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, {_ROWS}, {_NUMERICS}, "
-    "bool with_entropy, bool derivative, bool keep, bool entropy_gradient) "
-    "-> (Tensor logps, Tensor entropy, Tensor lse, Tensor derivative, Tensor logits)",
-    tags=_TAGS,
-)
-library.define(
-    f"linear_gradient(Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, {_ROWS}, {_NUMERICS}, "
-    "Tensor logps, Tensor entropy, Tensor lse, Tensor coef, Tensor? entropy_coef, bool[] wanted, "
-    "Tensor(a!)? weight_grad, Tensor(b!)? logits, bool entropy_gradient) "
-    "-> (Tensor dhidden, Tensor dweight, Tensor dbias)",
-    tags=_TAGS,
-)
-library.define(
-    f"linear_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, {POLICY_ARGUMENTS}, {_NUMERICS}, "
-    "Tensor? active, int valid_rows, str route, bool[] wanted, Tensor(a!)? weight_grad) "
-    "-> (Tensor loss, Tensor logps, Tensor entropy, Tensor kl, Tensor metrics, "
-    "Tensor dhidden, Tensor dweight, Tensor dbias)",
-    tags=_TAGS,
-)
-
-NUMERIC_ARGUMENTS = len(Numerics._fields)
 
 
-class RowArguments(NamedTuple):
-    """Which rows, as the operators take it: `_ROWS`."""
+class LinearLogps(NamedTuple):
+    """Arguments of ``linear_logps``."""
 
-    mask: Tensor | None
-    active: Tensor | None
-    rows: Tensor | None
-    active_rows: int  # -1: not selected yet
-    exact: bool
-    valid_rows: int  # -1: no bound known
-
-
-ROW_ARGUMENTS = len(RowArguments._fields)
+    inputs: Inputs
+    which: RowArguments
+    with_entropy: bool
+    derivative: bool  # form dlogp/dhidden
+    keep: bool  # return the product of all rows
+    entropy_gradient: bool  # backward will need that of an entropy: see `choose_route`
 
 
-def row_arguments(
-    mask: Tensor | None, active: Tensor | None, found: Selection | None, valid_rows: int | None
-) -> RowArguments:
-    bound = -1 if valid_rows is None else valid_rows
-    if found is None:
-        return RowArguments(mask, active, None, -1, False, bound)
-    return RowArguments(mask, None, found.index, found.active, found.exact, bound)
+class LinearGradient(NamedTuple):
+    """Arguments of ``linear_gradient``."""
+
+    inputs: Inputs
+    which: RowArguments
+    saved: Saved
+    coef: Tensor  # upstream gradients, shape of the ids: of the log probabilities
+    entropy_coef: Tensor | None  # and of the entropies
+    wanted: Wanted
+    weight_grad: Tensor | None
+    entropy_gradient: bool  # as in the forward
 
 
-def _selection(total: int, arguments: RowArguments) -> tuple[Selection, Tensor | None]:
-    """The selection, and the mask if masked rows may be among the selected ones."""
-    mask, active, rows, active_rows, exact, valid_rows = arguments
-    if active_rows < 0:
-        selection = select_rows(mask, active, total, None if valid_rows < 0 else valid_rows)
-    else:
-        selection = Selection(rows, total if rows is None else rows.numel(), active_rows, exact)
-    return selection, None if selection.exact else mask
+class LinearLoss(NamedTuple):
+    """Arguments of ``linear_loss``."""
+
+    inputs: Inputs
+    policy: PolicyTensors
+    spec: list[float]  # `loss_spec`
+    gradient_mask: Tensor | None
+    valid_rows: int | None
+    schedule: str
+    wanted: Wanted
+    weight_grad: Tensor | None
 
 
-def check_ids_in_range(ids: Tensor, mask: Tensor | None, vocab: int) -> None:
-    """On the CPU only: elsewhere it would be a wait."""
+def flat(arguments: tuple[Any, ...]) -> list[Any]:
+    """The values of nested NamedTuples in the order of the schema."""
+    values: list[Any] = []
+    for value in arguments:
+        values += flat(value) if isinstance(value, tuple) else [value]
+    return values
+
+
+def _operator(
+    arguments: type[Arguments], outputs: str, fake: Callable[[Arguments], Outputs], mutates: Sequence[str] = ()
+) -> Callable[[Callable[[Arguments], Outputs]], None]:
+    """Register a function of one NamedTuple as the operator of its name, run without autocast."""
+
+    def register(function: Callable[[Arguments], Outputs]) -> None:
+        def without_autocast(a: Any) -> Outputs:
+            with torch.autocast(a.inputs.hidden.device.type, enabled=False):
+                return function(a)
+
+        name = function.__name__
+        library.define(f"{name}({schema_of(arguments, mutates)}) -> ({outputs})", tags=_TAGS)
+        library.impl(name, with_arguments(arguments, without_autocast), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"grpo_ext::{name}", with_arguments(arguments, fake), lib=library)
+
+    return register
+
+
+def _check_ids(inputs: Inputs, mask: Tensor | None) -> None:
+    """Raise IndexError for an unmasked id outside the vocabulary. On the CPU only: on a GPU it would be a host sync."""
+    ids = inputs.ids
+    vocab = total_vocabulary(inputs.weight.shape[0], inputs.numerics.group, ids.device)
     if ids.is_cuda:
         return
     wrong = (ids < 0) | (ids >= vocab)
@@ -101,146 +110,85 @@ def check_ids_in_range(ids: Tensor, mask: Tensor | None, vocab: int) -> None:
         )
 
 
-@torch.library.impl(library, "linear_logps", "CompositeExplicitAutograd")
-def _linear_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    which, rest = RowArguments(*rest[:ROW_ARGUMENTS]), rest[ROW_ARGUMENTS:]
-    numerics, rest = Numerics(*rest[:NUMERIC_ARGUMENTS]), rest[NUMERIC_ARGUMENTS:]
-    with_entropy, derivative, keep, entropy_gradient = rest
-    check_ids_in_range(ids, which.mask, total_vocabulary(weight.shape[0], numerics.group, ids.device))
-    selection, mask = _selection(ids.numel(), which)
-    with torch.autocast(hidden.device.type, enabled=False):
-        if serves(weight, numerics, entropy_gradient=entropy_gradient):
-            stores = derivative or keep
-            probable = Probabilities(hidden, weight, bias, ids, mask, selection, numerics, stores)
-            factors, residuals, derivative_rows, logits = probabilities_loops.log_probabilities(
-                probable, derivative, keep
-            )
-            per_token = [probable.logps, probable.entropy, factors]
-        else:
-            work = Rowwise(hidden, weight, bias, ids, mask, selection, numerics)
-            *per_token, derivative_rows, logits = log_probabilities(work, with_entropy, derivative, keep)
-            residuals = per_token[-1].new_empty(0)
-    logps, entropy, lse = (t.view(ids.shape) for t in per_token)
-    if keep:  # with what belongs to E where that is kept; the logits route has no use for it
-        lse = torch.stack([lse, residuals.view(ids.shape) if residuals.numel() else torch.zeros_like(lse)])
-    return logps, entropy, lse, derivative_rows.view(hidden.shape if derivative else (0,)), logits
+def _logps_shapes(a: LinearLogps) -> Outputs:
+    hidden, weight, _, ids, numerics = a.inputs
+    logps, entropy = (ids.new_empty(ids.shape, dtype=numerics.statistics_dtype) for _ in range(2))
+    rows = logps.new_empty((1 + a.keep, *ids.shape))
+    derivative = hidden.new_empty(hidden.shape if a.derivative else (0,))
+    if not a.keep:
+        return logps, entropy, rows, derivative, hidden.new_empty(0)
+    count = torch.library.get_ctx().new_dynamic_size()
+    return logps, entropy, rows, derivative, hidden.new_empty((count, weight.shape[0]), dtype=numerics.logits_dtype)
 
 
-@torch.library.register_fake("grpo_ext::linear_logps", lib=library)
-def _linear_logps_fake(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    *_, logits_dtype, _, _, _, derivative, keep, _ = rest
-    dtype = statistics_dtype(logits_dtype)
-    logps, entropy, lse = (ids.new_empty(ids.shape, dtype=dtype) for _ in range(3))
-    if keep:
-        lse = torch.stack([lse, lse])
-    rows = torch.library.get_ctx().new_dynamic_size() if keep else 0
-    logits = hidden.new_empty((rows, weight.shape[0]) if keep else (0,), dtype=logits_dtype if keep else hidden.dtype)
-    return logps, entropy, lse, hidden.new_empty(hidden.shape if derivative else (0,)), logits
+@_operator(LinearLogps, "Tensor logps, Tensor entropy, Tensor rows, Tensor derivative, Tensor product", _logps_shapes)
+def linear_logps(a: LinearLogps) -> Outputs:
+    ids = a.inputs.ids
+    _check_ids(a.inputs, a.which.mask)
+    selection, mask = a.which.select(ids.numel())
+    chosen = choose_route(a.inputs.weight, a.inputs.numerics, entropy_gradient=a.entropy_gradient)
+    route = chosen(a.inputs, mask, selection, a.with_entropy, stores=a.derivative or a.keep)
+    gradients = route.gradients(Wanted(a.derivative, False, False))
+    saved = log_probabilities(route, gradients, a.keep)
+    assert saved.entropy is not None
+    assert saved.rows is not None
+    product = a.inputs.hidden.new_empty(0) if saved.product is None else saved.product
+    rows = saved.rows.view(1 + a.keep, *ids.shape)
+    derivative = route.finish_hidden(gradients.hidden)
+    return saved.logps.view(ids.shape), saved.entropy.view(ids.shape), rows, derivative, product
 
 
-@torch.library.impl(library, "linear_gradient", "CompositeExplicitAutograd")
-def _linear_gradient(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    which, rest = RowArguments(*rest[:ROW_ARGUMENTS]), rest[ROW_ARGUMENTS:]
-    numerics, rest = Numerics(*rest[:NUMERIC_ARGUMENTS]), rest[NUMERIC_ARGUMENTS:]
-    logps, entropy, lse, coef, entropy_coef, wanted, weight_grad, logits, entropy_gradient = rest
-    selection, mask = _selection(ids.numel(), which)
-    residuals = lse.new_empty(0)
-    if lse.dim() > ids.dim():  # the forward has kept logits or E
-        lse, residuals = lse.unbind()
-    # Which route the forward took, and whether the gradient can take it too: what is kept is of use to its own only.
-    served = serves(weight, numerics, entropy_gradient=entropy_gradient)
-    by_probabilities = served and entropy_coef is None
-    if served and not by_probabilities:
-        logits, lse = None, lse.new_empty(0)
-    # Gradients of masked rows are not asked for: forward said 0 there whatever the hidden state.
-    with torch.autocast(hidden.device.type, enabled=False):
-        work: Probabilities | Rowwise
-        if by_probabilities:
-            work = Probabilities(hidden, weight, bias, ids, mask, selection, numerics)
-            head_gradient = _head_gradient(weight, bias, wanted, weight_grad)
-            dhidden = probabilities_loops.gradients(work, coef, head_gradient, wanted[0], logits, lse, residuals)
-        else:
-            work = Rowwise(hidden, weight, bias, ids, mask, selection, numerics)
-            head_gradient = _head_gradient(weight, bias, wanted, weight_grad)
-            dhidden = gradients(work, (logps, entropy, lse), coef, entropy_coef, head_gradient, wanted[0], logits)
-        del work  # its buffers, before the sums are copied to the dtype of the head
-        dweight, dbias = head_gradient.results(hidden)
-    return dhidden.view(hidden.shape if wanted[0] else (0,)), dweight, dbias
-
-
-def _head_gradient(weight: Tensor, bias: Tensor | None, wanted: list[bool], weight_grad: Tensor | None) -> HeadGradient:
-    return HeadGradient(weight if wanted[1] else None, bias if wanted[2] else None, weight_grad)
-
-
-def _gradient_shapes(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: list[bool], weight_grad: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _gradient_shapes(a: LinearGradient | LinearLoss) -> Outputs:
+    hidden, weight, bias, _, _ = a.inputs
     return (
-        hidden.new_empty(hidden.shape if wanted[0] else (0,)),
-        torch.empty_like(weight) if wanted[1] and weight_grad is None else hidden.new_empty(0),
-        torch.empty_like(bias) if wanted[2] and bias is not None else hidden.new_empty(0),
+        hidden.new_empty(hidden.shape if a.wanted.wants_hidden else (0,)),
+        torch.empty_like(weight) if a.wanted.wants_weight and a.weight_grad is None else hidden.new_empty(0),
+        torch.empty_like(bias) if a.wanted.wants_bias and bias is not None else hidden.new_empty(0),
     )
 
 
-@torch.library.register_fake("grpo_ext::linear_gradient", lib=library)
-def _linear_gradient_fake(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    wanted, weight_grad, *_ = rest[-4:]
-    return _gradient_shapes(hidden, weight, bias, wanted, weight_grad)
+@_operator(LinearGradient, _GRADIENTS, _gradient_shapes, mutates=("weight_grad", "product"))
+def linear_gradient(a: LinearGradient) -> Outputs:
+    # Masked rows get no gradient: their log probability is 0 whatever the hidden state.
+    selection, mask = a.which.select(a.inputs.ids.numel())
+    weight, numerics, saved = a.inputs.weight, a.inputs.numerics, a.saved
+    chosen = choose_route(weight, numerics, entropy_gradient=a.entropy_gradient or a.entropy_coef is not None)
+    if chosen is not choose_route(weight, numerics, entropy_gradient=a.entropy_gradient):
+        saved = saved._replace(rows=None, product=None)  # by the forward on another route
+    route = chosen(a.inputs, mask, selection)
+    gradients = route.gradients(a.wanted, a.weight_grad)
+    entropy_coef = None if a.entropy_coef is None else a.entropy_coef.reshape(-1)
+    gradients_of_logps(route, saved, a.coef.reshape(-1), entropy_coef, gradients)
+    dhidden = route.finish_hidden(gradients.hidden)
+    del route  # its buffers, before the sums are copied to the dtype of the head
+    return dhidden, *gradients.head.results(a.inputs.hidden)
 
 
-def _loss_arguments(rest: tuple[Any, ...]) -> tuple[PolicyTensors, list[float], Numerics, tuple[Any, ...]]:
-    count = len(PolicyTensors._fields)
-    tensors, spec, rest = PolicyTensors(*rest[:count]), rest[count], rest[count + 1 :]
-    return tensors, spec, Numerics(*rest[:NUMERIC_ARGUMENTS]), rest[NUMERIC_ARGUMENTS:]
+def _loss_shapes(a: LinearLoss) -> Outputs:
+    logps = torch.empty_like(a.policy.mask, dtype=a.inputs.numerics.statistics_dtype)
+    loss, kl, metrics = policy_outputs(logps, a.spec)
+    return loss, logps, torch.empty_like(logps), kl, metrics, *_gradient_shapes(a)
 
 
-@torch.library.impl(library, "linear_loss", "CompositeExplicitAutograd")
-def _linear_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    tensors, spec, numerics, (active, valid_rows, route, wanted, weight_grad) = _loss_arguments(rest)
-    check_ids_in_range(ids, tensors.mask.view(ids.shape), total_vocabulary(weight.shape[0], numerics.group, ids.device))
-    bound = None if valid_rows < 0 else valid_rows
+@_operator(
+    LinearLoss, f"Tensor loss, Tensor logps, Tensor entropy, Tensor kl, Tensor metrics, {_GRADIENTS}", _loss_shapes,
+    mutates=("weight_grad",),
+)  # fmt: skip
+def linear_loss(a: LinearLoss) -> Outputs:
+    ids, mask = a.inputs.ids, a.policy.mask
+    _check_ids(a.inputs, mask.view(ids.shape))
     lengths: list[int] | None = None
-    if route == "sequences":
-        selection, lengths = select_sequences(tensors.mask, active)
+    if a.schedule == "sequences":
+        selection, lengths = select_sequences(mask, a.gradient_mask)
     else:
-        selection = select_rows(tensors.mask, active, ids.numel(), bound)
-    with torch.autocast(hidden.device.type, enabled=False):
-        mask = None if selection.exact else tensors.mask
-        work: Probabilities | Rowwise
-        if serves(weight, numerics, entropy_gradient=spec[ENTROPY_COEF] != 0):
-            work = Probabilities(hidden, weight, bias, ids, mask, selection, numerics)
-            head_gradient = _head_gradient(weight, bias, wanted, weight_grad)
-            own_row = route in ("one_pass", "rows")
-            dhidden = probabilities_loops.loss_gradients(
-                work, tensors, spec, own_row, lengths, head_gradient, wanted[0]
-            )
-            logps, entropy = work.logps, work.entropy
-        else:
-            work = Rowwise(hidden, weight, bias, ids, mask, selection, numerics)
-            head_gradient = _head_gradient(weight, bias, wanted, weight_grad)
-            row_policy = RowPolicy(tensors, spec) if route == "one_pass" else None
-            logps, entropy, dhidden = loss_gradients(work, tensors, spec, row_policy, lengths, head_gradient, wanted[0])
-        del work
-        logps, entropy = logps.view(tensors.mask.shape), entropy.view(tensors.mask.shape)
-        dweight, dbias = head_gradient.results(hidden)
-    loss, _, _, kl, metrics = kernels.policy_loss(logps, entropy, *tensors, spec)
-    return loss, logps, entropy, kl, metrics, dhidden.view(hidden.shape if wanted[0] else (0,)), dweight, dbias
-
-
-@torch.library.register_fake("grpo_ext::linear_loss", lib=library)
-def _linear_loss_fake(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    tensors, spec, numerics, (_, _, _, wanted, weight_grad) = _loss_arguments(rest)
-    logps = torch.empty_like(tensors.mask, dtype=numerics.statistics_dtype)
-    loss, kl, metrics = policy_outputs(logps, spec)
-    return (
-        loss, logps, torch.empty_like(logps), kl, metrics,
-        *_gradient_shapes(hidden, weight, bias, wanted, weight_grad),
-    )  # fmt: skip
+        selection = select_rows(mask, a.gradient_mask, ids.numel(), a.valid_rows)
+    chosen = choose_route(a.inputs.weight, a.inputs.numerics, entropy_gradient=a.spec[ENTROPY_COEF] != 0)
+    route = chosen(a.inputs, None if selection.exact else mask, selection)
+    gradients = route.gradients(a.wanted, a.weight_grad)
+    gradients_of_loss(route, a.policy, a.spec, a.schedule, lengths, gradients)
+    dhidden = route.finish_hidden(gradients.hidden)
+    logps, entropy = route.logps.view(mask.shape), route.entropy.view(mask.shape)
+    del route  # its buffers, before the sums are copied to the dtype of the head
+    dweight, dbias = gradients.head.results(a.inputs.hidden)
+    loss, _, _, kl, metrics = kernels.policy_loss(logps, entropy, *a.policy, a.spec)
+    return loss, logps, entropy, kl, metrics, dhidden, dweight, dbias

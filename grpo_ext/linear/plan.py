@@ -1,24 +1,27 @@
-"""Sizes of a call: in which dtype the products run, how many rows share the logits buffer.
+"""The numerics and sizes of a call: dtypes of the products, rows that share the logits buffer.
 
-A logits product always has the same shape, ``block`` rows times the head, whatever the number of rows of the call: the
-product then never changes its kernel, and the log probability of a row has the same bits in any company. The buffer
-holds a whole number of blocks, as many as the memory budget allows. On a Hopper GPU the product is our own
-(`grpo_ext._ops.products`), whose bits do not depend on the number of rows: it takes all rows of the buffer at once.
+A logits product has the same shape for any number of rows, ``block`` rows times the head. So its kernel never changes,
+and the bits of a row do not depend on the other rows. The buffer holds as many whole blocks as the memory budget
+allows. On a Hopper GPU the product is our own (`grpo_ext._ops.products`): its bits do not depend on the number of rows,
+so it takes all rows of the buffer at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-#: Default memory budget in bytes for logits and what is laid beside them. CUDA: 4096 rows of 151,936 bf16 logits, with
-#: room for the rows of hidden states. CPU: a few hundred rows; more stop helping once a product is long enough.
+from grpo_ext._ops import statistics_dtype
+
+#: Default memory budget in bytes for logits and the buffers beside them. CUDA: 4096 rows of 151,936 bf16 logits and
+#: their hidden states. CPU: a few hundred rows; more do not make a product faster.
 DEFAULT_BUDGET = {"cuda": 1220 << 20, "cpu": 128 << 20}
 
-#: What a trainer gives the head where its user has said nothing: for up to 15 % more of the head's time (H 1024, head
-#: trained), no more memory beside the layers than other trainers' chunks take.
+#: A trainer's default budget. It costs up to 15 % more of the head's time (H 1024, head trained), and takes no more
+#: memory beside the layers than other trainers' chunks.
 TRAINER_BUDGET = {"cuda": 512 << 20}
 
 #: Rows of one logits product. Larger blocks waste more on the last one, half a block on average; smaller ones fill
@@ -52,7 +55,7 @@ def chunk_plan(
     device_type: str,
     memory_budget: int | None,
 ) -> ChunkPlan:
-    """The plan that fits `memory_budget` bytes; a function of the head alone, never of the number of rows."""
+    """The plan that fits `memory_budget` bytes. It depends on the head, never on the number of rows."""
     budget = memory_budget or DEFAULT_BUDGET.get(device_type, DEFAULT_BUDGET["cuda"])
     stride = row_stride(vocab)
     per_row = stride * logits_dtype.itemsize + row_stride(hidden_size) * compute_dtype.itemsize
@@ -63,6 +66,26 @@ def chunk_plan(
     while block > fitting:
         block //= 2
     return ChunkPlan(block, fitting // block * block, stride)
+
+
+class Numerics(NamedTuple):
+    """How logits are formed of hidden states, and in how much memory."""
+
+    transform: list[float]  # `grpo_ext._ops.logit_transform`
+    compute_dtype: torch.dtype  # of the factors of the products
+    logits_dtype: torch.dtype
+    memory_budget: int | None  # bytes; None: the default
+    group: str | None  # name of the process group that shares the vocabulary
+
+    def plan(self, weight: Tensor) -> ChunkPlan:
+        vocab, hidden_size = weight.shape
+        return chunk_plan(
+            vocab, hidden_size, self.compute_dtype, self.logits_dtype, weight.device.type, self.memory_budget
+        )
+
+    @property
+    def statistics_dtype(self) -> torch.dtype:
+        return statistics_dtype(self.logits_dtype)
 
 
 def product_dtypes(hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype | None) -> tuple[torch.dtype, torch.dtype]:

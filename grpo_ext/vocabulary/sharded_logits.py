@@ -1,7 +1,7 @@
 """`selective_log_softmax` of logits whose vocabulary is split over ranks: each holds some columns of every row.
 
-The exchange is that of the sharded head (`parallel`): one all-gather of four numbers per row in forward, none in
-backward, where every rank forms the gradient of its own columns. Shards may differ in size: both passes begin with an
+Ranks exchange what those of a sharded head do (`shards`): one all-gather of four numbers per row in the forward. In
+backward every rank forms the gradient of its own columns. Shards may differ in size: both passes begin with an
 all-gather of one number per rank.
 """
 
@@ -30,7 +30,7 @@ library.define(
 
 
 def _check_ids(ids: Tensor, vocab: int) -> None:
-    """On the CPU only: elsewhere it would be a wait. The same on all ranks, so that all of them raise."""
+    """Raise IndexError on all ranks for an id outside the vocabulary; on the CPU only, since it is a host sync."""
     wrong = (ids < 0) | (ids >= vocab)
     if bool(wrong.any()):
         position = tuple(int(i) for i in wrong.nonzero()[0])
@@ -41,7 +41,7 @@ def _check_ids(ids: Tensor, vocab: int) -> None:
 
 
 def _shard(logits: Tensor, transform: list[float], group: str, ids: Tensor | None = None) -> VocabularyShard:
-    """This rank's columns; where they begin stays on the device. With ids their range is checked."""
+    """This rank's columns, whose offset stays on the device. Checks the range of ids if they are given."""
     process_group = resolve_group(group)
     sizes = shard_sizes(logits.shape[-1], process_group, logits.device)
     if ids is not None and not logits.is_cuda:
@@ -59,8 +59,10 @@ def _sharded_logps(logits: Tensor, ids: Tensor, transform: list[float], group: s
     shard = _shard(logits, transform, group, ids)
     own_ids, here = shard.localize(ids)
     part = Statistics(*(t.flatten() for t in kernels.row_stats(logits, own_ids, None, transform, True)))
-    stats = shard.join(part, _own_logit(logits, own_ids), here.flatten(), None)
-    return stats.logps.view(ids.shape), stats.entropy.view(ids.shape), stats.lse.view(ids.shape)
+    logps, entropy, lse = shard.join(part, _own_logit(logits, own_ids), here.flatten(), None)
+    assert entropy is not None
+    assert lse is not None
+    return logps.view(ids.shape), entropy.view(ids.shape), lse.view(ids.shape)
 
 
 @torch.library.register_fake("grpo_ext::sharded_logps", lib=library)
@@ -125,7 +127,7 @@ def sharded_log_softmax(
 ) -> tuple[Tensor, Tensor] | None:
     """(logps, entropy) ``(B,T)`` of ``(B,T,V/world)`` logits; None where the group has one rank only."""
     group = group_name(process_group)
-    if not group:
+    if group is None:
         return None
     result: tuple[Tensor, Tensor] = _ShardedLogSoftmax.apply(logits, ids, transform, group, with_entropy)
     return result

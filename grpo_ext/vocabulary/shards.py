@@ -18,23 +18,19 @@ from torch import Tensor
 from grpo_ext.vocabulary.statistics import Statistics, WholeVocabulary
 
 
-def group_name(process_group: Any | None) -> str:
-    """The name under which operators find the group; empty for none and for a group of one."""
+def group_name(process_group: Any | None) -> str | None:
+    """The name by which operators find the group; None without a group and for one of a single rank."""
     if process_group is None or dist.get_world_size(process_group) == 1:
-        return ""
+        return None
     if dist.get_rank(process_group) < 0:
         raise ValueError("process_group: this process is not a member of the group that it passes")
     return str(process_group.group_name)
 
 
-def resolve_group(name: str) -> Any | None:
+def resolve_group(name: str | None) -> Any | None:
     from torch.distributed.distributed_c10d import _resolve_process_group
 
-    return _resolve_process_group(name) if name else None  # type: ignore[arg-type]
-
-
-def world_size(name: str) -> int:
-    return dist.get_world_size(resolve_group(name)) if name else 1
+    return None if name is None else _resolve_process_group(name)  # type: ignore[arg-type]
 
 
 def shard_sizes(local_vocab: int, group: Any, device: torch.device) -> Tensor:
@@ -44,17 +40,16 @@ def shard_sizes(local_vocab: int, group: Any, device: torch.device) -> Tensor:
     return sizes
 
 
-def total_vocabulary(local_vocab: int, name: str, device: torch.device) -> int:
+def total_vocabulary(local_vocab: int, name: str | None, device: torch.device) -> int:
     """Tokens of all shards of a head together.
 
-    The ranks of a head exchange their rows chunk by chunk, and how many rows a chunk has follows from the size of the
-    shard: it has to be the same everywhere.
+    Shards must have the same size: it decides how many rows a chunk has, and the ranks exchange rows chunk by chunk.
 
     Raises:
-        ValueError: on all ranks, for shards of different sizes. On a GPU nobody waits to look: an assertion on the
-            device fails instead.
+        ValueError: on all ranks, for shards of different sizes. On a GPU a device assert fails instead, because the
+            host does not wait for the sizes.
     """
-    if not name:
+    if name is None:
         return local_vocab
     sizes = shard_sizes(local_vocab, resolve_group(name), device)
     if device.type != "cpu":
@@ -117,16 +112,18 @@ class VocabularyShard:
         capped = torch.tanh(u / softcap)
         return softcap * capped / temperature, (1 - capped) * (1 + capped) * (scale / temperature)
 
-    def statistics(self, Z: Tensor, ids: Tensor, live: Tensor | None, with_entropy: bool) -> Statistics:
+    def statistics(self, Z: Tensor, ids: Tensor, mask: Tensor | None, with_entropy: bool) -> Statistics:
         own_ids, here = self.localize(ids)
-        part = self.local.statistics(Z, own_ids, live, True)
-        return self.join(part, Z.gather(1, own_ids.unsqueeze(1)).squeeze(1), here, live)
+        part = self.local.statistics(Z, own_ids, mask, True)
+        return self.join(part, Z.gather(1, own_ids.unsqueeze(1)).squeeze(1), here, mask)
 
-    def join(self, part: Statistics, own_logit: Tensor, here: Tensor, live: Tensor | None) -> Statistics:
+    def join(self, part: Statistics, own_logit: Tensor, here: Tensor, mask: Tensor | None) -> Statistics:
         """Statistics of the whole vocabulary from those of each rank's part; one all-gather of four numbers per row.
 
         own_logit: (rows,) raw logits of the targets that are `here`, anything else elsewhere.
         """
+        assert part.entropy is not None
+        assert part.lse is not None
         target, _ = self._processed(own_logit)
         record = torch.stack([part.lse, part.entropy, torch.where(here, target, 0.0), here.to(target.dtype)], dim=1)
         gathered = record.new_empty((self.world * record.shape[0], 4))
@@ -139,13 +136,13 @@ class VocabularyShard:
         # A target that nobody owns or that is -inf has probability 0.
         target = torch.where(owned.any(dim=0), torch.where(owned > 0, targets, 0.0).sum(dim=0), -math.inf)
         logps = target - lse
-        if live is not None:
-            logps, entropy, lse = (torch.where(live, t, 0.0) for t in (logps, entropy, lse))
+        if mask is not None:
+            logps, entropy, lse = (torch.where(mask, t, 0.0) for t in (logps, entropy, lse))
         return Statistics(logps, entropy, lse)
 
-    def derivative_(self, Z: Tensor, ids: Tensor, live: Tensor | None) -> Statistics:
-        stats = self.statistics(Z, ids, live, True)
-        self.gradient_(Z, ids, live, stats, torch.ones_like(stats.logps), None)
+    def derivative_(self, Z: Tensor, ids: Tensor, mask: Tensor | None) -> Statistics:
+        stats = self.statistics(Z, ids, mask, True)
+        self.gradient_(Z, ids, mask, stats, torch.ones_like(stats.logps), None)
         return stats
 
     def foreign_gradient(
@@ -156,20 +153,22 @@ class VocabularyShard:
         The kernels take the column of `localize` for the target; where the target is elsewhere, that element is an
         ordinary one and is put right with this.
         """
+        assert stats.lse is not None
         x, slope = self._processed(own_logit)
         logp = x - stats.lse
         factor = -coef
         if entropy_coef is not None:
+            assert stats.entropy is not None
             factor = factor - torch.where(entropy_coef == 0, 0.0, entropy_coef * (logp + stats.entropy))
         return torch.where((factor == 0) | (x == -math.inf), 0.0, logp.exp() * factor * slope)
 
     def gradient_(
-        self, Z: Tensor, ids: Tensor, live: Tensor | None, stats: Statistics, coef: Tensor, entropy_coef: Tensor | None
+        self, Z: Tensor, ids: Tensor, mask: Tensor | None, stats: Statistics, coef: Tensor, entropy_coef: Tensor | None
     ) -> None:
         own_ids, here = self.localize(ids)
         column = own_ids.unsqueeze(1)
         ordinary = self.foreign_gradient(Z.gather(1, column).squeeze(1), stats, coef, entropy_coef)
-        self.local.gradient_(Z, own_ids, live, stats, coef, entropy_coef)
-        if live is not None:
-            here = here | ~live
+        self.local.gradient_(Z, own_ids, mask, stats, coef, entropy_coef)
+        if mask is not None:
+            here = here | ~mask
         Z.scatter_(1, column, torch.where(here.unsqueeze(1), Z.gather(1, column), ordinary.unsqueeze(1).to(Z.dtype)))

@@ -20,8 +20,9 @@ from grpo_ext._ops import probability as kernels
 from grpo_ext._ops.probability import TILE_COLUMNS, ChunkRows
 from grpo_ext._ops.spec import loss_spec
 from grpo_ext.config import LossConfig
-from grpo_ext.linear import probabilities_reference as twins
-from grpo_ext.linear.probabilities import Probabilities, select_route
+from grpo_ext.linear.routes import probabilities_reference as twins
+from grpo_ext.linear.routes import select_route
+from grpo_ext.linear.routes.probabilities import ProbabilityRoute
 
 
 def _hopper() -> bool:
@@ -564,9 +565,9 @@ def test_a_head_with_odd_rows_goes_by_way_of_logits() -> None:
     wide = torch.zeros(1001, 69, device="cuda", dtype=torch.bfloat16)
     wide[:, :64] = given["weight"]
     seen: list[int] = []
-    real = Probabilities.chunk
+    real = ProbabilityRoute.forward
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Probabilities, "chunk", lambda self, *a: (seen.append(1), real(self, *a))[1])
+        patch.setattr(ProbabilityRoute, "forward", lambda self, *a: (seen.append(1), real(self, *a))[1])
         odd = step(given | {"weight": wide[:, :64]}, CONFIGS["token"], False)
         assert not seen
         even = step(given, CONFIGS["token"], False)

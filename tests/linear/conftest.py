@@ -10,7 +10,7 @@ import pytest
 from torch import Tensor
 
 from grpo_ext.linear.head import Head
-from grpo_ext.linear.probabilities import Chunk, Probabilities
+from grpo_ext.linear.routes.probabilities import ProbabilityChunk, ProbabilityRoute
 
 sys.path[:0] = [str(Path(__file__).parent.parent / folder) for folder in ("losses", "poison")]
 
@@ -21,26 +21,26 @@ def products(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     rows = {"logits": 0, "back": 0}
     real_logits, real_back = Head.logits, Head.back_to_hidden
 
-    def logits(self: Head, hidden: Tensor, where: Any, count: int, *rest: Any) -> tuple[Tensor, Tensor]:
+    def logits(self: Head, hidden: Tensor, rows_of: Any, count: int, *rest: Any) -> tuple[Tensor, Tensor]:
         rows["logits"] += count
-        return real_logits(self, hidden, where, count, *rest)
+        return real_logits(self, hidden, rows_of, count, *rest)
 
     def back(self: Head, gradient: Tensor, *rest: Any) -> None:
         rows["back"] += gradient.shape[0]
         real_back(self, gradient, *rest)
 
-    real_chunk, real_factored = Probabilities.chunk, Probabilities.back_to_hidden
+    real_forward, real_factored = ProbabilityRoute.forward, ProbabilityRoute._back_to_hidden
 
-    def chunk(self: Probabilities, start: int, end: int, stored: int) -> Chunk:
+    def forward(self: ProbabilityRoute, start: int, end: int, needed: int) -> ProbabilityChunk:
         rows["logits"] += end - start
-        return real_chunk(self, start, end, stored)
+        return real_forward(self, start, end, needed)
 
-    def factored(self: Probabilities, chunk: Chunk, factor: Tensor, out: Tensor) -> None:
-        rows["back"] += factor.numel()
-        real_factored(self, chunk, factor, out)
+    def factored(self: ProbabilityRoute, chunk: ProbabilityChunk, out: Tensor) -> None:
+        rows["back"] += chunk.factor.numel()
+        real_factored(self, chunk, out)
 
-    monkeypatch.setattr(Probabilities, "chunk", chunk)
-    monkeypatch.setattr(Probabilities, "back_to_hidden", factored)
+    monkeypatch.setattr(ProbabilityRoute, "forward", forward)
+    monkeypatch.setattr(ProbabilityRoute, "_back_to_hidden", factored)
     monkeypatch.setattr(Head, "logits", logits)
     monkeypatch.setattr(Head, "back_to_hidden", back)
     return rows

@@ -129,18 +129,18 @@ def test_opcheck(device: torch.device) -> None:
     weight, _ = head(device)
     data = batch(device, 2, 5)
     ops = torch.ops.grpo_ext
-    numerics = ([1.0, 0.0, 1.0], torch.float32, torch.float32, 0, "")
-    rows = (data["mask"], None, None, -1, False, -1)
+    numerics = ([1.0, 0.0, 1.0], torch.float32, torch.float32, None, None)
+    which = (data["mask"], None, None, None, None, False)
     for derivative in (False, True):
         torch.library.opcheck(
             ops.linear_logps.default,
-            (data["hidden"], weight, None, data["ids"], *rows, *numerics, True, derivative, False, False),
+            (data["hidden"], weight, None, data["ids"], *numerics, *which, True, derivative, False, False),
         )
-    logps, entropy, lse, _, _ = ops.linear_logps(
-        data["hidden"], weight, None, data["ids"], *rows, *numerics, True, False, False, False
+    logps, entropy, rows, _, _ = ops.linear_logps(
+        data["hidden"], weight, None, data["ids"], *numerics, *which, True, False, False, False
     )
     torch.library.opcheck(
         ops.linear_gradient.default,
-        (data["hidden"], weight, None, data["ids"], *rows, *numerics, logps, entropy, lse, torch.ones_like(logps), None,
-         [True, True, False], None, None, False),
+        (data["hidden"], weight, None, data["ids"], *numerics, *which, logps, entropy, rows, None,
+         torch.ones_like(logps), None, True, True, False, None, False),
     )  # fmt: skip

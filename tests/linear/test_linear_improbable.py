@@ -17,7 +17,7 @@ from torch import Tensor
 import grpo_ext
 from grpo_ext import reference
 from grpo_ext.config import LossConfig
-from grpo_ext.linear.probabilities import select_route
+from grpo_ext.linear.routes import select_route
 
 #: Natural logarithm; -44 is where a tile is recentred, -69 where exponents were once cut off.
 DEPTHS = (0.0, 30.0, 44.0, 60.0, 69.0, 70.0, 90.0, 225.0, 1000.0, 1e4)

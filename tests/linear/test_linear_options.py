@@ -15,7 +15,7 @@ from torch import Tensor
 import grpo_ext
 from grpo_ext import reference
 from grpo_ext.config import LossConfig
-from grpo_ext.linear.probabilities import select_route
+from grpo_ext.linear.routes import select_route
 
 
 def test_fp16_gradients_wait_for_the_loss_scale(device: torch.device) -> None:

@@ -27,21 +27,21 @@ from test_linear_options import (
     test_autocast_with_master_weights,
     test_gather_hook,
 )
-from test_linear_routes import test_every_budget_gives_the_same_gradients
 from test_linear_rows import (
     test_a_nan_shows_and_stays_in_its_row,
     test_no_rows_at_all,
     test_rows_without_a_gradient_leave_early,
 )
+from test_linear_schedules import test_every_budget_gives_the_same_gradients
 from torch import Tensor
 
 import grpo_ext
 from grpo_ext import reference
 from grpo_ext._ops import products
 from grpo_ext.config import LossConfig
-from grpo_ext.linear import probabilities, probabilities_reference
-from grpo_ext.linear.chunks import Numerics
-from grpo_ext.linear.probabilities import Chunk, Probabilities, probability_plan, refusal, select_route
+from grpo_ext.linear.plan import Numerics
+from grpo_ext.linear.routes import probabilities, probabilities_reference, refusal, select_route
+from grpo_ext.linear.routes.probabilities import ProbabilityChunk, ProbabilityRoute, probability_plan
 
 __all__ = [  # issued once more here, on this route
     "test_a_nan_shows_and_stays_in_its_row",
@@ -71,13 +71,13 @@ def _on_this_route() -> Iterator[None]:
 def chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of each chunk that took this route."""
     seen: list[int] = []
-    real = Probabilities.chunk
+    real = ProbabilityRoute.forward
 
-    def chunk(self: Probabilities, start: int, end: int, stored: int) -> Chunk:
+    def forward(self: ProbabilityRoute, start: int, end: int, needed: int) -> ProbabilityChunk:
         seen.append(end - start)
-        return real(self, start, end, stored)
+        return real(self, start, end, needed)
 
-    monkeypatch.setattr(Probabilities, "chunk", chunk)
+    monkeypatch.setattr(ProbabilityRoute, "forward", forward)
     return seen
 
 
@@ -183,7 +183,7 @@ def test_a_sum_in_planes_has_several_products(with_advantage: int, route: str, m
 @pytest.mark.parametrize("vocab", [49_152, 50_257, 151_936, 262_144])
 @pytest.mark.parametrize("budget", [0, 512 << 20, 64 << 20])
 def test_plan_stays_within_the_budget(hidden_size: int, vocab: int, budget: int) -> None:
-    numerics = Numerics([1.0, 0.0, 1.0], torch.bfloat16, torch.bfloat16, budget, "")
+    numerics = Numerics([1.0, 0.0, 1.0], torch.bfloat16, torch.bfloat16, budget or None, None)
     plan = probability_plan(vocab, hidden_size, numerics, "cuda")
     assert plan.stride >= vocab
     assert plan.stride % 8 == 0
@@ -202,7 +202,7 @@ def test_plan_stays_within_the_budget(hidden_size: int, vocab: int, budget: int)
 @pytest.mark.parametrize("hidden_size", [1024, 4096])
 def test_plan_without_e_fills_l2_with_hidden_states(hidden_size: int, budget: int) -> None:
     """Log probabilities alone: a budget that holds the hidden states and partial sums does not cut the chunks."""
-    numerics = Numerics([1.0, 0.0, 1.0], torch.bfloat16, torch.bfloat16, budget, "")
+    numerics = Numerics([1.0, 0.0, 1.0], torch.bfloat16, torch.bfloat16, budget or None, None)
     rows = probability_plan(151_936, hidden_size, numerics, "cuda", stores=False).rows
     largest = probabilities.HIDDEN_BYTES // (2 * hidden_size)
     if budget == 32 << 20:
@@ -356,8 +356,8 @@ def test_without_a_gradient_nothing_is_stored(device: torch.device, monkeypatch:
     if not served_here(device):
         pytest.skip("needs a Hopper GPU")
     stored: list[int] = []
-    real = Probabilities._probabilities
-    monkeypatch.setattr(Probabilities, "_probabilities", lambda self, n: (stored.append(n), real(self, n))[1])
+    real = ProbabilityRoute._probabilities
+    monkeypatch.setattr(ProbabilityRoute, "_probabilities", lambda self, n: (stored.append(n), real(self, n))[1])
     weight, _ = head(device, torch.bfloat16)
     data = batch(device, dtype=torch.bfloat16)
     with torch.no_grad():

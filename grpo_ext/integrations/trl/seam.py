@@ -20,9 +20,8 @@ from grpo_ext import _C
 from grpo_ext._ops import DTYPE_CODES, logit_transform
 from grpo_ext.integrations.trl.counting import counts
 from grpo_ext.linear.arguments import wanted_gradients
-from grpo_ext.linear.chunks import Numerics
 from grpo_ext.linear.logps import Request, linear_logps
-from grpo_ext.linear.plan import TRAINER_BUDGET
+from grpo_ext.linear.plan import TRAINER_BUDGET, Numerics
 
 #: (logps fp32 (N,), entropy, log_sum_sq_probs, mean_logits, is_top1); None for what was not asked for.
 Outputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -118,8 +117,8 @@ def log_probabilities(projection: Projection, outputs: tuple[str, ...]) -> Outpu
         logit_transform(p.temperature, p.logit_softcap, p.logit_scale),
         p.compute_dtype,
         p.compute_dtype,
-        p.memory_budget or 0,
-        "",
+        p.memory_budget,
+        None,
     )
     wanted = wanted_gradients(p.hidden, p.weight, p.bias)
     counts.served["with gradient" if any(wanted) else "without gradient"] += 1

@@ -1,4 +1,4 @@
-"""Routes and plans: how a loss meets the chunks, and that all of them give the same."""
+"""Schedules and plans: how many passes a loss needs, in which chunks, and that all of them give the same."""
 
 from __future__ import annotations
 
@@ -10,48 +10,48 @@ from linear_cases import H, batch, head, loss_of
 
 from grpo_ext._checks import PolicyTensors
 from grpo_ext.config import LossConfig
-from grpo_ext.linear.chunks import Numerics
-from grpo_ext.linear.loss import choose_route
-from grpo_ext.linear.plan import chunk_plan, row_stride
+from grpo_ext.linear.plan import Numerics, chunk_plan, row_stride
+from grpo_ext.linear.routes.base import Wanted
 from grpo_ext.linear.rows import row_chunks, sequence_chunks
+from grpo_ext.linear.schedule import choose_schedule
 
 
-def test_routes() -> None:
-    """Which losses are done in one pass, which wait for their completion, which go through log probabilities."""
+def test_schedules() -> None:
+    """Which losses take one pass, which need whole completions, which go through log probabilities."""
     mask = torch.ones(4, 50, dtype=torch.bool)
     numbers = torch.ones(4, 50)
 
-    def route(config: LossConfig, trained: bool = True, rows: int = 64, **more: Any) -> str:
+    def schedule(config: LossConfig, trained: bool = True, rows: int = 64, **more: Any) -> str:
         given = {"old_logps": numbers, "sampling_logps": None, "importance_weights": None, "dtype": torch.float32}
-        given |= {"group": "", "valid_rows": None, "grad_scale": 1.0} | more
+        given |= {"group": None, "valid_rows": None, "grad_scale": 1.0} | more
         tensors = PolicyTensors(
             mask, numbers[:, 0], given["old_logps"], numbers if config.beta else None, given["sampling_logps"],
             given["importance_weights"], None, None,
         )  # fmt: skip
-        numerics = Numerics([1.0, 0.0, 1.0], given["dtype"], given["dtype"], 0, given["group"])
-        wanted = [True, trained, False]
-        return choose_route(config, tensors, wanted, numerics, rows, given["valid_rows"], given["grad_scale"])
+        numerics = Numerics([1.0, 0.0, 1.0], given["dtype"], given["dtype"], None, given["group"])
+        wanted = Wanted(True, trained, False)
+        return choose_schedule(config, tensors, wanted, numerics, rows, given["valid_rows"], given["grad_scale"])
 
     sequence = LossConfig(importance_sampling_level="sequence")
     for trained in (False, True):
         for loss_type in ("grpo", "bnpo", "dapo", "luspo", "cispo", "sapo"):
-            assert route(LossConfig(loss_type=loss_type), trained) == "one_pass"
-        assert route(LossConfig(beta=0.1), trained) == "one_pass"
-        assert route(sequence, trained, old_logps=None) == "one_pass"
-        assert route(sequence.replace(entropy_coef=0.1), trained) == "sequences"
-        assert route(LossConfig(loss_type="grpo", entropy_coef=0.1), trained) == "rows"
-        assert route(LossConfig(top_entropy_quantile=0.2), trained) == "logps"
-        assert route(LossConfig(), trained, dtype=torch.float16) == "logps"
-        assert route(LossConfig(), trained, dtype=torch.float16, grad_scale=1024.0) == "one_pass"
+            assert schedule(LossConfig(loss_type=loss_type), trained) == "one_pass"
+        assert schedule(LossConfig(beta=0.1), trained) == "one_pass"
+        assert schedule(sequence, trained, old_logps=None) == "one_pass"
+        assert schedule(sequence.replace(entropy_coef=0.1), trained) == "sequences"
+        assert schedule(LossConfig(loss_type="grpo", entropy_coef=0.1), trained) == "rows"
+        assert schedule(LossConfig(top_entropy_quantile=0.2), trained) == "logps"
+        assert schedule(LossConfig(), trained, dtype=torch.float16) == "logps"
+        assert schedule(LossConfig(), trained, dtype=torch.float16, grad_scale=1024.0) == "one_pass"
     for config in (sequence, LossConfig(loss_type="vespo"), LossConfig(off_policy_mask_threshold=0.1)):
-        assert route(config, trained=False) == "logps"  # dlogp/dhidden costs no more
-        assert route(config) == "sequences"
-        assert route(config, rows=40) == "logps"  # a completion is longer than the buffer
-        assert route(config, rows=200) == "logps"  # all logits fit and are kept
-        assert route(config, valid_rows=150) == "logps"  # nobody may count the rows of each completion
-    assert route(LossConfig(), group="0") == "rows"
-    assert route(LossConfig(), trained=False, group="0") == "logps"
-    assert route(LossConfig(loss_type="grpo", beta=0.1)) == "rows"
+        assert schedule(config, trained=False) == "logps"  # dlogp/dhidden costs no more
+        assert schedule(config) == "sequences"
+        assert schedule(config, rows=40) == "logps"  # a completion is longer than the buffer
+        assert schedule(config, rows=200) == "logps"  # all logits fit and are kept
+        assert schedule(config, valid_rows=150) == "logps"  # counting the rows of each completion would be a wait
+    assert schedule(LossConfig(), group="0") == "rows"
+    assert schedule(LossConfig(), trained=False, group="0") == "logps"
+    assert schedule(LossConfig(loss_type="grpo", beta=0.1)) == "rows"
 
 
 @pytest.mark.parametrize(

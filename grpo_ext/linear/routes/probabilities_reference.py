@@ -1,7 +1,7 @@
 """The kernels of the probability route in plain torch: what they compute, step by step.
 
 Same functions, arguments and results in place as `grpo_ext._ops.probability`, on any device and in any dtype (sums in
-fp64 for fp64, else fp32). Tests run the whole route on them where there is no Hopper GPU; `probabilities.select_route`.
+fp64 for fp64, else fp32). Tests run the whole route on them without a Hopper GPU: see `select_route`.
 """
 
 from __future__ import annotations
@@ -77,19 +77,19 @@ def target_reference(
     of them, where other ranks hold the rest.
     """
     tokens = _tokens(rows, hidden.device)
-    live = torch.ones_like(tokens, dtype=torch.bool) if rows.mask is None else rows.mask[tokens]
+    unmasked = torch.ones_like(tokens, dtype=torch.bool) if rows.mask is None else rows.mask[tokens]
     if gathered is not None:
-        hidden = gathered.copy_(torch.where(live.unsqueeze(1), hidden[tokens], 0))
-    own = torch.where(live, ids[tokens], 0)
+        hidden = gathered.copy_(torch.where(unmasked.unsqueeze(1), hidden[tokens], 0))
+    own = torch.where(unmasked, ids[tokens], 0)
     offset, total = (0, weight.shape[0]) if shard is None else shard.unbind()
     column = own - offset
-    here = live & (column >= 0) & (column < weight.shape[0])
+    here = unmasked & (column >= 0) & (column < weight.shape[0])
     column = torch.where(here, column, 0)
     z = (_wide(hidden) * _wide(weight[column])).sum(dim=1)
     if bias is not None:
         z = z + bias[column]
     z = (z * (slope / math.log(2))).clamp(min=NO_EXPONENT)
-    wrong = live & ((own < 0) | (own >= total))
+    wrong = unmasked & ((own < 0) | (own >= total))
     reference.copy_(torch.where(wrong, math.nan, torch.where(here, z, 0.0)))
     target.copy_(torch.where(here, column, -1))
     exponent.masked_fill_(~here, 0.0)
@@ -193,7 +193,7 @@ def fold(
         sums[1].copy_(centre)
         return
     tokens = _tokens(rows, logps.device)
-    live = torch.ones_like(tokens, dtype=torch.bool) if rows.mask is None else rows.mask[tokens]
+    unmasked = torch.ones_like(tokens, dtype=torch.bool) if rows.mask is None else rows.mask[tokens]
     t = exponent + (reference - centre)
     own = torch.exp2(t)
     own_weighted = own * t
@@ -201,16 +201,16 @@ def fold(
     S = others + own
     logp = torch.where(others < own, 0.0 - torch.log1p(others / own), t * math.log(2) - S.log())
     of_entropy = S.log() - math.log(2) * ((weighted + own_weighted) / S)
-    logps[tokens] = torch.where(live, logp, 0.0)
-    entropy[tokens] = torch.where(live, of_entropy, 0.0)
-    factor.copy_(torch.where(live, -slope / S, 0.0))
+    logps[tokens] = torch.where(unmasked, logp, 0.0)
+    entropy[tokens] = torch.where(unmasked, of_entropy, 0.0)
+    factor.copy_(torch.where(unmasked, -slope / S, 0.0))
     if coefficients is not None:
-        factor.mul_(torch.where(live, coefficients.of(logps, entropy)[tokens], 0.0))
+        factor.mul_(torch.where(unmasked, coefficients.of(logps, entropy)[tokens], 0.0))
     residual.zero_()
     if probabilities is not None:
         stored = probabilities.shape[0]
         own_column = target[:stored].long()
-        put = (own_column >= 0) & live[:stored]
+        put = (own_column >= 0) & unmasked[:stored]
         at = torch.arange(stored, device=own_column.device)[put], own_column[put]
         probabilities[at] = -others[:stored][put].to(probabilities.dtype)
         residual[:stored][put] = -others[:stored][put] - probabilities[at].to(residual.dtype)

@@ -1,0 +1,100 @@
+"""Routes: what the product with the head leaves in a chunk's buffer, logits or unnormalised probabilities.
+
+`choose_route` returns the class of a call's route. `base.Route` is what the loops of `grpo_ext.linear.chunks` ask of
+it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grpo_ext import _C
+from grpo_ext.linear.plan import Numerics
+from grpo_ext.linear.routes.logits import LogitsRoute
+from grpo_ext.linear.routes.probabilities import ProbabilityRoute
+
+#: Bounds of |scale / temperature|: between them 1e30 divided by it is a finite logit that rounding leaves alone.
+SLOPES = (1e-8, 1e8)
+
+_ROUTES = ("auto", "logits", "probabilities")
+_selected = "auto"
+
+
+def select_route(name: str) -> None:
+    """Select a route for all calls, in tests and benchmarks.
+
+    Args:
+        name: ``"auto"``: probabilities unless `refusal` gives a reason; ``"logits"``: never; ``"probabilities"``: on
+            CPUs too, in plain torch.
+
+    Raises:
+        ValueError: another name.
+    """
+    global _selected
+    if name not in _ROUTES:
+        raise ValueError(f"route must be one of {_ROUTES}, got {name!r}")
+    _selected = name
+
+
+def choose_route(
+    weight: Tensor, numerics: Numerics, *, entropy_gradient: bool = False
+) -> type[LogitsRoute] | type[ProbabilityRoute]:
+    """Choose the route of a call with this head.
+
+    Args:
+        entropy_gradient: backward will need the gradient of an entropy.
+    """
+    if _selected == "logits" or (_selected == "auto" and not weight.is_cuda):
+        return LogitsRoute
+    copied = weight.dtype != numerics.compute_dtype
+    reason = refusal(
+        compute_dtype=numerics.compute_dtype,
+        hidden_size=weight.shape[1],
+        transform=numerics.transform,
+        entropy_gradient=entropy_gradient,
+        aligned=copied or (weight.stride(1) == 1 and weight.stride(0) % 8 == 0 and weight.data_ptr() % 16 == 0),
+        built=_C.CUDA_HOPPER_PRODUCTS,
+        capability=torch.cuda.get_device_capability(weight.device) if weight.is_cuda else None,
+    )
+    return ProbabilityRoute if reason is None else LogitsRoute
+
+
+def refusal(
+    *,
+    compute_dtype: torch.dtype,
+    hidden_size: int,
+    transform: list[float],
+    entropy_gradient: bool,
+    aligned: bool,
+    built: bool,
+    capability: tuple[int, int] | None,
+) -> str | None:
+    """Why a call takes the logits route; None: it takes the probability route.
+
+    Args:
+        entropy_gradient: as for `choose_route`.
+        aligned: the head's rows start at multiples of 16 bytes. built: the extension holds the kernel.
+        capability: compute capability of the device, None for a CPU.
+    """
+    scale, softcap, temperature = transform
+    if not SLOPES[0] < abs(scale / temperature) < SLOPES[1]:
+        return f"a column switched off needs a finite logit: scale / temperature within {SLOPES}"
+    if softcap:
+        return "a softcap needs an element-wise factor in the gradient"
+    if entropy_gradient:
+        return "the gradient of an entropy needs an element-wise factor"
+    if compute_dtype == torch.float16:
+        # Without a gradient too: a log probability has the same bits with and without one.
+        return "fp16 has no room for exponentials that are not probabilities yet (above e^11)"
+    if _selected == "probabilities" and capability is None:
+        return None
+    if capability != (9, 0):
+        return "the kernel is for compute capability 9.0"
+    if not built:
+        return "the extension was built without it (architecture 90)"
+    if compute_dtype != torch.bfloat16:
+        return "the product is for bf16"
+    if hidden_size % 8 or not aligned:
+        return "hidden size and the head's rows must be multiples of 8 elements"
+    return None

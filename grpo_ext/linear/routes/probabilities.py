@@ -1,0 +1,258 @@
+"""The probability route: the product with the head leaves ``E = exp(z - z_target)`` instead of logits.
+
+No pass over ``[tokens, V]`` remains: the product's epilogue forms the sums and the target's exponent, the gradient's
+products take E unchanged, and a row's coefficient is one factor on tensors of ``[tokens, H]``. So a row's derivative,
+its gradient and any later multiple of them cost the same two products. docs/inside/probabilities.md has the method and
+its errors.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from grpo_ext._checks import PolicyTensors
+from grpo_ext._ops import probability as kernels
+from grpo_ext._ops.probability import TILE_COLUMNS, ChunkRows
+from grpo_ext.linear.head import padded_rows
+from grpo_ext.linear.plan import ChunkPlan, Numerics, chunk_plan, row_stride
+from grpo_ext.linear.routes import probabilities_reference
+from grpo_ext.linear.routes.base import Gradients, Inputs, Route, Saved, put
+from grpo_ext.linear.rows import Rows, Selection, rows_between
+from grpo_ext.vocabulary.shards import from_all_ranks, shard_sizes
+
+#: Default memory budget in bytes: 4096 rows of 151,936 bf16 probabilities at H = 4096, and the buffers beside them.
+DEFAULT_BUDGET = 1280 << 20
+
+#: Rows of a chunk are a multiple of this many, the height of a tile.
+ROW_STEP = 128
+
+#: Bytes of a chunk's hidden states if no E is stored: every few tiles of the head read them again, from L2.
+HIDDEN_BYTES = 32 << 20
+
+#: Bytes of the fp32 product that is scaled into the gradient of the hidden states, a few thousand rows at a time.
+PRODUCT_BYTES = 32 << 20
+
+
+def probability_plan(
+    vocab: int, hidden_size: int, numerics: Numerics, device_type: str, stores: bool = True
+) -> ChunkPlan:
+    """Rows per chunk within the budget, counting E, the rows of hidden states, partial sums and the fp32 product.
+
+    At least as many as on the logits route for the same budget: completions that fit there fit here. If no E is stored,
+    as many as keep their hidden states in L2.
+    """
+    itemsize = numerics.compute_dtype.itemsize
+    stride = row_stride(vocab)
+    sums = 12 * -(-vocab // TILE_COLUMNS)
+    per_row = (stride + hidden_size) * itemsize + sums
+    beside = PRODUCT_BYTES if device_type == "cuda" else 0
+    budget = numerics.memory_budget or DEFAULT_BUDGET
+    fitting = max(0, budget - beside) // per_row
+    if device_type != "cuda" and not numerics.memory_budget:
+        fitting = 0
+    of_logits = chunk_plan(
+        vocab, hidden_size, numerics.compute_dtype, numerics.logits_dtype, device_type, numerics.memory_budget
+    )
+    step = ROW_STEP if fitting < 2 * ROW_STEP else 2 * ROW_STEP  # CTAs take tiles in pairs
+    rows = max(fitting // step * step, of_logits.rows)
+    if not stores and device_type == "cuda":
+        most = min(HIDDEN_BYTES, budget * hidden_size * itemsize // (hidden_size * itemsize + sums))
+        rows = max(rows, most // (hidden_size * itemsize) // ROW_STEP * ROW_STEP)
+    return ChunkPlan(min(rows, ROW_STEP), rows, stride)
+
+
+class ProbabilityChunk(NamedTuple):
+    """A chunk whose first `needed` rows have an E."""
+
+    rows: Rows
+    hidden: Tensor  # (rows, H) in the products' dtype
+    product: Tensor  # (needed, V): E, the target's element corrected
+    factor: Tensor  # (needed,) d logp / d logits = factor * E, or the gradient = factor * E
+    target: Tensor  # (needed,) int32 column of the target on this rank, -1: none
+    residual: Tensor  # (needed,) rounding error of the target's element of E
+
+    def part(self, start: int, stop: int) -> ProbabilityChunk:
+        return ProbabilityChunk(rows_between(self.rows, start, stop), *(t[start:stop] for t in self[1:]))
+
+
+class ProbabilityRoute(Route):
+    fused_schedules = ("one_pass", "rows")
+
+    def __init__(
+        self, inputs: Inputs, mask: Tensor | None, selection: Selection, with_entropy: bool = True, stores: bool = True
+    ) -> None:
+        super().__init__(inputs, mask, selection, with_entropy)
+        wide = self.numerics.statistics_dtype
+        self.weight, bias = inputs.weight, inputs.bias
+        if self.weight.dtype != self.numerics.compute_dtype:  # dense, as `choose_route` assumes of a copy
+            self.weight = self.weight.to(self.numerics.compute_dtype, memory_format=torch.contiguous_format)
+        self.bias = None if bias is None else bias.to(wide).contiguous()
+        self.vocab, self.hidden_size = self.weight.shape
+        scale, _, temperature = self.numerics.transform
+        self.slope = scale / temperature
+        plan = probability_plan(self.vocab, self.hidden_size, self.numerics, self.weight.device.type, stores)
+        self.capacity = min(plan.rows, -(-selection.size // plan.block) * plan.block)
+        self.shard: Tensor | None = None
+        if self.group is not None:
+            sizes = shard_sizes(self.vocab, self.group, self.weight.device)
+            self.shard = torch.stack([sizes[: dist.get_rank(self.group)].sum(), sizes.sum()])
+        self._kernels: ModuleType = kernels if self.weight.is_cuda else probabilities_reference
+        self._stride = plan.stride
+        new = self.weight.new_empty
+        tiles = -(-self.vocab // TILE_COLUMNS)
+        self._partials = new((tiles, self.capacity, 2), dtype=wide)
+        self._recentred = new((tiles, self.capacity), dtype=wide)
+        self._reference, self._factor, self._residual = (new(self.capacity, dtype=wide) for _ in range(3))
+        self._target = new(self.capacity, dtype=torch.int32)
+        self._record = new(4 * self.capacity, dtype=wide)  # exponents; with ranks, sums and references before them
+        #: Coefficients that `forward` multiplies into `factor`.
+        self._coefficients: kernels.RowCoefficients | probabilities_reference.RowCoefficients | None = None
+        self._stored: Tensor | None = None
+        self._rows: Tensor | None = None
+        self._product: Tensor | None = None
+
+    @property
+    def _writes_hidden_dtype(self) -> bool:
+        """The scaling kernel writes the products' dtype or that of the statistics."""
+        return self.group is None and self.hidden.dtype == self.weight.dtype
+
+    def differentiate_logps(self) -> None:
+        """`forward` leaves d logp / d logits as it is."""
+
+    def differentiate_loss(self, tensors: PolicyTensors, spec: list[float]) -> None:
+        self._coefficients = self._kernels.row_coefficients(tensors, spec)
+
+    def forward(self, start: int, end: int, needed: int) -> ProbabilityChunk:
+        count = end - start
+        rows = self.selection.rows(start, end)
+        chunk_rows = self._chunk_rows(rows, slice(0, count))
+        # The kernel gathers rows that lie ready for the product.
+        gathers = self._ready() and (self.mask is not None or isinstance(rows, Tensor))
+        X = self._buffer(count) if gathers else self._gather(rows, count)
+        reference, target = self._reference[:count], self._target[:count]
+        exponent = self._record[3 * count : 4 * count]
+        self._kernels.target_reference(
+            chunk_rows, self.hidden if gathers else X, X if gathers else None, self.weight, self.bias, self.ids,
+            self.slope, self.shard, reference, target, exponent,
+        )  # fmt: skip
+        if self.group is not None:
+            dist.all_reduce(reference, group=self.group)  # 0 except on the target's rank
+        E = self._probabilities(needed)
+        for part in (slice(0, needed), slice(needed, count)):
+            if part.start < part.stop:
+                self._kernels.product(
+                    X[part], self.weight, self.bias, reference[part], target[part], self.slope,
+                    E if part.start < needed else None, self._partials[:, part], self._recentred[:, part],
+                    exponent[part],
+                )  # fmt: skip
+        partials, recentred = self._partials[:, :count], self._recentred[:, :count]
+        factor, residual = self._factor[:count], self._residual[:count]
+        outputs = self.logps, self.entropy, factor, residual, E if needed else None, self.weight.dtype
+        rank = -1
+        if self.group is not None:
+            sums = self._record[: 2 * count].view(count, 2), self._record[2 * count : 3 * count]
+            self._kernels.fold(
+                chunk_rows, partials, recentred, reference, exponent, target, self.slope, sums, *outputs, None
+            )  # fmt: skip
+            rank, all_ranks = dist.get_rank(self.group), from_all_ranks(self._record[: 4 * count], self.group)
+            partials, recentred = all_ranks[:, : 2 * count].view(-1, count, 2), all_ranks[:, 2 * count : 3 * count]
+            exponent = all_ranks[:, 3 * count :].sum(dim=0)  # 0 except on the target's rank
+        self._kernels.fold(
+            chunk_rows, partials, recentred, reference, exponent, target, self.slope, None, *outputs,
+            self._coefficients, rank,
+        )  # fmt: skip
+        return ProbabilityChunk(rows, X, E, factor[:needed], target[:needed], residual[:needed])
+
+    def again(self, start: int, end: int, saved: Saved) -> ProbabilityChunk:
+        if saved.product is None or saved.rows is None:
+            return self.forward(start, end, end - start)
+        rows = self.selection.rows(start, end)
+        factor, residual = (numbers.reshape(-1)[rows] for numbers in saved.rows)
+        hidden, target = self._gather(rows, end - start), self._target_columns(rows)
+        return ProbabilityChunk(rows, hidden, saved.product, factor, target, residual)
+
+    def save(self, chunk: ProbabilityChunk, rows: Tensor) -> None:
+        if chunk.factor.numel():  # E is kept, and these belong to it
+            put(rows[0], chunk.rows, chunk.factor)
+            put(rows[1], chunk.rows, chunk.residual)
+
+    def multiply(self, chunk: ProbabilityChunk, coef: Tensor, entropy_coef: Tensor | None) -> ProbabilityChunk:
+        assert entropy_coef is None, "`choose_route` sends the gradient of an entropy to the logits route"
+        return chunk._replace(factor=chunk.factor * coef[chunk.rows])
+
+    def accumulate(self, chunk: ProbabilityChunk, gradients: Gradients, *, is_last: bool = False) -> None:
+        right = chunk.hidden
+        if gradients.head.weight is not None:
+            right = self._buffer(chunk.factor.numel())
+            self._kernels.scaled_hidden(chunk.hidden, chunk.factor, right)
+        gradients.head.add(chunk.product, right, chunk.factor, is_last=is_last)
+        if gradients.hidden is not None:
+            self._back_to_hidden(chunk, gradients.hidden)
+
+    def _back_to_hidden(self, chunk: ProbabilityChunk, out: Tensor) -> None:
+        """``out[rows] = factor * (E @ weight)``, exact in the target's element of E."""
+        count = chunk.factor.numel()
+        step = max(1, PRODUCT_BYTES // (4 * self.hidden_size)) if out.is_cuda else max(count, 1)
+        for start in range(0, count, step):
+            part = slice(start, min(start + step, count))
+            product = self._times_weight(chunk.product[part])
+            self._kernels.scale(
+                self._chunk_rows(chunk.rows, part), product, chunk.factor[part], chunk.residual[part],
+                chunk.target[part], self.weight, out,
+            )  # fmt: skip
+
+    def _times_weight(self, E: Tensor) -> Tensor:
+        wide = self.numerics.statistics_dtype
+        if not E.is_cuda:
+            return torch.mm(E.to(wide), self.weight.to(wide))
+        if self._product is None:
+            rows = min(self.capacity, max(1, PRODUCT_BYTES // (4 * self.hidden_size)))
+            self._product = self.weight.new_empty((rows, self.hidden_size), dtype=wide)
+        return torch.mm(E, self.weight, out_dtype=wide, out=self._product[: E.shape[0]])
+
+    def _ready(self) -> bool:
+        """Whether the products can read the hidden states where they are."""
+        hidden = self.hidden
+        return hidden.dtype == self.weight.dtype and hidden.is_contiguous() and hidden.data_ptr() % 16 == 0
+
+    def _gather(self, rows: Rows, count: int) -> Tensor:
+        """Rows of hidden states in the products' dtype, masked ones 0; a view if the products can read it."""
+        if isinstance(rows, slice) and self.mask is None and self._ready():
+            return self.hidden[rows]
+        X = self._buffer(count)
+        if isinstance(rows, Tensor) and self.hidden.dtype == X.dtype:
+            torch.index_select(self.hidden, 0, rows, out=X)
+        else:
+            X.copy_(self.hidden[rows])
+        unmasked = self.unmasked(rows)
+        if unmasked is not None:  # 0 times whatever a masked row holds must be 0
+            X.masked_fill_(~unmasked.unsqueeze(1), 0)
+        return X
+
+    def _target_columns(self, rows: Rows) -> Tensor:
+        """(rows,) int32: the column of each row's token on this rank, -1: another rank has it."""
+        column = self.ids[rows] if self.shard is None else self.ids[rows] - self.shard[0]
+        return torch.where((column >= 0) & (column < self.vocab), column, -1).int()
+
+    def _chunk_rows(self, rows: Rows, part: slice) -> ChunkRows:
+        count = part.stop - part.start
+        if isinstance(rows, slice):
+            return ChunkRows(count, rows.start + part.start, None, self.mask)
+        return ChunkRows(count, 0, rows[part], self.mask)
+
+    def _buffer(self, count: int) -> Tensor:
+        if self._rows is None:
+            self._rows = self.weight.new_empty((self.capacity, self.hidden_size))
+        return self._rows[:count]
+
+    def _probabilities(self, needed: int) -> Tensor:
+        if needed and self._stored is None:
+            self._stored = padded_rows(self.weight, self.capacity, self.vocab, self._stride)
+        if self._stored is None:
+            return self.weight.new_empty((0, self.vocab))
+        return self._stored[:needed]
