@@ -72,9 +72,6 @@ class ScaleRows(NamedTuple):
     factor: Tensor  # ()
 
 
-#: The arguments of `PolicyTensors` and a ``LossSpec`` in a schema.
-POLICY_ARGUMENTS = f"{schema_of(PolicyTensors)}, float[] spec"
-
 #: What implementations of an operator take, by its name.
 OPERATORS: dict[str, type] = {
     "row_stats": RowStats,
