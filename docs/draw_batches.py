@@ -55,7 +55,7 @@ def draw(p: int, ga: int, spg: int, g: int, iterations: int) -> str:
 def micro_batch(schedule: PromptSchedule, plan: BatchPlan, step: int, bottom: int) -> Iterator[str]:
     """One column: the prompt of each row, the micro-step's number, and the update that follows."""
     place = schedule.locate(step)
-    rows = schedule.rows(*place.generation_key)
+    rows = schedule.rows(*place.epoch_and_generation)
     for row, position in enumerate(plan.rank_rows(0, place.slice_index)):
         prompt, y = rows[position], TOP + row * CELL
         colours = f'fill="{COLOURS[prompt % len(COLOURS)]}" stroke="{PAPER}"'

@@ -1,1 +1,1 @@
-"""From prompts to advantages: which prompts, their completions, their rewards."""
+"""Rollouts: the order of prompts, completions, rewards and advantages."""

@@ -1,9 +1,9 @@
-"""Which prompt sits in which row of which micro-batch: pure functions of the numbers, no tensors, no model.
+"""Assign prompts to the rows of micro-batches: pure functions of the batch numbers, without tensors or a model.
 
-Words: a *generation batch* is what one round of generation yields over all ranks; it is cut into
-``steps_per_generation`` slices; one slice on one rank is a *micro-batch* of ``per_device_train_batch_size``
-rows; ``gradient_accumulation_steps`` micro-batches make one optimizer step; ``num_iterations`` replays the
-slices.
+Words: a *generation batch* holds the completions of one generation round over all ranks. It is cut into
+``steps_per_generation`` *slices*. One rank's part of a slice is a *micro-batch* of ``per_device_train_batch_size``
+rows. An optimizer step accumulates ``gradient_accumulation_steps`` micro-batches. Each generation batch is used
+``num_iterations`` times.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from grpo_ext.config import plain_value
 
 @dataclasses.dataclass(frozen=True)
 class BatchPlan:
-    """The resolved batch numbers of a run (SPEC section 7). Made by `plan_batches`, which checks them.
+    """The resolved batch numbers of a run (SPEC section 7). `plan_batches` checks and returns them.
 
     Attributes:
         per_device_batch_size: rows of a micro-batch on one rank.
@@ -26,7 +26,7 @@ class BatchPlan:
         gradient_accumulation_steps: micro-batches per optimizer step.
         steps_per_generation: slices of a generation batch.
         num_generations: completions per prompt (the group size).
-        num_iterations: how often the slices of one generation batch are used.
+        num_iterations: how often each slice of a generation batch is used.
     """
 
     per_device_batch_size: int
@@ -37,14 +37,14 @@ class BatchPlan:
     num_iterations: int = 1
 
     @property
-    def slice_size(self) -> int:
+    def global_slice_size(self) -> int:
         """Rows of one slice over all ranks."""
         return self.per_device_batch_size * self.world_size
 
     @property
     def generation_batch_size(self) -> int:
         """Rows of one generation batch over all ranks."""
-        return self.slice_size * self.steps_per_generation
+        return self.global_slice_size * self.steps_per_generation
 
     @property
     def unique_prompts(self) -> int:
@@ -53,45 +53,45 @@ class BatchPlan:
 
     @property
     def micro_steps_per_generation(self) -> int:
-        """Micro-batches a rank runs before it generates again."""
+        """Micro-batches that a rank runs between two generations."""
         return self.steps_per_generation * self.num_iterations
 
     @property
     def slices_per_step(self) -> int:
-        """Slices of one generation batch that an optimizer step takes."""
+        """Slices of one generation batch in an optimizer step."""
         return min(self.gradient_accumulation_steps, self.steps_per_generation)
 
     @property
     def optimizer_steps_per_generation(self) -> float:
-        """Optimizer steps between two generations, without replays; below 1 when a step spans several."""
+        """Optimizer steps between two generations, without replays; below 1 if a step spans several generations."""
         return self.steps_per_generation / self.gradient_accumulation_steps
 
     def rank_rows(self, rank: int, slice_index: int) -> range:
         """Positions in the generation batch of one rank's micro-batch.
 
-        The ranks share every slice, so ``world_size`` ranks with P rows see in each micro-step what one
-        process with ``world_size * P`` rows sees.
+        The ranks split every slice: a micro-step of ``world_size`` ranks with P rows each covers the same rows as one
+        process with ``world_size * P`` rows.
         """
-        start = slice_index * self.slice_size + rank * self.per_device_batch_size
+        start = slice_index * self.global_slice_size + rank * self.per_device_batch_size
         return range(start, start + self.per_device_batch_size)
 
     def local_rows(self, rank: int) -> list[int]:
-        """Positions in the generation batch of all of one rank's rows, slice after slice."""
+        """Positions in the generation batch of all rows of one rank, slice after slice."""
         return [row for index in range(self.steps_per_generation) for row in self.rank_rows(rank, index)]
 
     def gathered_rows(self) -> list[int]:
-        """Positions in the generation batch in the order in which a gather over ranks delivers the rows."""
+        """Positions in the generation batch, in the order of a gather over ranks."""
         return [row for rank in range(self.world_size) for row in self.local_rows(rank)]
 
     def is_on_policy(self, start: int, micro_step: int) -> bool:
-        """Whether no optimizer step lies between the generation and one of its micro-steps.
+        """Whether no optimizer step separates the generation from one of its micro-steps.
 
         Args:
-            start: micro-steps of the run before this generation batch was made.
-            micro_step: micro-steps since, 0-based.
+            start: micro-steps of the run before this generation.
+            micro_step: 0-based micro-step within the generation batch.
         """
-        window = self.gradient_accumulation_steps
-        return (start + micro_step) // window == start // window
+        accumulated = self.gradient_accumulation_steps
+        return (start + micro_step) // accumulated == start // accumulated
 
 
 def plan_batches(
@@ -105,11 +105,11 @@ def plan_batches(
 ) -> BatchPlan:
     """Resolve and check the batch numbers of a run.
 
-    ``per_device_batch_size`` is raised to ``num_generations`` (or its next multiple), with a warning, where
-    the generation batch would not hold whole groups.
+    If the generation batch would not hold whole groups, ``per_device_batch_size`` is raised to the next multiple of
+    ``num_generations``, with a warning.
 
     Raises:
-        ValueError: naming the two numbers that do not fit and what to change.
+        ValueError: two numbers do not fit; the message names both and the remedy.
     """
     for name, value in (
         ("per_device_train_batch_size", per_device_batch_size),
@@ -130,7 +130,7 @@ def plan_batches(
         raise ValueError(
             f"steps_per_generation ({steps_per_generation}) and generation_batch_size "
             f"({generation_batch_size}) "
-            "fix the same number: set only one of them"
+            "determine each other: set only one of them"
         )
     if generation_batch_size is not None and generation_batch_size % num_generations:
         raise ValueError(
@@ -167,8 +167,8 @@ def plan_batches(
     )
     if plan.unique_prompts <= 2:
         warnings.warn(
-            f"a generation batch holds only {plan.unique_prompts} different prompt(s): so few give a noisy "
-            "baseline; raise per_device_train_batch_size, gradient_accumulation_steps or "
+            f"a generation batch holds only {plan.unique_prompts} different prompt(s), which makes the gradient "
+            "noisy: raise per_device_train_batch_size, gradient_accumulation_steps or "
             "generation_batch_size",
             stacklevel=2,
         )
@@ -177,13 +177,13 @@ def plan_batches(
 
 @dataclasses.dataclass(frozen=True)
 class MicroStep:
-    """Where one micro-step of a run belongs.
+    """Position of a micro-step within the run.
 
     Attributes:
         epoch: 0-based pass over the dataset.
         generation: 0-based generation batch of the epoch.
         slice_index: slice of that batch.
-        iteration: 0 for the first use of the slice, then its replays.
+        iteration: 0 for the first use of the slice, from 1 for its replays.
     """
 
     epoch: int
@@ -192,23 +192,23 @@ class MicroStep:
     iteration: int
 
     @property
-    def generation_key(self) -> tuple[int, int]:
-        """What identifies the generation batch within the run."""
+    def epoch_and_generation(self) -> tuple[int, int]:
+        """Identifier of the generation batch within the run."""
         return self.epoch, self.generation
 
 
 class PromptSchedule:
-    """The order of prompts of a whole run, by random access: a resumed run asks for the same numbers again.
+    """The order of prompts of a whole run, with random access: a resumed run gets the same order again.
 
-    An epoch is one pass over the dataset; prompts that do not fill a last generation batch (or a last
-    optimizer step) wait for the next epoch's order. A dataset smaller than one such unit is repeated to fill
-    it, with a warning.
+    An epoch is one pass over the dataset. Prompts that do not fill the last generation batch (or the last optimizer
+    step) of an epoch are skipped; the next epoch draws a new order. A dataset too small for one optimizer step is
+    repeated, with a warning.
 
     Args:
         num_prompts: rows of the dataset.
         plan: the batch numbers.
-        seed: fixes both shuffles.
-        shuffle: a new order of the prompts each epoch; else the dataset's own.
+        seed: determines both shuffles.
+        shuffle: draw a new order of the prompts each epoch; else keep the dataset's.
         shuffle_completions: mix the rows of a generation batch before it is sliced.
     """
 
@@ -228,9 +228,9 @@ class PromptSchedule:
         self.seed = seed
         self.shuffle = shuffle
         self.shuffle_completions = shuffle_completions
-        # An epoch ends on the boundary of an optimizer step, so no accumulation window is cut short.
-        window = plan.gradient_accumulation_steps
-        unit = window // math.gcd(window, plan.micro_steps_per_generation)
+        # Generation batches per indivisible unit: an epoch must end with a complete optimizer step.
+        accumulated = plan.gradient_accumulation_steps
+        unit = accumulated // math.gcd(accumulated, plan.micro_steps_per_generation)
         available = num_prompts // plan.unique_prompts // unit * unit
         if available == 0:
             warnings.warn(
@@ -245,14 +245,14 @@ class PromptSchedule:
         return self.generations_per_epoch * self.plan.micro_steps_per_generation
 
     def locate(self, global_micro_step: int) -> MicroStep:
-        """The place of a micro-step counted from the start of the run."""
+        """Locate a micro-step, counted from the start of the run."""
         epoch, step = divmod(global_micro_step, len(self))
         generation, rest = divmod(step, self.plan.micro_steps_per_generation)
         iteration, slice_index = divmod(rest, self.plan.steps_per_generation)
         return MicroStep(epoch, generation, slice_index, iteration)
 
     def prompts(self, epoch: int, generation: int) -> list[int]:
-        """Dataset indices of a generation batch, ``unique_prompts`` of them."""
+        """The ``unique_prompts`` dataset indices of a generation batch."""
         order = list(range(self.num_prompts))
         if self.shuffle:
             random.Random(f"prompts-{self.seed}-{epoch}").shuffle(order)
@@ -260,13 +260,13 @@ class PromptSchedule:
         return [order[i % self.num_prompts] for i in range(first, first + self.plan.unique_prompts)]
 
     def group_order(self, epoch: int, generation: int) -> list[int]:
-        """The row that each position of the generation batch holds; row r belongs to prompt ``r // G``."""
+        """The row at each position of the generation batch; row r belongs to prompt ``r // G``."""
         order = list(range(self.plan.generation_batch_size))
         if self.shuffle_completions:
             random.Random(f"rows-{self.seed}-{epoch}-{generation}").shuffle(order)
         return order
 
     def rows(self, epoch: int, generation: int) -> list[int]:
-        """Dataset index of every position of a generation batch."""
+        """Dataset index for every position of a generation batch."""
         prompts = self.prompts(epoch, generation)
         return [prompts[row // self.plan.num_generations] for row in self.group_order(epoch, generation)]

@@ -1,4 +1,4 @@
-"""Datasets as the trainer sees them: a length, and rows that are dicts with a ``prompt``."""
+"""Check and read datasets: a length, and rows that are dicts with a ``prompt``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch.utils.data import Dataset
 
 
 def check_dataset(dataset: Any, name: str) -> None:
-    """Raise a readable error for a dataset that cannot be trained or evaluated on.
+    """Check that a dataset can be trained or evaluated on.
 
     Raises:
-        TypeError: without a length or without dict rows.
-        ValueError: when it is empty or has no ``prompt`` column.
+        TypeError: no length, or rows that are no dicts.
+        ValueError: an empty dataset, or no ``prompt`` column.
     """
     if dataset is None:
         raise ValueError(f"{name} is missing: pass rows with a 'prompt' column")
@@ -28,11 +28,11 @@ def check_dataset(dataset: Any, name: str) -> None:
 
 
 def read_row(dataset: Any, number: int, name: str) -> dict[str, Any]:
-    """Row ``number`` of a dataset, checked when it is read: a large dataset is not read twice.
+    """Read and check row ``number`` of a dataset. Checking here avoids a first pass over a large dataset.
 
     Raises:
-        TypeError: for a row that is no dict.
-        ValueError: for one without a ``prompt``; both name the dataset and the row.
+        TypeError: the row is no dict. The message names the dataset and the row.
+        ValueError: the row has no ``prompt``. The message names the dataset and the row.
     """
     row: Any = dataset[number]
     if not isinstance(row, dict):
@@ -50,7 +50,7 @@ def read_row(dataset: Any, number: int, name: str) -> dict[str, Any]:
 
 
 def named_datasets(dataset: Any, name: str) -> list[tuple[str, Any]]:
-    """``(name, dataset)`` pairs of None, one dataset or a dict of them."""
+    """``(name, dataset)`` pairs of None, one dataset or a dict of datasets."""
     if dataset is None:
         return []
     if isinstance(dataset, dict):
@@ -59,13 +59,13 @@ def named_datasets(dataset: Any, name: str) -> list[tuple[str, Any]]:
 
 
 def columns_of(examples: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Every column but ``prompt``, as lists; None where a row lacks one."""
+    """Every column except ``prompt``, as lists, with None for missing values."""
     names = {name: None for example in examples for name in example if name != "prompt"}
     return {name: [example.get(name) for example in examples] for name in names}
 
 
 class MicroStepNumbers(Dataset[int]):
-    """The micro-steps of one epoch, as the dataset that transformers' loop iterates over."""
+    """The micro-step numbers of one epoch: the dataset for transformers' training loop."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -80,5 +80,5 @@ class MicroStepNumbers(Dataset[int]):
 
 
 def collate_micro_step(numbers: list[int]) -> dict[str, int]:
-    """The one micro-step of a batch, under the name that `GRPOTrainer.training_step` reads."""
+    """Wrap the only micro-step number of a batch for `GRPOTrainer.training_step`."""
     return {"micro_step": numbers[0]}

@@ -1,4 +1,4 @@
-"""Held-out reward: completions over an evaluation dataset, scored by the training rewards."""
+"""Evaluate: generate completions for a dataset and score them with the training rewards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from grpo_ext.rollouts.maker import RolloutMaker
 
 
 def measure(rollouts: RolloutMaker, model: nn.Module, dataset: Any, prefix: str) -> dict[str, float]:
-    """``<prefix>_reward`` and its companions over a dataset and all ranks; training's randomness is untouched."""
+    """Metrics of `evaluation_metrics` over a dataset and all ranks. The random state of training is preserved."""
     args, accelerator = rollouts.args, rollouts.accelerator
     start = time.time()
     sampling = args.sampling(args.eval_temperature)
@@ -40,7 +40,7 @@ def measure(rollouts: RolloutMaker, model: nn.Module, dataset: Any, prefix: str)
 
 
 def evaluation_rows(num_prompts: int, num_generations: int, world_size: int, rank: int) -> list[int]:
-    """Dataset indices of the completions one rank makes; all ranks together make each exactly once."""
+    """Dataset indices of one rank's completions; the ranks together cover every completion once."""
     return [i // num_generations for i in range(rank, num_prompts * num_generations, world_size)]
 
 
@@ -50,11 +50,14 @@ def evaluate_rows(
     generate: Callable[[list[int]], tuple[Completions, Tensor]],
     longest: int = 0,
 ) -> dict[str, list[Any]]:
-    """Run ``generate`` (dataset indices to completions and ``(n, functions)`` rewards) over batches of rows.
+    """Generate and score all rows in batches.
 
     Args:
-        longest: rows of the rank that has most. An engine over several ranks meets them in every call, so a rank that
-            would have fewer calls generates for row 0 and drops the answers.
+        rows: dataset indices, one per completion.
+        batch_size: rows per call of ``generate``.
+        generate: maps dataset indices to completions and ``(n, functions)`` rewards.
+        longest: the largest number of rows on any rank. ``generate`` may contain collectives, so a rank with fewer
+            rows generates for row 0 and drops the results.
 
     Returns:
         ``rewards`` (lists of floats), ``lengths`` and ``finished``, one entry per row.
@@ -72,7 +75,7 @@ def evaluate_rows(
 def evaluation_metrics(
     result: dict[str, list[Any]], names: Sequence[str], weights: Sequence[float], prefix: str
 ) -> dict[str, float]:
-    """``<prefix>_reward`` and its companions from the rows of all ranks."""
+    """Mean and deviation of the rewards, and statistics of the lengths, from the rows of all ranks."""
     rewards = torch.tensor(result["rewards"], dtype=torch.float64).view(-1, len(names))
     total = weighted_rewards(rewards, list(weights))
     total = total[~total.isnan()]

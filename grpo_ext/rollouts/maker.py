@@ -1,4 +1,4 @@
-"""Makes one generation batch: which prompts, their completions, their rewards, their advantages."""
+"""Produce a generation batch: choose prompts, generate completions, compute rewards and advantages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from grpo_ext.update.skipping import rows_with_gradient
 
 
 class RolloutSettings(Protocol):
-    """The parameters of a run that rollouts and evaluation read; `grpo_ext.trainer.GRPOConfig` has them all."""
+    """The fields of `grpo_ext.trainer.GRPOConfig` that rollouts and evaluation read."""
 
     device: torch.device
     seed: int
@@ -41,7 +41,7 @@ class RolloutSettings(Protocol):
     eval_temperature: float
 
     def sampling(self, temperature: float | None = None) -> SamplingParams:
-        """How tokens are drawn; ``temperature`` replaces that of training."""
+        """Sampling parameters; ``temperature`` overrides the one of training."""
         ...
 
     def loss_config(self) -> LossConfig:
@@ -50,17 +50,17 @@ class RolloutSettings(Protocol):
 
 
 class RolloutMaker:
-    """Generation and scoring of a run, one generation batch at a time, over all ranks.
+    """Generate and score one generation batch at a time, over all ranks.
 
     Args:
         args: the run's parameters.
         accelerator: joins the ranks.
         dataset: the training prompts.
-        schedule: which of them when.
-        encoder: prompts to ids.
-        engine: ids to completions.
-        rewards: completions to rewards.
-        window: where metrics go.
+        schedule: the order of the prompts.
+        encoder: turns prompts into token ids.
+        engine: generates completions.
+        rewards: the reward functions.
+        window: collects the metrics.
         may_skip_backward: whether a micro-batch with no gradient may skip backward.
     """
 
@@ -99,14 +99,14 @@ class RolloutMaker:
         return self.plan.local_rows(self.accelerator.process_index)
 
     def advantages(self, rewards: Tensor, key: tuple[int, int]) -> Tensor:
-        """``(n,)`` fp32 advantages of this rank's completions from its ``(n, functions)`` rewards; a collective."""
+        """``(n,)`` fp32 advantages from the ``(n, functions)`` rewards of this rank's completions; a collective."""
         advantages, by_group = self._over_ranks(gather(self.accelerator, rewards, self.args.device), key)
         metrics = reward_metrics(by_group, self.plan.num_generations, self.rewards.names, self.rewards.weights)
         self.window.update(metrics)
         return advantages[self._positions]
 
     def assemble(self, key: tuple[int, int], start: int, sample: Sample, advantages: Tensor) -> Rollout:
-        """Cut this rank's completions into the slices that micro-batches are made of; a collective.
+        """Build the rollout: this rank's completions in slices, one per micro-batch; a collective.
 
         Args:
             key: ``(epoch, generation)``.
@@ -133,7 +133,7 @@ class RolloutMaker:
             rows_per_slice=plan.per_device_batch_size,
             prompt_ids=sample.prompt_ids,
             completion_ids=completions.ids,
-            trained=trained,
+            in_loss=trained,
             advantages=advantages,
             normaliser=max(active, 1.0) / plan.world_size * plan.gradient_accumulation_steps / slices,
             tokens_seen=seen,
@@ -141,13 +141,13 @@ class RolloutMaker:
             ref_logps=[None] * slices,
             sampling_logps=completions.sampling_logps,
             order=order,
-            sizes=sizes,
+            slice_sizes=sizes,
         )
 
     def _slices(
         self, sample: Sample, trained: list[bool], advantages: Tensor
     ) -> tuple[list[int] | None, list[int] | None]:
-        """``order`` and ``sizes`` of the rollout."""
+        """``order`` and ``slice_sizes`` of the rollout."""
         args = self.args
         completions = [len(ids) for ids in sample.completions.ids]
         if args.fill_micro_batches:
@@ -163,12 +163,12 @@ class RolloutMaker:
         return None, None
 
     def _most(self, slices: list[int]) -> list[int]:
-        """For each optimizer step the most slices that any process needs."""
+        """For each optimizer step, the largest number of slices that any process needs."""
         most: list[int] = gather(self.accelerator, torch.tensor([slices]), self.args.device).amax(dim=0).tolist()
         return most
 
     def generate_and_score(self, model: nn.Module, rows: list[int]) -> tuple[Sample, Tensor]:
-        """Completions for rows of the training prompts, and their ``(n, functions)`` rewards."""
+        """Generate completions for rows of the training dataset, and their ``(n, functions)`` rewards."""
         if not self.args.score_while_generating:
             with self.window.timed("time/generation"):
                 sample = self.generate(model, self.dataset, rows, self.sampling)
@@ -194,15 +194,18 @@ class RolloutMaker:
         scoring: Scoring | None = None,
         name: str = "train_dataset",
     ) -> Sample:
-        """Completions for rows of a dataset.
+        """Generate completions for rows of a dataset.
 
         Args:
-            scoring: gets the completions of a row as soon as all of them are there.
-            name: of the dataset, for errors.
+            model: unwrapped.
+            dataset: rows with a ``prompt``.
+            rows: dataset indices, one per completion.
+            sampling: sampling parameters.
+            scoring: receives the completions of a dataset row as soon as all of them are finished.
+            name: the dataset's name in error messages.
 
         Raises:
-            PromptError: for a row without a prompt, or one that does not fit; on every rank, before anything is
-                generated.
+            PromptError: a prompt is missing or too long. Raised on every rank, before generation starts.
         """
         examples, prompt_ids = self._read(dataset, rows, name)
         prompts = [example["prompt"] for example in examples]
@@ -216,7 +219,7 @@ class RolloutMaker:
         return Sample(prompts, columns, prompt_ids, completions, texts)
 
     def _read(self, dataset: Any, rows: list[int], name: str) -> tuple[list[dict[str, Any]], list[list[int]]]:
-        """Rows and the token ids of their prompts; an error of one rank is raised on all, which save a checkpoint."""
+        """Read rows and encode their prompts. All ranks raise if one fails, so that all can save a checkpoint."""
         error: PromptError | None = None
         examples: list[dict[str, Any]] = []
         encoded: list[list[int]] = []
@@ -229,9 +232,9 @@ class RolloutMaker:
             error = PromptError(str(raised))
             error.__cause__ = raised
         if self.accelerator.num_processes > 1:
-            said = [message for message in gather_object([None if error is None else str(error)]) if message]
-            if said and error is None:
-                raise PromptError(f"on another process: {said[0]}")
+            failures = [message for message in gather_object([None if error is None else str(error)]) if message]
+            if failures and error is None:
+                raise PromptError(f"on another process: {failures[0]}")
         if error is not None:
             raise error
         return examples, encoded
@@ -243,7 +246,7 @@ class RolloutMaker:
         )
 
     def _totals(self, sample: Sample, trained: list[bool]) -> tuple[float, int]:
-        """Over all ranks: completion tokens in the loss, and tokens of prompts and completions."""
+        """Sum over all ranks: completion tokens in the loss, and tokens of prompts and completions."""
         lengths = [len(ids) for ids in sample.completions.ids]
         active = sum(n for n, keep in zip(lengths, trained, strict=True) if keep)
         seen = sum(lengths) + sum(len(ids) for ids in sample.prompt_ids)
@@ -252,11 +255,11 @@ class RolloutMaker:
         return float(total[0]), int(total[1])
 
     def _over_ranks(self, gathered: Tensor, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Advantages by position of the generation batch, and the rewards group by group.
+        """Advantages for each position of the generation batch, and the rewards ordered by group.
 
         Args:
             gathered: ``(n, functions)`` rewards of all ranks, rank after rank.
-            key: the generation batch.
+            key: ``(epoch, generation)``.
         """
         by_position = torch.empty_like(gathered)
         by_position[self.plan.gathered_rows()] = gathered
@@ -266,8 +269,8 @@ class RolloutMaker:
         missing = int(by_group.isnan().all(dim=1).sum())
         if missing:
             warnings.warn(
-                f"{missing} of {len(by_group)} completions got no reward from any function: they are left out "
-                "of their group's baseline and get advantage 0",
+                f"{missing} of {len(by_group)} completions got no reward from any function: their group's baseline "
+                "ignores them, and their advantage is 0",
                 stacklevel=2,
             )
         advantages = group_advantages(
@@ -280,13 +283,13 @@ class RolloutMaker:
 
 
 class _Groups:
-    """Collects completions until those of a prompt are complete, then hands them to be scored.
+    """Collect completions and submit each group for scoring when it is complete.
 
     Args:
         encoder: turns ids into text.
-        scoring: gets the groups.
-        rows: the dataset's row of each completion; equal ones are a group.
-        prompts, columns: of each completion.
+        scoring: receives the groups.
+        rows: dataset index of each completion; completions with equal indices form a group.
+        prompts, columns: dataset values, one per completion.
     """
 
     def __init__(
@@ -305,7 +308,7 @@ class _Groups:
         self._missing = {row: len(positions) for row, positions in self._positions.items()}
 
     def done(self, position: int, ids: list[int]) -> None:
-        """One completion is there."""
+        """Store a finished completion, and submit its group if it is the last."""
         self._ids[position] = ids
         row = self.rows[position]
         self._missing[row] -= 1
@@ -319,11 +322,11 @@ class _Groups:
 
 
 def engine_metrics(engine: object) -> dict[str, float]:
-    """What an engine has to say about itself since the last call; nothing where it has no ``pop_metrics``."""
+    """Metrics of the engine since the last call; empty if the engine has no ``pop_metrics``."""
     pop = getattr(engine, "pop_metrics", None)
     return {} if pop is None else pop()
 
 
 def gather(accelerator: Any, value: Tensor, device: torch.device) -> Tensor:
-    """Rows of all ranks, rank after rank, on the CPU."""
+    """Gather the rows of all ranks, in rank order, on the CPU."""
     return accelerator.gather(value.to(device)).cpu() if accelerator.num_processes > 1 else value.cpu()

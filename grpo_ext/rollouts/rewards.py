@@ -1,4 +1,4 @@
-"""Calling reward functions: several, sync or async, with the dataset's columns and readable errors."""
+"""Call the reward functions, plain or async, with the dataset's columns, and check their results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RewardFunction = Callable[..., Any]
 
 
 class RewardError(RuntimeError):
-    """A reward function raised, or returned something that is not one reward per completion."""
+    """A reward function raised, or did not return one reward per completion."""
 
 
 class RewardFunctions:
@@ -28,13 +28,13 @@ class RewardFunctions:
 
     Args:
         functions: one function or several, each ``f(prompts, completions, completion_ids, **columns)``
-            returning one number (or None: does not apply) per completion; it may leave out arguments it does
-            not use. Each call gets copies of its own, deep ones of what can be copied, so it may change them.
+            returning one number per completion, or None if it does not apply. Unused arguments may be omitted from
+            the signature. Each call receives deep copies, except of objects that cannot be copied.
         weights: one factor per function, None = 1.0 each.
 
     Raises:
-        TypeError: for something that cannot be called.
-        ValueError: for no function, or a number of weights that differs.
+        TypeError: an entry is not callable.
+        ValueError: no function, or not one weight per function.
     """
 
     def __init__(
@@ -66,15 +66,15 @@ class RewardFunctions:
         completion_ids: Sequence[Sequence[int]],
         columns: dict[str, list[Any]],
     ) -> Tensor:
-        """Rewards of n completions.
+        """Compute the rewards of n completions.
 
-        The async functions run together, after the others have returned.
+        Async functions run concurrently, after the plain functions have returned.
 
         Returns:
-            ``(n, functions)`` fp32 on the CPU, NaN where a function does not apply.
+            ``(n, functions)`` fp32 on the CPU, NaN if a function does not apply.
 
         Raises:
-            RewardError: naming the function that raised or returned something else.
+            RewardError: a function raised or returned something else; the message names it.
         """
         results = self.begin(prompts, completions, completion_ids, columns)
         waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
@@ -91,10 +91,10 @@ class RewardFunctions:
         completion_ids: Sequence[Sequence[int]],
         columns: dict[str, list[Any]],
     ) -> list[Any]:
-        """What each function returned: of an async one something to await.
+        """Call every function; an async function gives an awaitable.
 
         Raises:
-            RewardError: naming the function that raised.
+            RewardError: a function raised; the message names it.
         """
         arguments = {
             **columns,
@@ -113,10 +113,10 @@ class RewardFunctions:
         return results
 
     def check(self, results: Sequence[Any], n: int) -> Tensor:
-        """The finished results of `begin`, exceptions of async functions among them, as ``(n, functions)`` fp32.
+        """Convert the awaited results of `begin`, exceptions included, to ``(n, functions)`` fp32.
 
         Raises:
-            RewardError: naming the function that raised or returned something that is not n numbers.
+            RewardError: a function raised or did not return n numbers; the message names it.
         """
         for name, result in zip(self.names, results, strict=True):
             if isinstance(result, BaseException):
@@ -127,17 +127,17 @@ class RewardFunctions:
 def reward_metrics(
     rewards: Tensor, num_generations: int, names: Sequence[str], weights: Sequence[float]
 ) -> dict[str, float]:
-    """What a run logs about the rewards of whole groups.
+    """Metrics of the rewards of whole groups.
 
     Args:
-        rewards: ``(n, functions)``, NaN where a function does not apply; rows of a group follow one another.
+        rewards: ``(n, functions)``, NaN if a function does not apply; the rows of a group are adjacent.
         num_generations: rows per group.
         names, weights: one per function.
 
     Returns:
         ``reward`` (mean of the weighted sums), ``reward_std`` (mean over groups of the unbiased deviation),
         ``frac_reward_zero_std`` (share of groups whose rewards are all equal) and, per function,
-        ``rewards/<name>/mean`` and ``/std``. Rows without any reward are left out; NaN where nothing is left.
+        ``rewards/<name>/mean`` and ``/std``. Rows without any reward are ignored; NaN if no row remains.
     """
     total = weighted_rewards(rewards.double(), list(weights))
     groups = [group[~group.isnan()] for group in total.view(-1, num_generations)]
@@ -185,22 +185,22 @@ def _run_together(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(gather())
-    # A notebook already runs a loop in this thread: use another thread's.
+    # A notebook already runs an event loop in this thread: use another thread.
     with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
         return pool.submit(asyncio.run, gather()).result()
 
 
 def _copies(values: Sequence[Any]) -> list[Any]:
-    """Deep copies, one by one: rows of a group hold the same objects of the dataset."""
+    """Deep-copy each value separately: the rows of a group share the dataset's objects."""
     return [_copy(value) for value in values]
 
 
 def _copy(value: Any) -> Any:
-    if type(value) is list and set(map(type, value)) == {int}:  # token ids, where deepcopy is slow
+    if type(value) is list and set(map(type, value)) == {int}:  # token ids: deepcopy is slow
         return value.copy()
     try:
         return copy.deepcopy(value)
-    except Exception:  # a lock, a connection: what cannot be copied is shared
+    except Exception:  # share what cannot be copied, such as a lock
         return value
 
 
@@ -215,7 +215,7 @@ def _raised(name: str, error: BaseException) -> RewardError:
 
 
 def _check(result: Any, name: str, n: int) -> Tensor:
-    """One function's result as ``(n,)`` fp32, NaN for None."""
+    """Convert the result of one function to ``(n,)`` fp32, None to NaN."""
     try:
         values = result.tolist() if hasattr(result, "tolist") else list(result)
     except TypeError:
@@ -226,26 +226,24 @@ def _check(result: Any, name: str, n: int) -> Tensor:
         count = len(values) if isinstance(values, list) else 1
         raise RewardError(
             f"reward function {name!r} returned {count} value(s) for {n} completions: return one for each "
-            "(None where it does not apply)"
+            "(None if it does not apply)"
         )
     return torch.tensor([_number(value, name, index) for index, value in enumerate(values)], dtype=torch.float32)
 
 
 def _number(value: Any, name: str, index: int) -> float:
-    """One reward, NaN for None."""
-    told = f"reward function {name!r} returned"
-    remedy = (
-        f"for completion {index}: rewards must be finite in float32, at most 3.4e38; scale it (None or NaN where it "
-    )
+    """Convert one reward, None to NaN."""
+    returned = f"reward function {name!r} returned"
+    remedy = f"for completion {index}: rewards must be finite in float32, at most 3.4e38; scale it (None or NaN if it "
     remedy += "does not apply)"
     try:
         if isinstance(value, (str, bytes)):
             raise TypeError
         number = math.nan if value is None else float(value)
     except (TypeError, ValueError):
-        raise RewardError(f"{told} {value!r} for completion {index}: return a number or None") from None
+        raise RewardError(f"{returned} {value!r} for completion {index}: return a number or None") from None
     except OverflowError:
-        raise RewardError(f"{told} a number beyond 1.7e308 {remedy}") from None
+        raise RewardError(f"{returned} a number beyond 1.7e308 {remedy}") from None
     if abs(number) > FLOAT32_LARGEST:
-        raise RewardError(f"{told} {number} {remedy}")
+        raise RewardError(f"{returned} {number} {remedy}")
     return number

@@ -1,4 +1,4 @@
-"""One generation batch as this rank holds it, and the micro-batches cut from it."""
+"""This rank's part of a generation batch, and its micro-batches."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from grpo_ext.update.micro_batch import MicroBatch, left_pad, right_pad, unique_
 
 @dataclasses.dataclass
 class Sample:
-    """n rows of a dataset with the completions made for them, before they are scored.
+    """n rows of a dataset with their completions, not yet scored.
 
     Attributes:
         prompts: text or chat messages.
         columns: the dataset's other columns.
         prompt_ids: token ids of each prompt.
-        completions: what the engine returned.
-        texts: the completions as text, without special tokens.
+        completions: the engine's result.
+        texts: the completions decoded without special tokens.
     """
 
     prompts: list[Prompt]
@@ -33,7 +33,7 @@ class Sample:
 
 
 def replies(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[Any]:
-    """Completions in the form of their prompts: text, or one assistant message."""
+    """Completions in the format of their prompts: text, or one assistant message."""
     return [
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
         for prompt, text in zip(prompts, texts, strict=True)
@@ -42,21 +42,21 @@ def replies(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[Any]:
 
 @dataclasses.dataclass
 class Rollout:
-    """This rank's rows of one generation batch, slice after slice. Plain values, so a checkpoint can hold it.
+    """This rank's rows of one generation batch, slice after slice. Checkpoints store the plain values.
 
     Attributes:
         key: ``(epoch, generation)``.
-        start: micro-steps of the run before it was made.
+        start: micro-steps of the run before this generation.
         rows_per_slice: rows of a micro-batch.
         prompt_ids, completion_ids: one list of token ids per row.
-        trained: whether a row takes part in the loss (a masked truncated completion does not).
+        in_loss: whether a row enters the loss; False for a masked truncated completion.
         advantages: ``(n,)`` fp32 on the CPU.
         normaliser: divisor of the token-normalised losses.
-        tokens_seen: tokens of its prompts and completions over all ranks.
-        old_logps, ref_logps: per slice ``(B, T)`` or None; filled in when known.
-        sampling_logps: per row one log probability per token, None where the engine reports none.
-        order: the row at each position of the slices; None: as they come.
-        sizes: rows of each slice; None: rows_per_slice.
+        tokens_seen: prompt and completion tokens over all ranks.
+        old_logps, ref_logps: per slice ``(B, T)``, or None before they are computed.
+        sampling_logps: one log probability per token of each row; None if the engine reports none.
+        order: the row at each position of the slices; None = rows in their own order.
+        slice_sizes: rows of each slice; None = ``rows_per_slice`` each.
     """
 
     key: tuple[int, int]
@@ -64,7 +64,7 @@ class Rollout:
     rows_per_slice: int
     prompt_ids: list[list[int]]
     completion_ids: list[list[int]]
-    trained: list[bool]
+    in_loss: list[bool]
     advantages: Tensor
     normaliser: float
     tokens_seen: int
@@ -72,25 +72,25 @@ class Rollout:
     ref_logps: list[Tensor | None]
     sampling_logps: list[list[float]] | None = None
     order: list[int] | None = None
-    sizes: list[int] | None = None
+    slice_sizes: list[int] | None = None
 
     def rows_of(self, slice_index: int) -> list[int]:
         """Rows of one slice."""
-        if self.sizes is None:
+        if self.slice_sizes is None:
             positions = range(slice_index * self.rows_per_slice, (slice_index + 1) * self.rows_per_slice)
         else:
-            first = sum(self.sizes[:slice_index])
-            positions = range(first, first + self.sizes[slice_index])
+            first = sum(self.slice_sizes[:slice_index])
+            positions = range(first, first + self.slice_sizes[slice_index])
         return list(positions) if self.order is None else [self.order[p] for p in positions]
 
     def padded_tokens(self, rows: int) -> int:
-        """Positions of so many rows when each is padded to the longest prompt and completion of the whole batch."""
+        """Tokens of ``rows`` rows, each padded to the longest prompt and completion of this batch."""
         return rows * (max(map(len, self.prompt_ids)) + max(map(len, self.completion_ids)))
 
     def micro_batch(
         self, slice_index: int, pad_id: int, device: torch.device | str, keep: Sequence[int] | None = None
     ) -> MicroBatch:
-        """The tensors of one slice on ``device``, or of the rows at the positions ``keep`` of it, at least one."""
+        """Tensors of one slice on ``device``; ``keep``, not empty, selects positions of the slice."""
         rows = self.rows_of(slice_index)
         keep = range(len(rows)) if keep is None else keep
         rows = [rows[position] for position in keep]
@@ -99,7 +99,7 @@ class Rollout:
         completion_ids, completion_mask = right_pad([self.completion_ids[row] for row in rows], pad_id, device)
         width = completion_ids.shape[1]
         first, which = unique_rows(prompts)
-        trained = torch.tensor([self.trained[row] for row in rows], device=device).unsqueeze(1)
+        in_loss = torch.tensor([self.in_loss[row] for row in rows], device=device).unsqueeze(1)
 
         def part(values: Tensor | None) -> Tensor | None:
             return None if values is None else values.to(device)[list(keep), :width]
@@ -111,7 +111,7 @@ class Rollout:
             prompt_index=torch.tensor(which, device=device),
             completion_ids=completion_ids,
             completion_mask=completion_mask,
-            loss_mask=completion_mask * trained,
+            loss_mask=completion_mask * in_loss,
             advantages=self.advantages[rows].to(device),
             old_logps=part(self.old_logps[slice_index]),
             ref_logps=part(self.ref_logps[slice_index]),
@@ -120,8 +120,8 @@ class Rollout:
             known_lengths=([len(ids) for ids in prompts], [len(self.completion_ids[row]) for row in rows]),
         )
 
-    def whole_slice(self, slice_index: int, keep: Sequence[int], values: Tensor) -> Tensor:
-        """Log probabilities of a micro-batch of the positions ``keep`` as ``(B, T)`` of the whole slice, else 0."""
+    def expand_to_slice(self, slice_index: int, keep: Sequence[int], values: Tensor) -> Tensor:
+        """Expand values of the positions ``keep`` to the ``(B, T)`` of the slice, with 0 at the other positions."""
         rows = self.rows_of(slice_index)
         width = max(len(self.completion_ids[row]) for row in rows)
         whole = values.new_zeros((len(rows), width))

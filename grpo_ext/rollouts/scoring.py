@@ -1,4 +1,4 @@
-"""Rewards of completions while others are still being generated: in threads beside the trainer's."""
+"""Score completions in background threads while generation continues."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from grpo_ext.rollouts.rewards import RewardFunctions
 
 
 class Scoring:
-    """Scores the parts of one batch as they come, each part by one call of every reward function.
+    """Score a batch in parts: every added part is one call of each reward function.
 
-    Plain functions run in one thread, one call at a time, so none of them meets itself. Async ones run together, those
-    of different parts too, in an event loop of their own. A context manager: when it is left early, what has not begun
-    is dropped and what is under way is waited for.
+    Plain functions run in one thread, one call at a time, so they need not be thread-safe. Async functions run
+    concurrently in an event loop, also those of different parts. Exiting the context cancels calls that have not
+    started, cancels async calls, and waits for the running plain call.
 
     Args:
         rewards: the functions.
         rows: completions of the whole batch.
-        device: the current device of the functions' thread, if it is a GPU.
+        device: set as the current device of the functions' thread if it is a GPU.
     """
 
     def __init__(self, rewards: RewardFunctions, rows: int, device: torch.device | None = None) -> None:
@@ -39,7 +39,7 @@ class Scoring:
         self._loop_thread: threading.Thread | None = None
         self._parts: list[tuple[list[int], concurrent.futures.Future[list[Any]]]] = []
         self._lock = threading.Lock()
-        self._under_way = 0
+        self._running = 0
         self._busy = self._since = 0.0
 
     def __enter__(self) -> Scoring:
@@ -51,7 +51,7 @@ class Scoring:
         self._plain.shutdown(wait=True, cancel_futures=True)
         if self._loop is None or self._loop_thread is None:
             return
-        asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).result()
+        asyncio.run_coroutine_threadsafe(_cancel_tasks(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._loop_thread.join()
         self._loop.close()
@@ -64,11 +64,11 @@ class Scoring:
         completion_ids: Sequence[Sequence[int]],
         columns: dict[str, list[Any]],
     ) -> None:
-        """Score these completions from now on; returns at once.
+        """Submit completions for scoring, without waiting for the result.
 
         Args:
-            positions: their rows in the batch.
-            prompts, completions, completion_ids, columns: what the reward functions get.
+            positions: rows of the completions in the batch.
+            prompts, completions, completion_ids, columns: arguments of the reward functions.
         """
         self._count(1)
         part = self._plain.submit(self._begin, prompts, completions, completion_ids, columns)
@@ -76,21 +76,21 @@ class Scoring:
         self._parts.append((list(positions), part))
 
     def finish(self) -> tuple[Tensor, float]:
-        """To be called when the generation has ended: waits for what is left.
+        """Wait for the pending calls, after generation has ended.
 
         Returns:
-            ``(rows, functions)`` rewards as `RewardFunctions` returns them, and the seconds of scoring that had passed
-            before this call.
+            ``(rows, functions)`` rewards as `RewardFunctions` returns them, and the seconds of scoring that overlapped
+            with generation.
 
         Raises:
-            RewardError: naming the function that raised or returned something else.
-            ValueError: rows that were never added.
+            RewardError: a function raised or returned something else; the message names it.
+            ValueError: some rows were never added.
         """
         with self._lock:
-            hidden = self._busy + (time.perf_counter() - self._since if self._under_way else 0.0)
+            hidden = self._busy + (time.perf_counter() - self._since if self._running else 0.0)
         missing = self.rows - sum(len(positions) for positions, _ in self._parts)
         if missing:
-            raise ValueError(f"{missing} of {self.rows} completions were never handed over for scoring")
+            raise ValueError(f"{missing} of {self.rows} completions were never added for scoring")
         result = torch.empty((self.rows, len(self.rewards.functions)))
         for positions, part in self._parts:
             results = [_result(value) for value in part.result()]
@@ -98,7 +98,7 @@ class Scoring:
         return result, hidden
 
     def _begin(self, *arguments: Any) -> list[Any]:
-        """Call the functions; of async ones the future of what they return."""
+        """Call the functions, and start the awaitables of async functions."""
         results = self.rewards.begin(*arguments)
         return [self._start(result) if inspect.isawaitable(result) else result for result in results]
 
@@ -113,13 +113,13 @@ class Scoring:
         return future
 
     def _count(self, change: int) -> None:
-        """Keep the time during which anything is under way."""
+        """Update the number of running calls, and the time during which at least one runs."""
         with self._lock:
             now = time.perf_counter()
-            if self._under_way == 0:
+            if self._running == 0:
                 self._since = now
-            self._under_way += change
-            if self._under_way == 0:
+            self._running += change
+            if self._running == 0:
                 self._busy += now - self._since
 
     def _use_device(self) -> None:
@@ -131,7 +131,7 @@ async def _await(awaitable: Any) -> Any:
     return await awaitable
 
 
-async def _cancel_others() -> None:
+async def _cancel_tasks() -> None:
     others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
     for task in others:
         task.cancel()
@@ -139,7 +139,7 @@ async def _cancel_others() -> None:
 
 
 def _result(value: Any) -> Any:
-    """A function's result, or the exception of an async one."""
+    """The result of a function, or the exception of an async function."""
     if not isinstance(value, concurrent.futures.Future):
         return value
     try:

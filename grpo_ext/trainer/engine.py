@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from grpo_ext.generation.vllm.check import LENGTH, WeightCheck
-from grpo_ext.generation.vllm.colocate import ColocatedClient, EngineSettings, kept_folder, scratch_folder
+from grpo_ext.generation.vllm.colocate import ColocatedClient, EngineSettings, cached_folder, scratch_folder
 from grpo_ext.generation.vllm.engine import VllmEngine
 from grpo_ext.generation.vllm.parallel import Ranks
 from grpo_ext.generation.vllm.sampling import sampling_fields, warn_of_bias
@@ -90,7 +90,7 @@ def build_engine(
         if lora_rank:
             write_weights(base_weights(model), folder)
         client = ranks.jointly(
-            lambda: ColocatedClient(folder if lora_rank else kept_folder(folder), settings, args.device, folder)
+            lambda: ColocatedClient(folder if lora_rank else cached_folder(folder), settings, args.device, folder)
         )
         writes = True
     check = WeightCheck(ordinary_ids(model, tokenizer), client.max_model_len, dtype, args.vllm_weight_check_bound)

@@ -160,7 +160,7 @@ class ResumableTrainer(Trainer):
     def _rollout_in_use(self) -> Rollout | None:
         """The generation batch that the next step begins in; None where it makes one."""
         place = self.schedule.locate(self.state.global_step * self.plan.gradient_accumulation_steps)
-        return self._rollout if self._rollout is not None and self._rollout.key == place.generation_key else None
+        return self._rollout if self._rollout is not None and self._rollout.key == place.epoch_and_generation else None
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Save, beside the random states, the generation batch in use: a resumed run goes on inside it."""

@@ -69,7 +69,7 @@ class Slices:
         if not self.args.skip_zero_gradient_sequences:
             return list(range(len(rows)))
         advantages = [float(rollout.advantages[row]) for row in rows]
-        keep = rows_with_gradient(self.model_pass.config, advantages, [rollout.trained[row] for row in rows])
+        keep = rows_with_gradient(self.model_pass.config, advantages, [rollout.in_loss[row] for row in rows])
         if keep or not rows or self.may_skip_backward:
             return keep
         lengths = [len(rollout.prompt_ids[row]) + len(rollout.completion_ids[row]) for row in rows]
@@ -79,13 +79,13 @@ class Slices:
         """The rows ``keep`` of slice ``index``; its weighted loss has the gradient of the whole slice."""
         batch = rollout.micro_batch(index, self.pad_id, self.args.device, keep)
         rows = rollout.rows_of(index)
-        tokens = [len(rollout.completion_ids[row]) * rollout.trained[row] for row in rows]
+        tokens = [len(rollout.completion_ids[row]) * rollout.in_loss[row] for row in rows]
         kept = sum(tokens[position] for position in keep)
         count: float = len(rows)
         total: float = sum(tokens)
-        if rollout.sizes is not None:  # filled slices differ in size; divide by what an unfilled slice would hold
-            lengths = zip(rollout.completion_ids, rollout.trained, strict=True)
-            total = sum(len(ids) for ids, use in lengths if use) / len(rollout.sizes)
+        if rollout.slice_sizes is not None:  # filled slices differ in size; divide by what an unfilled slice would hold
+            lengths = zip(rollout.completion_ids, rollout.in_loss, strict=True)
+            total = sum(len(ids) for ids, use in lengths if use) / len(rollout.slice_sizes)
             count = rollout.rows_per_slice
         batch.weight = remaining_weight(self.args.loss_type, count, len(keep), total, kept)
         return batch
@@ -111,12 +111,12 @@ class Slices:
             if needs_old:
                 with evaluating(model):
                     old = self.model_pass.logps(model, batch)
-                rollout.old_logps[index] = rollout.whole_slice(index, keep, old)
+                rollout.old_logps[index] = rollout.expand_to_slice(index, keep, old)
             if self.reference is not None:
                 passes = self.model_pass.passes
                 with self.reference.using(unwrapped) as reference, self.autocast():
                     ref = self.model_pass.logps(reference, batch)
-                rollout.ref_logps[index] = rollout.whole_slice(index, keep, ref)
+                rollout.ref_logps[index] = rollout.expand_to_slice(index, keep, ref)
                 self._reference_passes += self.model_pass.passes - passes
 
     def without_gradient(self, model: nn.Module, rollout: Rollout) -> Tensor:

@@ -197,9 +197,9 @@ class GRPOTrainer(ResumableTrainer):
         self._set_train_mode(model)
         now, place = self._place(inputs["micro_step"])
         with self.faster_layers.lora.cast_once(AUTOCAST.get(self.accelerator.mixed_precision)):
-            if self._rollout is None or self._rollout.key != place.generation_key:
+            if self._rollout is None or self._rollout.key != place.epoch_and_generation:
                 from_start = place.slice_index == place.iteration == 0
-                self._rollout = self._make_rollout(model, place.generation_key, now, from_start)
+                self._rollout = self._make_rollout(model, place.epoch_and_generation, now, from_start)
             rollout, index = self._rollout, place.slice_index
             keep = self.slices.rows(rollout, index)
             if keep:
@@ -242,7 +242,7 @@ class GRPOTrainer(ResumableTrainer):
         with self.window.timed("time/forward"):
             loss, output = self.compute_loss(model, batch, return_outputs=True)
         if replayed and batch.old_logps is None:
-            rollout.old_logps[index] = rollout.whole_slice(index, keep, output.logps)
+            rollout.old_logps[index] = rollout.expand_to_slice(index, keep, output.logps)
         with self.window.timed("time/backward"):
             run_backward(self.accelerator, model, loss, self.guard, deepspeed=self.is_deepspeed_enabled)
         return loss.detach()
@@ -334,7 +334,7 @@ class GRPOTrainer(ResumableTrainer):
 
     def num_examples(self, dataloader: DataLoader) -> int:
         """Completions of one epoch over all ranks."""
-        return len(dataloader) * self.plan.slice_size
+        return len(dataloader) * self.plan.global_slice_size
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not estimated: the inputs are made in the step itself."""

@@ -34,7 +34,7 @@ def micro_batch(rank: int, off_policy: bool) -> MicroBatch:
     rows = [[9, 8, EOS], [9], [10, 11], [3, EOS]]
     rollout = Rollout(
         key=(0, 0), start=0, rows_per_slice=2, prompt_ids=[[5, 8, 6], [5, 8, 6], [5, 9, 9, 6], [5, 9, 9, 6]],
-        completion_ids=rows, trained=[True] * 4, advantages=torch.tensor([1.0, -1.0, 0.5, -0.5]), normaliser=4.0,
+        completion_ids=rows, in_loss=[True] * 4, advantages=torch.tensor([1.0, -1.0, 0.5, -0.5]), normaliser=4.0,
         tokens_seen=0, old_logps=[None, None], ref_logps=[None, None],
     )  # fmt: skip
     batch = rollout.micro_batch(rank, PAD, "cpu")

@@ -23,7 +23,7 @@ COMPLETIONS = [[9, 8, EOS], [9], [10, 11, 12, 13, 14], [3, EOS]]
 def batch_of(prompts: list[list[int]]) -> MicroBatch:
     rollout = Rollout(
         key=(0, 0), start=0, rows_per_slice=4, prompt_ids=prompts, completion_ids=COMPLETIONS,
-        trained=[True, True, False, True], advantages=torch.tensor([1.0, -1.0, 0.5, -0.5]), normaliser=7.0,
+        in_loss=[True, True, False, True], advantages=torch.tensor([1.0, -1.0, 0.5, -0.5]), normaliser=7.0,
         tokens_seen=0, old_logps=[None], ref_logps=[None],
     )  # fmt: skip
     return rollout.micro_batch(0, PAD, "cpu")

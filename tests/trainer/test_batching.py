@@ -21,7 +21,7 @@ def run_micro_batches(schedule: PromptSchedule, count: int) -> list[str]:
     shown = []
     for step in range(count):
         place = schedule.locate(step)
-        rows = schedule.rows(*place.generation_key)
+        rows = schedule.rows(*place.epoch_and_generation)
         shown.append("".join(f"{rows[r]:x}" for r in plan.rank_rows(0, place.slice_index)))
         if (step + 1) % plan.gradient_accumulation_steps == 0:
             shown[-1] += "|"

@@ -25,7 +25,7 @@ def rollout(**changes: Any) -> Rollout:
         "rows_per_slice": 4,
         "prompt_ids": [[5, 8, 6], [5, 8, 6], [5, 9, 9, 6], [5, 9, 9, 6]] * 2,
         "completion_ids": [[9, 8, EOS], [9], [10, 11], [3, EOS], [9, 9, 9, 9], [4], [5, 5], [6, EOS]],
-        "trained": [True, True, False, True] * 2,
+        "in_loss": [True, True, False, True] * 2,
         "advantages": torch.tensor([1.0, -1.0, 0.5, -0.5] * 2),
         "normaliser": 7.0,
         "tokens_seen": 0,

@@ -73,7 +73,7 @@ def micro_batch() -> MicroBatch:
         rows_per_slice=4,
         prompt_ids=[[5, 8, 6], [5, 8, 6], [5, 9, 9, 6], [5, 9, 9, 6]],
         completion_ids=[[9, 8, EOS], [9], [10, 11], [3, EOS]],
-        trained=[True, True, False, True],
+        in_loss=[True, True, False, True],
         advantages=torch.tensor([1.0, -1.0, 0.5, -0.5]),
         normaliser=7.0,
         tokens_seen=0,
@@ -171,7 +171,7 @@ def test_on_a_gpu(trained: bool) -> None:
     model.lm_head.requires_grad_(trained)
     ids = torch.randint(2, 50257, (32, 40)).tolist()
     rollout = Rollout(
-        key=(0, 0), start=0, rows_per_slice=32, prompt_ids=[[5, 8, 6]] * 32, completion_ids=ids, trained=[True] * 32,
+        key=(0, 0), start=0, rows_per_slice=32, prompt_ids=[[5, 8, 6]] * 32, completion_ids=ids, in_loss=[True] * 32,
         advantages=torch.randn(32), normaliser=1280.0, tokens_seen=0, old_logps=[None], ref_logps=[None],
     )  # fmt: skip
     batch = rollout.micro_batch(0, PAD, "cuda")

@@ -199,7 +199,7 @@ def test_differences_from_the_engine_are_logged(make_trainer: Make) -> None:
 def example() -> MicroBatch:
     rollout = Rollout(
         key=(0, 0), start=0, rows_per_slice=4, prompt_ids=[[5, 8, 6], [5, 8, 6], [5, 9, 9, 6], [7]],
-        completion_ids=[[9, 8, EOS], [9], [10, 11, 12, 13, 14], [3, EOS]], trained=[True, True, False, True],
+        completion_ids=[[9, 8, EOS], [9], [10, 11, 12, 13, 14], [3, EOS]], in_loss=[True, True, False, True],
         advantages=torch.tensor([1.0, -1.0, 0.5, -0.5]), normaliser=7.0, tokens_seen=0, old_logps=[None],
         ref_logps=[None],
     )  # fmt: skip

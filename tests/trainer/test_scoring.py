@@ -177,7 +177,7 @@ def test_errors_name_the_function_and_no_thread_stays() -> None:
     assert not waited
     parts = scoring(slow, 1)
     parts.rows = 3
-    with pytest.raises(ValueError, match="1 of 3 completions were never handed over"), parts:
+    with pytest.raises(ValueError, match="1 of 3 completions were never added for scoring"), parts:
         parts.finish()
     assert not [t.name for t in threading.enumerate() if "rewards" in t.name]
 
