@@ -218,7 +218,7 @@ def instrument_engine(trainer: Any, kind: str, parts: Parts) -> None:
         return
     if kind == "ours":
         engine = trainer.rollouts.engine
-        engine._hand_over = parts.around(ENGINE_PARTS[0], engine._hand_over)
+        engine._load = parts.around(ENGINE_PARTS[0], engine._load)
         engine.check = parts.around(ENGINE_PARTS[1], engine.check)
     else:
         trainer.vllm_generation.sync_weights = parts.around(ENGINE_PARTS[0], trainer.vllm_generation.sync_weights)

@@ -1,7 +1,7 @@
-"""From prompts to completions: encoding, `transformers` generation, and the cut after the first end token.
+"""Encode prompts, generate completions with transformers, and cut them after the first end token.
 
-An engine is any object with the method ``generate`` of `TransformersEngine`; it speaks in lists of token ids,
-so engines that run elsewhere fit the same place.
+An engine is any object with the ``generate`` method of `GenerationEngine`. Its interface uses lists of token ids, so an
+engine may run in another process or on another machine.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from grpo_ext.update.micro_batch import left_pad, unique_rows
 
 Prompt = str | list[dict[str, Any]]
 
-#: Fields of ``transformers.GenerationConfig``, which takes any others without a word.
+#: Fields of ``transformers.GenerationConfig``, which accepts unknown fields silently.
 KNOWN = frozenset(vars(GenerationConfig()))
 
-#: Called with the index of a prompt and the ids of its completion as soon as they are known.
+#: Callback for a finished completion: index of the prompt, token ids of the completion.
 Done = Callable[[int, list[int]], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn. ``temperature`` 0 takes the most probable token.
+    """Sampling parameters. ``temperature`` 0 is greedy decoding.
 
     Attributes:
-        max_new_tokens: longest completion.
+        max_new_tokens: maximum length of a completion.
         temperature, top_p, top_k, min_p, repetition_penalty: as in `GRPOConfig`.
         extra: further fields of ``transformers.GenerationConfig``.
     """
@@ -60,12 +60,12 @@ class SamplingParams:
 
 @dataclasses.dataclass
 class Completions:
-    """What an engine made of n prompts.
+    """The completions of n prompts.
 
     Attributes:
-        ids: n lists of at least one token id; the end token, where there is one, is the last.
-        finished: whether a completion ended with an end token.
-        sampling_logps: the engine's log probability of each token, None where it reports none.
+        ids: n lists of at least one token id, the end token included.
+        finished: whether each completion ends with an end token.
+        sampling_logps: the engine's log probability of each token; None if the engine reports none.
     """
 
     ids: list[list[int]]
@@ -74,30 +74,30 @@ class Completions:
 
 
 class GenerationEngine(Protocol):
-    """The seam between the trainer and whatever generates."""
+    """Interface between the trainer and a generation backend."""
 
     def generate(
         self, model: nn.Module, prompt_ids: Sequence[Sequence[int]], sampling: SamplingParams, done: Done | None = None
     ) -> Completions:
-        """One completion for each prompt, in order; equal prompts may share their prefill.
+        """Generate one completion per prompt, in order; equal prompts may share their prefill.
 
         Args:
             model: unwrapped.
             prompt_ids: token ids of each prompt.
-            sampling: how tokens are drawn.
-            done: hears of each completion once, in any order, while others are still being generated.
+            sampling: sampling parameters.
+            done: called once per completion, in any order, as soon as it is finished.
         """
         ...
 
 
 class PromptEncoder:
-    """Turns prompts, text or chat messages, into token ids, and ids back into text.
+    """Encode prompts (text or chat messages) to token ids, and decode ids to text.
 
     Args:
         tokenizer: with a chat template if prompts are chat messages.
-        max_prompt_length: longer prompts keep their last so many tokens; None = no limit.
-        context_length: the model's; a prompt that leaves no room for ``max_completion_length`` is an error.
-        max_completion_length: longest completion in tokens.
+        max_prompt_length: longer prompts keep only this many last tokens; None = no limit.
+        context_length: the model's, in tokens; a prompt and ``max_completion_length`` together must fit.
+        max_completion_length: maximum length of a completion, in tokens.
     """
 
     def __init__(
@@ -113,12 +113,12 @@ class PromptEncoder:
         self.max_completion_length = max_completion_length
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Token ids of each prompt; equal prompts are encoded once.
+        """Encode each prompt to token ids; equal prompts are encoded once.
 
         Raises:
-            TypeError: for a prompt that is neither text nor chat messages.
-            ValueError: for an empty prompt.
-            PromptLengthError: for one too long for the model's context.
+            TypeError: a prompt is neither text nor chat messages.
+            ValueError: a prompt has no tokens.
+            PromptLengthError: a prompt does not fit the model's context.
         """
         known: dict[str, list[int]] = {}
         encoded = []
@@ -162,15 +162,15 @@ class PromptEncoder:
         return ids
 
     def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
-        """Text of each list of ids, without special tokens."""
+        """Decode each list of ids to text, without special tokens."""
         return self.tokenizer.batch_decode([list(row) for row in ids], skip_special_tokens=True)
 
 
 def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id that ends a completion, from the model's generation settings and the tokenizer.
+    """Ids of all end tokens, from the model's generation config and the tokenizer.
 
     Raises:
-        ValueError: when neither names one.
+        ValueError: neither defines an end token.
     """
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = [configured] if isinstance(configured, int) else list(configured or [])
@@ -182,14 +182,14 @@ def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def cut_after_end(tokens: Tensor, end_ids: Sequence[int]) -> tuple[list[list[int]], list[bool]]:
-    """Cut each row after its first end token; whatever follows was padding, even where pad and end are one id.
+    """Cut each row after its first end token. The rest is padding, even if pad and end token are the same id.
 
     Args:
         tokens: ``(n, T)`` int64.
         end_ids: ids that end a completion.
 
     Returns:
-        n lists of ids, and whether each held an end token.
+        n lists of ids, and whether each contains an end token.
     """
     is_end = torch.isin(tokens, torch.tensor(list(end_ids), device=tokens.device))
     finished = is_end.any(dim=1)
@@ -198,11 +198,11 @@ def cut_after_end(tokens: Tensor, end_ids: Sequence[int]) -> tuple[list[list[int
 
 
 class TransformersEngine:
-    """Generates with ``model.generate`` in this process, in eval mode, without gradients.
+    """Generate with ``model.generate`` in this process, in eval mode, without gradients.
 
     Args:
         end_ids: ids that end a completion.
-        pad_id: id that fills finished rows; may be one of ``end_ids``.
+        pad_id: id that pads finished rows; may be one of ``end_ids``.
         share_prompts: prefill each distinct prompt once for all its completions.
     """
 
@@ -220,31 +220,31 @@ class TransformersEngine:
         ids, mask = left_pad(prompt_ids, self.pad_id, device)
         width = ids.shape[1]
         config, cuts = self._config(sampling)
-        ends: Any = config.eos_token_id  # generation_kwargs may have others than ours
+        ends: Any = config.eos_token_id  # generation_kwargs may override end_ids
         end_ids = [ends] if isinstance(ends, int) else list(ends or ())
-        # Where the weights are spread over processes all of them go on until the last has its end token, and none has
-        # a pass of its own for prompts that it alone sees twice.
+        # Forward passes of a sharded model are collectives: all ranks must run the same number of decoding steps, and
+        # none may run an extra prefill for prompts that repeat on that rank only.
         jointly = acts_jointly(model)
-        with torch.no_grad(), evaluating(model), _own_generation_config(model, config):
+        with torch.no_grad(), evaluating(model), _replaced_generation_config(model, config):
             cache = None
             if self.share_prompts and not jointly and len(first) < len(which) and width > 1:
                 rows = torch.tensor(first, device=device)
                 cache = shared_prompt_cache(model, ids[rows], mask[rows], torch.tensor(which, device=device))
                 self.share_prompts = cache is not None
             kwargs: dict[str, Any] = {"logits_processor": cuts} | ({} if cache is None else {"past_key_values": cache})
-            watch = None if done is None else _Ended(len(prompt_ids), width, end_ids, done)
-            if watch is not None:
-                kwargs["stopping_criteria"] = [watch]
+            observer = None if done is None else _CompletionObserver(len(prompt_ids), width, end_ids, done)
+            if observer is not None:
+                kwargs["stopping_criteria"] = [observer]
             tokens = model.generate(
                 input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=jointly, **kwargs
             )
         completions, finished = cut_after_end(tokens[:, width:], end_ids)
-        if watch is not None:
-            watch.tell_rest(completions)
+        if observer is not None:
+            observer.report_unfinished(completions)
         return Completions(completions, finished)
 
     def _config(self, sampling: SamplingParams) -> tuple[GenerationConfig, LogitsProcessorList]:
-        """What to give to ``model.generate``: settings, and cuts that come in another order than its own."""
+        """Arguments of ``model.generate``: its config, and logits processors if the order of the cuts must change."""
         fields: dict[str, Any] = {
             "max_new_tokens": sampling.max_new_tokens,
             "do_sample": sampling.temperature > 0,
@@ -264,12 +264,12 @@ class TransformersEngine:
         unknown = [name for name in sampling.extra if name not in KNOWN]
         if unknown:
             raise ValueError(
-                f"generation_kwargs has {unknown[0]!r}, which transformers' GenerationConfig does not know"
+                f"generation_kwargs has {unknown[0]!r}, which transformers' GenerationConfig does not have: remove it"
             )
         fields |= sampling.extra
         cuts = LogitsProcessorList()
         min_p, top_k, top_p = fields.get("min_p"), fields.get("top_k"), fields.get("top_p", 1.0)
-        # In vLLM's order: transformers cuts by min_p last, which keeps others.
+        # Cut in vLLM's order, min_p first. transformers applies min_p last, which keeps other tokens.
         if fields["do_sample"] and min_p and (top_k or top_p < 1):
             cuts += [TemperatureLogitsWarper(float(fields["temperature"])), MinPLogitsWarper(min_p)]
             if top_k:
@@ -280,12 +280,12 @@ class TransformersEngine:
         return GenerationConfig(**fields), cuts
 
 
-class _Ended(StoppingCriteria):
-    """Stops nothing; tells of each row that has just drawn an end token.
+class _CompletionObserver(StoppingCriteria):
+    """Report each row that has just generated an end token. Never stops generation.
 
     Args:
-        rows: of the batch.
-        width: of its prompts.
+        rows: rows of the batch.
+        width: tokens of the padded prompts.
         end_ids: ids that end a completion.
         done: see `GenerationEngine.generate`.
     """
@@ -303,15 +303,15 @@ class _Ended(StoppingCriteria):
             self.done(row, input_ids[row, self.width :].tolist())
         return torch.zeros(len(last), dtype=torch.bool, device=input_ids.device)
 
-    def tell_rest(self, completions: Sequence[list[int]]) -> None:
-        """The rows that reached no end token."""
+    def report_unfinished(self, completions: Sequence[list[int]]) -> None:
+        """Report the rows without an end token."""
         for row in sorted(self.open):
             self.done(row, completions[row])
 
 
 @contextlib.contextmanager
-def _own_generation_config(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
-    """Hide the defaults shipped with the model (top_p = 0.8 and the like): they fill every unset field."""
+def _replaced_generation_config(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
+    """Replace the model's generation config, whose defaults (such as top_p = 0.8) would fill unset fields."""
     holders = [m for m in model.modules() if isinstance(getattr(m, "generation_config", None), GenerationConfig)]
     saved = [m.generation_config for m in holders]
     for module in holders:

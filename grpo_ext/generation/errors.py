@@ -1,19 +1,19 @@
-"""What goes wrong with generation. The trainer saves a checkpoint before it passes one of these on."""
+"""Errors of generation. The trainer saves a checkpoint before it raises one of them."""
 
 from __future__ import annotations
 
 
 class EngineError(RuntimeError):
-    """A generation engine that could not start, died or did not answer; the message says what to do."""
+    """The engine did not start, died or did not answer. The message contains the remedy."""
 
 
 class WeightMismatchError(EngineError):
-    """The engine's probabilities are not those of the trainer's weights."""
+    """The engine's log probabilities do not match the trainer's weights."""
 
 
 class PromptError(EngineError, ValueError):
-    """A dataset's row without a prompt, or a prompt that cannot be encoded; names the row, and the remedy."""
+    """A prompt is missing or cannot be encoded. The message contains the row and the remedy."""
 
 
 class PromptLengthError(PromptError):
-    """A prompt that leaves no room for a completion; the message says what to change."""
+    """A prompt and its completion do not fit the context. The message contains the remedy."""

@@ -25,7 +25,7 @@ from vllm_toys import (
 from grpo_ext.generation.engine import SamplingParams, TransformersEngine
 from grpo_ext.generation.vllm import EngineError, WeightMismatchError
 from grpo_ext.generation.vllm import engine as engine_module
-from grpo_ext.generation.vllm.colocate import ColocatedClient, kept_folder
+from grpo_ext.generation.vllm.colocate import ColocatedClient, cached_folder
 from grpo_ext.generation.vllm.weights import write_config
 
 pytestmark = needs_vllm
@@ -57,7 +57,7 @@ def test_the_same_config_has_the_same_path(tmp_path: Path, monkeypatch: pytest.M
 
     def keep(name: str, **changes: int) -> Path:
         write_config(build_model(**changes), tmp_path / name)
-        return kept_folder(tmp_path / name)
+        return cached_folder(tmp_path / name)
 
     first = keep("first")
     assert first.is_relative_to(tmp_path / "cache")
@@ -217,7 +217,7 @@ def test_an_engine_that_stands_still_is_caught(
     engine.generate(model, PROMPTS, GREEDY)
     monkeypatch.setattr(client, "load_weights", lambda weights: list(weights))
     change_weights(model, 1e-5)
-    with pytest.raises(WeightMismatchError, match="still holds weights from before"):
+    with pytest.raises(WeightMismatchError, match="still holds older weights"):
         engine.generate(model, PROMPTS, GREEDY)
 
 

@@ -57,7 +57,7 @@ def test_a_cut_warns_of_the_bias(name: str) -> None:
 
 
 def test_a_penalty_warns_and_plain_sampling_does_not() -> None:
-    with pytest.warns(UserWarning, match=r"repetition_penalty=1.1 changes what vLLM draws from"):
+    with pytest.warns(UserWarning, match=r"repetition_penalty=1.1 changes vLLM.s distribution"):
         warn_of_bias(SamplingParams(7, repetition_penalty=1.1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -120,7 +120,7 @@ def test_bf16_sees_an_engine_that_stands_still() -> None:
     check = WeightCheck(IDS, CONTEXT, torch.bfloat16)
     check(model, FakeEngine(other))
     change_weights(model, 0.01)
-    with pytest.raises(WeightMismatchError, match=r"still holds weights from before"):
+    with pytest.raises(WeightMismatchError, match=r"still holds older weights"):
         check(model, FakeEngine(other))
 
 
@@ -134,7 +134,7 @@ def test_bf16_sees_an_engine_that_stands_still_while_steps_are_small() -> None:
             check(model, FakeEngine(other))
             change_weights(model, 5e-4)
 
-    with pytest.raises(WeightMismatchError, match=r"still holds weights from before"):
+    with pytest.raises(WeightMismatchError, match=r"still holds older weights"):
         train()
 
 

@@ -53,7 +53,7 @@ def test_the_key_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.
     fake = FakeServer(build_model(), key=KEY)
     with serving(fake) as address:
         monkeypatch.delenv("VLLM_API_KEY", raising=False)
-        with pytest.raises(EngineError, match=r"refuses GET .*/v1/models without its API key: set VLLM_API_KEY"):
+        with pytest.raises(EngineError, match=r"rejects GET .*/v1/models without its API key: set VLLM_API_KEY"):
             ServerClient(address, tmp_path, 5, 5)
         assert fake.authorizations == {None}
         monkeypatch.setenv("VLLM_API_KEY", "wrong")
@@ -69,7 +69,7 @@ def test_the_key_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_key_that_no_header_can_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_API_KEY", f"{KEY}\nX-Other: 1")
-    with pytest.raises(ValueError, match="VLLM_API_KEY holds characters") as error:
+    with pytest.raises(ValueError, match="VLLM_API_KEY has characters") as error:
         ServerClient("http://127.0.0.1:1", tmp_path, 0.01, 0.1)
     assert KEY not in str(error.value)
 

@@ -74,10 +74,10 @@ def test_a_server_that_takes_no_weights(connect: Connect) -> None:
     engine = connect(FakeServer(build_model(), dev_mode=False))
     with pytest.raises(EngineError, match="VLLM_SERVER_DEV_MODE=1") as error:
         engine.generate(build_model(1), PROMPTS, GREEDY)
-    assert "--enable-lora a server of" not in str(error.value)
+    assert "--enable-lora vLLM 0" not in str(error.value)
 
 
-@pytest.mark.filterwarnings("ignore:.*was started anew")
+@pytest.mark.filterwarnings("ignore:.*has restarted")
 def test_a_server_started_anew_with_raw_log_probabilities(connect: Connect) -> None:
     model, fake = build_model(1), FakeServer(build_model())
     engine = connect(fake)
@@ -102,7 +102,7 @@ def test_temperatures_of_an_even_distribution_cannot_be_told_apart() -> None:
     halved = [Answer([0], [0.0], {t: v / 2 + 0.1 * (-1) ** t for t, v in enumerate(row)}) for row in values]
     assert _follows_temperature(one, halved)
     noisy = [Answer([0], [0.0], {t: v + 0.1 * (-1) ** t for t, v in enumerate(row)}) for row in values]
-    with pytest.raises(EngineError, match="not those it draws from"):
+    with pytest.raises(EngineError, match="not those it samples from"):
         _follows_temperature(one, noisy)
 
 
@@ -115,7 +115,7 @@ def test_a_server_started_anew_between_two_batches_of_one_step(connect: Connect,
     assert engine.generate(model, PROMPTS, GREEDY).ids == expected(model)
     assert expected(fake.original) != expected(model)
     fake.restart()
-    with pytest.warns(UserWarning, match="was started anew"):
+    with pytest.warns(UserWarning, match="has restarted"):
         again = engine.generate(model, PROMPTS, GREEDY)
     assert again.ids == expected(model)
     calls = len(fake.calls)
@@ -142,7 +142,7 @@ def test_a_restart_takes_the_adapters_along(connect: Connect) -> None:
     engine.generate(model, PROMPTS, GREEDY)
     assert fake.adapters == ["grpo-ext-run-0-1"]
     fake.restart()
-    with pytest.warns(UserWarning, match="was started anew"):
+    with pytest.warns(UserWarning, match="has restarted"):
         engine.generate(model, PROMPTS, GREEDY)
     assert fake.adapters == ["grpo-ext-run-0-2"]
     assert "/v1/unload_lora_adapter" not in fake.calls
@@ -184,7 +184,7 @@ def test_a_server_asleep_that_is_started_anew(connect: Connect) -> None:
     engine = connect(fake, sleep_level=1)
     engine.generate(model, PROMPTS, GREEDY)
     fake.restart()
-    with pytest.warns(UserWarning, match="was started anew"):
+    with pytest.warns(UserWarning, match="has restarted"):
         assert engine.generate(model, PROMPTS, GREEDY).ids == expected(model)
     assert fake.asleep
 

@@ -1,6 +1,6 @@
 """Generation with vLLM: in the trainer's process (`colocate`) or behind HTTP (`server`).
 
-vLLM is imported when an engine starts in this process, and never for a server.
+vLLM is imported only when an engine starts in this process.
 """
 
 from __future__ import annotations

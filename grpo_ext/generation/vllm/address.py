@@ -1,4 +1,4 @@
-"""Which vLLM server a run may talk to, and how it proves who it is."""
+"""Validate the vLLM server's address, and read its API key."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ KEY_VARIABLE = "VLLM_API_KEY"
 
 
 def server_address(base_url: str, allow_remote: bool) -> urllib.parse.SplitResult:
-    """The parts of a server's address.
+    """Parse and check a server's address.
 
     Args:
-        base_url: such as ``http://127.0.0.1:8000``; ``http://`` may be left out.
-        allow_remote: whether hosts other than this machine's loopback may be named. The server is told paths of weight
-            files, and whoever answers in its place decides what the model is trained on.
+        base_url: such as ``http://127.0.0.1:8000``; ``http://`` is optional.
+        allow_remote: accept hosts other than loopback. Requests contain paths of weight files, and an impostor's
+            responses would become training data.
 
     Raises:
-        ValueError: not an http(s) address, one with a password in it, or a remote one that is not allowed.
+        ValueError: not an http(s) address, an address with a password, or a remote host without ``allow_remote``.
     """
     parts = urllib.parse.urlsplit(base_url if "//" in base_url else f"http://{base_url}")
     if parts.username is not None or parts.password is not None:
-        raise ValueError(f"vllm_server_base_url holds a user or password: put the server's key into {KEY_VARIABLE}")
+        raise ValueError(f"vllm_server_base_url contains a user or password: put the server's key into {KEY_VARIABLE}")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"vllm_server_base_url must look like http://127.0.0.1:8000; got {base_url!r}")
     if not allow_remote and not _is_loopback(parts.hostname):
@@ -34,14 +34,14 @@ def server_address(base_url: str, allow_remote: bool) -> urllib.parse.SplitResul
 
 
 def server_key() -> str | None:
-    """The server's API key from the environment, None where the variable is missing or empty.
+    """The server's API key from the environment; None if the variable is unset or empty.
 
     Raises:
-        ValueError: characters that an HTTP header cannot hold; the message does not repeat the key.
+        ValueError: the key has characters that an HTTP header cannot contain. The message omits the key.
     """
     key = os.environ.get(KEY_VARIABLE, "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise ValueError(f"{KEY_VARIABLE} holds characters that an HTTP header cannot hold")
+        raise ValueError(f"{KEY_VARIABLE} has characters that an HTTP header cannot contain: use printable ASCII")
     return key or None
 
 

@@ -1,9 +1,9 @@
-"""Does the engine hold the trainer's weights? A few hundred log probabilities of a fixed long prompt say so.
+"""Verify that the engine holds the trainer's weights, by log probabilities of a fixed prompt.
 
-Eight prefixes of one prompt go to the engine, which reports its twenty most probable next tokens for each. The
-trainer computes the same log probabilities. The prompt is longer than a block of vLLM's prefix cache (128 tokens on
-the CPU, 16 on GPUs), so keys and values left over from older weights show too. Prompts are asked for one new token
-each: the log probabilities that vLLM reports *of* a prompt bypass that cache.
+The engine reports the 20 most probable next tokens after each of 8 prefixes of one prompt. The trainer computes the
+same 160 log probabilities. The prompt is longer than a block of vLLM's prefix cache (128 tokens on the CPU, 16 on
+GPUs), so the check also detects stale keys and values. Each prefix requests one new token, because vLLM's
+log probabilities of prompt tokens bypass the cache.
 """
 
 from __future__ import annotations
@@ -20,34 +20,39 @@ from grpo_ext.generation.errors import WeightMismatchError
 from grpo_ext.generation.vllm.client import Answer
 from grpo_ext.modules.inspection import evaluating
 
-#: Longest prefix in tokens, prefixes, and log probabilities of each.
+#: Tokens of the longest prefix, number of prefixes, and log probabilities per prefix.
 LENGTH, PREFIXES, TOP = 160, 8, 20
 
-#: Largest mean |engine - trainer| that is taken for rounding. Seen: 5e-7 to 5e-6 in fp32, 0.1 in bf16 (the
-#: logits themselves are rounded to steps of 0.06 to 0.125 there).
+#: Largest mean |engine - trainer|, in nats, that rounding explains. Measured: 5e-7 to 5e-6 in fp32 and 0.1 in bf16,
+#: which rounds the logits to steps of 0.06 to 0.125.
 BOUNDS = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
 
-#: Root mean square of a change of the trainer's own log probabilities that rounding alone does not make.
+#: Root mean square change of the trainer's log probabilities, in nats, above which rounding cannot explain it.
 NOISE = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 0.03}
 
 Ask = Callable[[Sequence[Sequence[int]]], list[Answer]]
 
 
 class WeightCheck:
-    """Compares engine and trainer after each update, and remembers both from when they were last seen to move, so that
-    it sees an engine standing still, however small the steps.
+    """Compare the log probabilities of engine and trainer after each update.
+
+    The check keeps the values of both as a baseline until the trainer's move by more than rounding. It thus detects an
+    engine with stale weights however small the steps.
 
     Args:
-        vocabulary: ids to build the prompt from.
-        longest: tokens that the engine takes, the completion's one included.
-        dtype: of the engine's weights; it decides the bound.
-        bound: largest mean absolute difference in nats, None = by dtype; ``inf`` reports and never stops.
+        vocabulary: token ids for the prompt.
+        longest: maximum tokens of the engine, prompt and completion together.
+        dtype: of the engine's weights; determines the default bound.
+        bound: largest mean absolute difference in nats; None = by dtype, ``inf`` = report without raising.
     """
 
     def __init__(self, vocabulary: Sequence[int], longest: int, dtype: torch.dtype, bound: float | None = None) -> None:
         length = min(LENGTH, longest - 1)
         if length < 1:
-            raise ValueError(f"the engine takes {longest} tokens: a prompt and a completion need at least 2")
+            raise ValueError(
+                f"the engine accepts {longest} tokens, and a prompt and a completion need at least 2: "
+                "raise vllm_max_model_length"
+            )
         generator = torch.Generator().manual_seed(0)
         picks = torch.randint(len(vocabulary), (length,), generator=generator).tolist()
         self.prompt = [vocabulary[i] for i in picks]
@@ -62,17 +67,17 @@ class WeightCheck:
 
         Args:
             model: the trainer's, unwrapped.
-            ask: answers of the engine, with ``first`` filled in.
+            ask: requests the engine's answers, with their ``first``.
 
         Raises:
-            WeightMismatchError: beyond the bound, or when the trainer's values changed and the engine's did not.
+            WeightMismatchError: the difference exceeds the bound, or only the trainer's values changed.
         """
         rows = self.trainer_rows(model)
         answers = ask([self.prompt[:n] for n in self.lengths])
         difference = _differences(answers, rows)
         figure = float(difference.abs().mean())
-        moved, followed = self._changes(answers, rows)
-        if self._rows is None or moved > self.noise or len(self._answers) != len(answers):
+        trainer_change, engine_change = self._changes(answers, rows)
+        if self._rows is None or trainer_change > self.noise or len(self._answers) != len(answers):
             self._rows, self._answers = rows, answers
         if math.isinf(self.bound):
             return figure
@@ -81,10 +86,10 @@ class WeightCheck:
                 f"vLLM's log probabilities of a fixed prompt differ from the trainer's by {figure:.3g} nats on average "
                 f"(bound {self.bound:g}): the engine does not hold the trainer's weights. {REMEDY}"
             )
-        if moved > self.noise and followed < 0.25 * moved:
+        if trainer_change > self.noise and engine_change < 0.25 * trainer_change:
             raise WeightMismatchError(
-                f"updates moved the trainer's log probabilities of a fixed prompt by {moved:.3g} nats, and "
-                f"vLLM's by {followed:.3g}: the engine still holds weights from before. {REMEDY}"
+                f"updates changed the trainer's log probabilities of a fixed prompt by {trainer_change:.3g} nats, and "
+                f"vLLM's by {engine_change:.3g}: the engine still holds older weights. {REMEDY}"
             )
         return figure
 
@@ -93,7 +98,7 @@ class WeightCheck:
         """``(prefixes, V)`` fp32 log probabilities of the token after each prefix, on the CPU."""
         device = next(model.parameters()).device
         ids = torch.tensor([self.prompt], device=device)
-        rows = len(self.lengths)  # of the last tokens
+        rows = len(self.lengths)
         base = getattr(model, "get_base_model", lambda: model)()
         keep = {"logits_to_keep": rows} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
         with evaluating(model):
@@ -101,7 +106,7 @@ class WeightCheck:
         return logits[-rows:].float().log_softmax(dim=-1).cpu()
 
     def _changes(self, answers: Sequence[Answer], rows: Tensor) -> tuple[float, float]:
-        """Root mean square of what has changed since then in the trainer, and in the engine."""
+        """Root mean square change since the baseline, of the trainer and of the engine."""
         if self._rows is None or len(self._answers) != len(answers):
             return 0.0, 0.0
         mine, theirs = [], []
@@ -115,15 +120,14 @@ class WeightCheck:
 
 
 REMEDY = (
-    "Where it happens again after a restart, set vllm_lora_mode='merged' if an adapter was being hot-loaded, try "
-    "another version of vLLM, or set use_vllm=False; a server must have been started on the same model and with "
-    "--logprobs-mode processed_logprobs. "
-    "vllm_weight_check_bound raises the bound where the difference is known to be rounding."
+    "If it happens again after a restart: set vllm_lora_mode='merged' if an adapter was hot-loaded, try another "
+    "version of vLLM, or set use_vllm=False. A server must serve the same model, with "
+    "--logprobs-mode processed_logprobs. If the difference is known to be rounding, raise vllm_weight_check_bound."
 )
 
 
 def _differences(answers: Sequence[Answer], rows: Tensor) -> Tensor:
-    """Engine minus trainer for every reported token, ``(n,)`` fp32."""
+    """Engine minus trainer for every reported token, ``(n,)`` fp32; NaN if there are none."""
     values = [
         value - float(rows[i, token]) for i, answer in enumerate(answers) for token, value in answer.first.items()
     ]

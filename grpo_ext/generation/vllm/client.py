@@ -1,4 +1,4 @@
-"""What `VllmEngine` needs of a vLLM, wherever it runs."""
+"""The interface of `VllmEngine` to vLLM, in this process or on a server."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-#: Names of checkpoint files and their tensors, in any order.
+#: Pairs of checkpoint name and tensor, in any order.
 Weights = Iterable[tuple[str, Tensor]]
 
 
@@ -19,8 +19,8 @@ class Answer:
 
     Attributes:
         ids: its token ids, the end token included.
-        logps: the log probability of each, of the distribution it was drawn from.
-        first: log probabilities of the most probable first tokens, by id; empty unless they were asked for.
+        logps: the log probability of each token under the distribution it was sampled from.
+        first: token id → log probability of the most probable first tokens; empty unless requested.
     """
 
     ids: list[int]
@@ -28,7 +28,7 @@ class Answer:
     first: dict[int, float]
 
 
-#: Called with the index of a prompt and its answer as soon as that is complete.
+#: Callback for a finished answer: index of the prompt, and the answer.
 Answered = Callable[[int, Answer], None]
 
 
@@ -44,45 +44,45 @@ class Client(Protocol):
         top: int = 0,
         answered: Answered | None = None,
     ) -> list[Answer]:
-        """One completion per prompt, in order.
+        """Generate one completion per prompt, in order.
 
         Args:
             prompt_ids: token ids of each prompt.
-            fields: of vLLM's SamplingParams, see `sampling_fields`.
-            top: how many of the first token's log probabilities to report.
-            answered: hears of each answer once, in any order, from this thread, while others are still on their way.
+            fields: fields of vLLM's SamplingParams, see `sampling_fields`.
+            top: number of log probabilities to report for the first token.
+            answered: called once per answer, in any order, in this thread, as soon as the answer is complete.
         """
         ...
 
     def load_weights(self, weights: Weights) -> None:
-        """Replace all weights; every pair is read, whether this process has a use for it or not."""
+        """Replace all weights. Every process reads all pairs, because reading may be a collective."""
         ...
 
     def load_adapter(self, folder: Path) -> None:
-        """Generate with the adapter saved in ``folder`` from now on, under an id that was never used before."""
+        """Load the adapter in ``folder`` under a new id, and generate with it from now on."""
         ...
 
     def reset_cache(self) -> None:
-        """Forget the keys and values of earlier prompts."""
+        """Empty the prefix cache."""
         ...
 
     def sleep(self, level: int) -> None:
-        """Give up the engine's memory: level 1 keeps the weights in host memory, 2 drops them."""
+        """Release the engine's memory: level 1 keeps the weights in host memory, level 2 discards them."""
         ...
 
     def wake(self, tags: list[str]) -> None:
-        """Take back the memory of ``weights`` or ``kv_cache``."""
+        """Allocate the memory of ``weights`` or ``kv_cache`` again."""
         ...
 
     def close(self) -> None:
-        """Stop the engine, if it is this process's, and remove what was written for it."""
+        """Stop the engine if it runs in this process, and remove the files written for it."""
         ...
 
 
 @runtime_checkable
 class Restartable(Protocol):
-    """A `Client` whose vLLM someone else may start anew between two calls: it then holds other weights."""
+    """A `Client` whose vLLM may restart between two calls, which resets its weights."""
 
     def started(self) -> str | None:
-        """Another value after each start, and on rank 0 at least; None when the vLLM does not say."""
+        """A value that changes with each start of vLLM; None if unknown. Only rank 0 needs a value."""
         ...

@@ -1,4 +1,4 @@
-"""vLLM in the trainer's process: weights are handed over as tensors, nothing is sent anywhere."""
+"""vLLM in the trainer's process: weights are passed as tensors, without network traffic."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ import torch
 from grpo_ext.generation.errors import EngineError
 from grpo_ext.generation.vllm.client import Answer, Answered, Weights
 from grpo_ext.generation.vllm.placement import Placement, Sample, sampled
-from grpo_ext.generation.vllm.weights import all_read
+from grpo_ext.generation.vllm.weights import exhausted
 
-#: Ranks of LoRA adapters that vLLM has room for; one in between takes the next.
+#: Maximum adapter ranks that vLLM accepts; an adapter uses the next one that is large enough.
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
-#: Keys and values on the CPU, in bytes, unless VLLM_CPU_KVCACHE_SPACE (GiB) or vllm_engine_kwargs say otherwise.
+#: KV cache on the CPU, in bytes; VLLM_CPU_KVCACHE_SPACE (GiB) and vllm_engine_kwargs override it.
 CPU_CACHE_BYTES = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineSettings:
-    """What an engine in this process is built from.
+    """Settings of an engine in this process.
 
     Attributes:
         dtype: of its weights.
-        max_model_len: longest prompt and completion together, in tokens.
-        max_num_seqs: completions at a time.
-        seed: of its own random numbers.
+        max_model_len: maximum tokens of a prompt and its completion together.
+        max_num_seqs: completions generated concurrently.
+        seed: seed of the engine's random numbers.
         tensor_parallel_size: processes that share one copy of the weights.
         gpu_memory_utilization: share of the GPU's memory for weights, activations and cache.
-        sleep: whether it can give its memory back between generations.
-        enforce_eager: no CUDA graphs, no compilation.
-        lora_rank: of the adapters it will be given; 0 = none.
-        external_launcher: whether its ranks are the trainer's processes (more than one process).
-        extra: further arguments of ``vllm.LLM``; they win.
+        sleep: enable releasing the engine's memory between generations.
+        enforce_eager: disable CUDA graphs and compilation.
+        lora_rank: rank of hot-loaded adapters; 0 = no adapters.
+        external_launcher: use the trainer's processes as the engine's ranks (several processes).
+        extra: further arguments of ``vllm.LLM``, which override the others.
     """
 
     dtype: torch.dtype
@@ -58,13 +58,13 @@ class EngineSettings:
 
 
 def import_vllm() -> Any:
-    """The package.
+    """Import vLLM.
 
     Raises:
-        ImportError: with the command that installs it.
+        ImportError: vLLM is missing; the message contains the install command.
     """
-    # All are read when vllm is imported: the engine in this very process, no usage report over the network, and on
-    # the CPU no threads tied to cores, which would tie the trainer's too.
+    # vLLM reads these at import: run the engine in this process, send no usage report, and do not pin CPU threads,
+    # which would pin the trainer's threads too.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -83,13 +83,13 @@ class ColocatedClient:
     """See `Client`.
 
     Args:
-        folder: of config.json, and of the weights when an adapter will be hot-loaded.
-        settings: how the engine is built.
-        device: the trainer's.
-        scratch: what `close` removes, None = ``folder``.
+        folder: contains config.json, and the base weights if adapters are hot-loaded.
+        settings: settings of the engine.
+        device: the trainer's device.
+        scratch: folder that `close` removes; None = ``folder``.
 
     Raises:
-        EngineError: when vLLM does not start.
+        EngineError: vLLM does not start.
     """
 
     def __init__(
@@ -105,28 +105,28 @@ class ColocatedClient:
         self._adapter: Any = None
         self._adapter_id = 0
         self._placement: Placement | None = None
-        self._may_place = not self.on_cpu  # where vLLM packs its weights anew
+        self._may_place = not self.on_cpu  # on the CPU vLLM repacks its weights
         self._owns_group = not torch.distributed.is_initialized()
         with _undisturbed(device):
             try:
                 self.llm = vllm.LLM(**self._arguments())
             except Exception as error:
                 raise EngineError(
-                    f"vLLM did not start: {_said(error)}\nWhat helps: too little memory, vllm_gpu_memory_utilization "
-                    f"(now {settings.gpu_memory_utilization}) or a smaller vllm_max_model_length (now "
-                    f"{settings.max_model_len}); a model that vLLM does not know, use_vllm=False; a second engine with "
-                    "vllm_enable_sleep_mode, of which vLLM takes one per process, a new process; "
-                    "vllm_engine_kwargs passes further arguments to vllm.LLM"
+                    f"vLLM did not start: {_described(error)}\nToo little memory: change vllm_gpu_memory_utilization "
+                    f"(now {settings.gpu_memory_utilization}) or lower vllm_max_model_length (now "
+                    f"{settings.max_model_len}). Unknown model: set use_vllm=False. Second engine with "
+                    "vllm_enable_sleep_mode: start a new process, because vLLM allows one per process. "
+                    "vllm_engine_kwargs passes further arguments to vllm.LLM."
                 ) from error
 
     def _arguments(self) -> dict[str, Any]:
         settings = self.settings
         arguments: dict[str, Any] = {
             "model": str(self.folder),
-            # An adapter is added to weights read from the folder; otherwise all of them are handed over.
+            # vLLM reads the base weights from the folder only for adapters; else `load_weights` passes all weights.
             "load_format": "auto" if settings.lora_rank else "dummy",
             "skip_tokenizer_init": True,
-            "generation_config": "vllm",  # not the model's own sampling defaults
+            "generation_config": "vllm",  # ignore the model's sampling defaults
             "dtype": str(settings.dtype).removeprefix("torch."),
             "max_model_len": settings.max_model_len,
             "max_num_seqs": settings.max_num_seqs,
@@ -174,7 +174,7 @@ class ColocatedClient:
         return answers
 
     def _one_by_one(self, prompts: list[Any], params: Any, top: int, answered: Answered) -> list[Answer]:
-        """What `LLM.generate` does, telling of each answer at the step that completes it: the same draws."""
+        """Generate the same samples as `LLM.generate`, and report each answer at the step that completes it."""
         from vllm.sampling_params import RequestOutputKind
 
         engine = self.llm.llm_engine
@@ -191,8 +191,8 @@ class ColocatedClient:
         return [answers[index] for index in sorted(answers)]
 
     def load_weights(self, weights: Weights) -> None:
-        """See `Client.load_weights`; the tensors are read where they are, from the second time on by plain copies."""
-        with self._failing("taking over the weights"), all_read(iter(weights)) as iterator:
+        """See `Client.load_weights`. If every tensor's place is known, later calls only copy tensors (`Placement`)."""
+        with self._failing("loading the weights"), exhausted(iter(weights)) as iterator:
             if self._placement is not None:
                 self._placement.copy(iterator)
                 return
@@ -205,7 +205,7 @@ class ColocatedClient:
             self._may_place = self._placement is not None
 
     def _model(self) -> torch.nn.Module | None:
-        """vLLM's model, where it lives in this process."""
+        """vLLM's model if it lives in this process, else None."""
         worker = getattr(getattr(self.llm.llm_engine, "model_executor", None), "driver_worker", None)
         get_model = getattr(worker, "get_model", None)
         return get_model() if callable(get_model) else None
@@ -232,7 +232,7 @@ class ColocatedClient:
         """See `Client.sleep`."""
         with self._failing("going to sleep"):
             self.llm.sleep(level=level)
-        if level == 2:  # what vLLM itself adds to the weights, padding for one, is dropped with them
+        if level == 2:  # also discards what vLLM adds to the weights, such as padding
             self._placement, self._may_place = None, False
 
     def wake(self, tags: list[str]) -> None:
@@ -257,40 +257,40 @@ class ColocatedClient:
     @contextlib.contextmanager
     def _failing(self, doing: str) -> Iterator[None]:
         if "llm" not in self.__dict__:
-            raise EngineError("the vLLM of this trainer was closed: make a new trainer")
+            raise EngineError("the vLLM of this trainer was closed: create a new trainer")
         try:
             yield
         except EngineError:
             raise
         except Exception as error:
-            raise EngineError(f"vLLM failed while {doing}: {_said(error)}\n{RESUME}") from error
+            raise EngineError(f"vLLM failed while {doing}: {_described(error)}\n{RESUME}") from error
 
     def _eager(self) -> Any:
-        # On the CPU vLLM would compile small helpers in C++ for half a minute at the first call.
+        # On the CPU vLLM's first call would compile small C++ helpers for half a minute.
         return torch.compiler.set_stance("force_eager") if self.on_cpu else contextlib.nullcontext()
 
 
 RESUME = (
-    "Start the run again. If it was memory, lower vllm_gpu_memory_utilization, vllm_max_model_length or "
-    "per_device_train_batch_size; use_vllm=False goes on without vLLM."
+    "Start the run again. If memory ran out, lower vllm_gpu_memory_utilization, vllm_max_model_length or "
+    "per_device_train_batch_size. use_vllm=False continues without vLLM."
 )
 
 
 def scratch_folder() -> Path:
-    """A folder of this process for what the engine reads."""
+    """Create a temporary folder for the files that the engine reads."""
     return Path(tempfile.mkdtemp(prefix="grpo_ext_vllm_"))
 
 
-def kept_folder(written: Path) -> Path:
-    """The files of a folder in one beside vLLM's cache, whose name follows from what is in them.
+def cached_folder(written: Path) -> Path:
+    """Copy a folder into vLLM's cache directory, under a hash of its files.
 
-    That cache goes by the model's path: under a path of its own each run would compile the model again.
+    vLLM's compilation cache depends on the model's path: with a new path, each run would compile the model again.
 
     Args:
-        written: holds config.json, and the code of an architecture that comes with its own.
+        written: contains config.json, and the model's code if the architecture is custom.
 
     Returns:
-        ``written`` itself where nothing can be kept there.
+        The copy, or ``written`` itself if the cache cannot be written.
     """
     import_vllm()
     from vllm import envs
@@ -299,23 +299,23 @@ def kept_folder(written: Path) -> Path:
     for path in sorted(path for path in written.rglob("*") if path.is_file()):
         digest.update(f"{path.relative_to(written)}\0{path.stat().st_size}\0".encode())
         digest.update(path.read_bytes())
-    kept = Path(envs.VLLM_CACHE_ROOT) / "grpo_ext" / digest.hexdigest()[:32]
-    config = kept / "config.json"
+    cached = Path(envs.VLLM_CACHE_ROOT) / "grpo_ext" / digest.hexdigest()[:32]
+    config = cached / "config.json"
     staged: Path | None = None
     if not os.access(config, os.R_OK):
         try:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            staged = Path(tempfile.mkdtemp(dir=kept.parent))
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            staged = Path(tempfile.mkdtemp(dir=cached.parent))
             shutil.copytree(written, staged, dirs_exist_ok=True)
             staged.chmod(0o755)  # the cache may be shared
-            staged.rename(kept)
-        except OSError:  # another process was first, the disk is full, or the folder is not ours
+            staged.rename(cached)
+        except OSError:  # lost a race with another process, a full disk, or no permission
             if staged is not None:
                 shutil.rmtree(staged, ignore_errors=True)
-    return kept if os.access(config, os.R_OK) else written
+    return cached if os.access(config, os.R_OK) else written
 
 
-def _said(error: BaseException) -> str:
+def _described(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".strip().rstrip(":")
 
 
@@ -328,7 +328,7 @@ def _answer(output: Any, top: int) -> Answer:
 
 @contextlib.contextmanager
 def _undisturbed(device: torch.device) -> Iterator[None]:
-    """Starting vLLM seeds torch anew and, on the CPU, takes `torch.set_num_threads` away: put both back."""
+    """Restore what starting vLLM changes: random states, and on the CPU `torch.set_num_threads`."""
     devices = [device] if device.type == "cuda" else []
     set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
     import random

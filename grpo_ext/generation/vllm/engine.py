@@ -1,4 +1,4 @@
-"""`VllmEngine`: completions from vLLM, after seeing to it that vLLM holds the trainer's weights."""
+"""`VllmEngine`: synchronize vLLM's weights with the trainer's, then generate."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from grpo_ext.generation.vllm.parallel import Ranks
 from grpo_ext.generation.vllm.sampling import sampling_fields
 from grpo_ext.generation.vllm.weights import checkpoint_weights, trainable_version, write_adapter
 
-#: One new token, from the whole distribution: what the check asks for.
+#: Sampling fields of the weight check: one new token from the whole distribution.
 PROBE_FIELDS: dict[str, Any] = {"max_tokens": 1, "temperature": 1.0, "ignore_eos": True}
 
-#: Spread of log probabilities, in nats, below which two temperatures cannot be told apart. In bf16 two requests for the
-#: same one differ by up to 0.1; over the probe's 160 values that moves the ratio of the spreads by 0.08.
+#: Spread of log probabilities, in nats, below which two temperatures are indistinguishable. In bf16 two equal requests
+#: differ by up to 0.1 nats, which changes the ratio of the spreads over the probe's 160 values by 0.08.
 SPREAD = 0.1
 
 
 class VllmEngine:
-    """A `GenerationEngine`.
+    """A `GenerationEngine` that generates with vLLM.
 
-    Before it generates it compares a version of the model's parameters with that of the last hand-over. When they
-    differ, or when a server was started anew or does not say whether it was, it hands over the weights (or the
-    adapter), empties the prefix cache and checks the engine's log probabilities against the trainer's.
+    `generate` first compares the version of the model's parameters with the version at the last synchronization. It
+    synchronizes if they differ, or if a server has restarted or does not report its start time: it loads the weights
+    (or the adapter) into vLLM, empties the prefix cache, and checks vLLM's log probabilities against the trainer's.
 
     Args:
-        client: the vLLM.
+        client: the connection to vLLM.
         end_ids: ids that end a completion.
-        update: ``weights`` hands over all of them, an adapter merged in; ``adapter`` the adapter alone.
-        check: compares the two.
-        folder: for adapters on their way to the engine.
-        step: the trainer's step: another one means other weights.
+        update: ``weights`` loads all weights, with an adapter merged; ``adapter`` loads only the adapter.
+        check: compares the log probabilities.
+        folder: where adapters are written for the engine.
+        step: returns the trainer's step; a new step requires synchronization.
         ranks: the trainer's processes.
-        sleep_level: 0 keeps the engine awake between generations.
+        sleep_level: vLLM's sleep level between generations; 0 keeps it awake.
         writes: whether this process writes adapters to ``folder``.
     """
 
@@ -84,10 +84,10 @@ class VllmEngine:
         """See `GenerationEngine.generate`.
 
         Raises:
-            ValueError: for a sampling field vLLM does not have.
-            PromptLengthError: for a prompt that leaves no room for a completion, on every rank.
-            EngineError: when vLLM fails, or reports other log probabilities than those it draws from, on every rank.
-            WeightMismatchError: when it does not hold the trainer's weights.
+            ValueError: vLLM does not have a sampling field.
+            PromptLengthError: a prompt leaves no room for a completion; raised on every rank.
+            EngineError: vLLM fails, or its log probabilities ignore the temperature; raised on every rank.
+            WeightMismatchError: vLLM does not hold the trainer's weights; raised on every rank.
         """
         fields = sampling_fields(sampling, self.end_ids)
         self.ranks.jointly(lambda: self._check_lengths(prompt_ids, fields["max_tokens"]))
@@ -98,7 +98,7 @@ class VllmEngine:
             changed = changed or self.sleep_level == 2
         if changed:
             start = time.perf_counter()
-            self._hand_over(model)
+            self._load(model)
             self._record("time/vllm_weights", time.perf_counter() - start)
         if self._asleep:
             self.ranks.jointly(lambda: self.client.wake(["kv_cache"]))
@@ -110,11 +110,11 @@ class VllmEngine:
             figure = self.ranks.jointly(lambda: self.check(model, self._probe))
             self._record("vllm/weight_check", figure)
             self._record("time/vllm_check", time.perf_counter() - start)
-            # Merging writes into weights and restores them: only now is the version that of what is held.
+            # Read the version last: merging an adapter writes into weights, and thereby increases it.
             self._held = (engine_start, self.step(), trainable_version(model))
         prompts, own = self.ranks.gather_prompts(prompt_ids)
         with self.ranks.same_draws(self.step(), prompts):
-            answers = self.ranks.jointly(lambda: self.client.complete(prompts, fields, 0, _told(done, own)))[own]
+            answers = self.ranks.jointly(lambda: self.client.complete(prompts, fields, 0, _own_answers(done, own)))[own]
         if self.sleep_level:
             self.ranks.barrier()  # a server's other clients may still be generating
             self.ranks.jointly(lambda: self.client.sleep(self.sleep_level))
@@ -127,13 +127,13 @@ class VllmEngine:
         )
 
     def pop_metrics(self) -> dict[str, float]:
-        """Means of what was recorded since the last call."""
+        """Mean of each metric recorded since the last call."""
         result = {name: sum(values) / len(values) for name, values in self._metrics.items()}
         self._metrics = {}
         return result
 
     def close(self) -> None:
-        """Stop the engine; the next call of `generate` is an error."""
+        """Stop the engine. A later call of `generate` raises."""
         self._finalizer()
 
     def _record(self, name: str, value: float) -> None:
@@ -145,20 +145,20 @@ class VllmEngine:
             if len(ids) + max_tokens > limit:
                 raise PromptLengthError(
                     f"prompt {index} has {len(ids)} tokens; with max_completion_length={max_tokens} that exceeds the "
-                    f"{limit} tokens vLLM was started with: raise vllm_max_model_length (--max-model-len of a server), "
+                    f"{limit} tokens of vLLM's context: raise vllm_max_model_length (--max-model-len of a server), "
                     f"set max_prompt_length={max(limit - max_tokens, 0)} (keeps the last tokens) or lower "
                     "max_completion_length"
                 )
 
     def _started(self) -> str | None:
-        """See `Restartable.started`; the same on every rank, and in this process no restart goes unseen."""
+        """See `Restartable.started`; equal on every rank, and constant for vLLM in this process."""
         client = self.client
         start = self.ranks.shared(self.ranks.jointly(client.started)) if isinstance(client, Restartable) else ""
         if start is None or start != self._start:
             self._start, self._follows_temperature = start, False
         return start
 
-    def _hand_over(self, model: nn.Module) -> None:
+    def _load(self, model: nn.Module) -> None:
         if self.update == "weights":
             self.ranks.jointly(lambda: self.client.load_weights(checkpoint_weights(model)))
             return
@@ -174,26 +174,26 @@ class VllmEngine:
         return self.folder / f"adapter-{self._adapters}"
 
     def _probe(self, prompts: Sequence[Sequence[int]]) -> list[Answer]:
-        # An engine in this process draws from torch's generators: the check takes no number away from the training.
+        # vLLM in this process uses torch's generators: the check must not advance those of training.
         with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
             answers = self.client.complete(prompts, PROBE_FIELDS, top=TOP)
-            if not self._follows_temperature:  # once for each start of vLLM
+            if not self._follows_temperature:  # once per start of vLLM
                 warm = self.client.complete(prompts, PROBE_FIELDS | {"temperature": 2.0}, top=TOP)
                 self._follows_temperature = _follows_temperature(answers, warm)
             return answers
 
 
 def _follows_temperature(answers: Sequence[Answer], warm: Sequence[Answer]) -> bool:
-    """Whether log probabilities are those of the distribution that was drawn from; False = too even to say.
+    """Whether vLLM's log probabilities follow the temperature; False if the distributions are too flat to decide.
 
-    Temperature 2 halves the differences between log probabilities. vLLM's default reports them as they were before.
+    Temperature 2 halves the differences between log probabilities. vLLM's default mode reports them before temperature.
 
     Args:
         answers: at temperature 1.
-        warm: to the same prompts, at temperature 2.
+        warm: answers to the same prompts at temperature 2.
 
     Raises:
-        EngineError: when they are not.
+        EngineError: the log probabilities ignore the temperature.
     """
     squares, products, count = 0.0, 0.0, 0
     for one, two in zip(answers, warm, strict=True):
@@ -206,15 +206,15 @@ def _follows_temperature(answers: Sequence[Answer], warm: Sequence[Answer]) -> b
         return False
     if products / squares > 0.75:
         raise EngineError(
-            "vLLM reports log probabilities as they are before temperature and cuts, not those it draws from: "
+            "vLLM reports log probabilities before temperature and cuts, not those it samples from: "
             "importance weights at a temperature other than 1 would be wrong. Start the server with "
-            "`--logprobs-mode processed_logprobs` (in this process: leave logprobs_mode out of vllm_engine_kwargs)"
+            "`--logprobs-mode processed_logprobs` (in this process: remove logprobs_mode from vllm_engine_kwargs)"
         )
     return True
 
 
-def _told(done: Done | None, own: slice) -> Answered | None:
-    """``done`` for the answers of this rank, counted from its first."""
+def _own_answers(done: Done | None, own: slice) -> Answered | None:
+    """Wrap ``done`` to report only this rank's answers, with indices relative to its first prompt."""
     if done is None:
         return None
 
@@ -226,7 +226,7 @@ def _told(done: Done | None, own: slice) -> Answered | None:
 
 
 def close_quietly(engine: object) -> None:
-    """Stop an engine that has a ``close``, whatever it says."""
+    """Call an engine's ``close`` if it has one, and ignore errors."""
     with contextlib.suppress(Exception):
         close = getattr(engine, "close", None)
         if close is not None:

@@ -1,4 +1,4 @@
-"""Several trainer processes around vLLM: one failing means all failing, and groups that share one engine."""
+"""Coordinate several trainer processes that use vLLM: shared errors, and groups of ranks that share one engine."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from grpo_ext.generation.errors import EngineError, PromptLengthError, WeightMis
 
 T = TypeVar("T")
 
-#: Errors that other ranks raise as what they are.
+#: Errors that keep their type when the other ranks raise them; the rest become `EngineError`.
 KINDS: dict[str, type[EngineError]] = {kind.__name__: kind for kind in (WeightMismatchError, PromptLengthError)}
 
 
 class Ranks:
-    """The trainer's processes as the engine sees them.
+    """The trainer's processes, in groups that share one engine.
 
     Args:
         accelerator: the trainer's; None for one process.
-        tensor_parallel_size: neighbouring ranks that hold one engine's weights together.
-        seed: of the draws of a group.
+        tensor_parallel_size: number of consecutive ranks that share one engine.
+        seed: base seed of the groups' random numbers.
     """
 
     def __init__(self, accelerator: Any = None, tensor_parallel_size: int = 1, seed: int = 0) -> None:
@@ -39,12 +39,12 @@ class Ranks:
             self._group, _ = torch.distributed.new_subgroups_by_enumeration(groups)
 
     def jointly(self, work: Callable[[], T]) -> T:
-        """``work()``; an error on one rank is raised on all, so that none waits for a rank that is gone."""
+        """Run ``work()`` on all ranks. If one rank fails, all raise: no rank may hang in a later collective."""
         error: Exception | None = None
         result: Any = None
         try:
             result = work()
-        except Exception as raised:  # raised again below
+        except Exception as raised:  # after the collective below
             error = raised
         if self.count > 1:
             mine = None if error is None else (self.rank, type(error).__name__, str(error))
@@ -63,7 +63,7 @@ class Ranks:
             torch.distributed.barrier()
 
     def shared(self, value: T) -> T:
-        """Rank 0's value on all ranks."""
+        """Broadcast rank 0's value to all ranks."""
         if self.count == 1:
             return value
         box = [value]
@@ -71,7 +71,7 @@ class Ranks:
         return box[0]
 
     def gather_prompts(self, prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], slice]:
-        """The prompts of this rank's engine, and which of them are its own: a group's ranks must ask the same."""
+        """All prompts of this rank's group, which must be equal on its ranks, and the slice of this rank's own."""
         own = [list(prompt) for prompt in prompts]
         if self._group is None:
             return own, slice(0, len(own))
@@ -83,10 +83,10 @@ class Ranks:
 
     @contextlib.contextmanager
     def same_draws(self, step: int, prompts: Sequence[Sequence[int]]) -> Iterator[None]:
-        """Random numbers that are the same on all ranks of a group: each of them samples for itself.
+        """Give all ranks of a group the same random numbers, because each rank samples separately.
 
-        They follow from the seed, the step, the prompts and how often the step has drawn for them: an evaluation on
-        other prompts, or a resume, leaves those of the training as they were.
+        The seed depends on the base seed, the group, the step, the prompts, and the number of earlier calls for the
+        same step and prompts. An evaluation on other prompts, or a resume, does not change the samples of training.
         """
         if self._group is None:
             yield

@@ -1,10 +1,11 @@
-"""Where vLLM keeps each tensor of a checkpoint: found once, so that later hand-overs are plain copies.
+"""Locate each checkpoint tensor in vLLM's model once, so that later weight updates are plain copies.
 
-vLLM's own way of taking over weights rebuilds the model layer by layer, with a pass over each tensor that only counts:
-for a small model that takes longer than a training step. It stays the way of the first hand-over, which leaves every
-number in its place. A tensor's place is then looked up by its name and vLLM's table of packed layers, and believed only
-where the numbers are there. One tensor without a place, a parameter that none of them fills, or a layer that computes
-something else from its weights after loading, and vLLM's own way stays the only one.
+vLLM's own loader rebuilds the model layer by layer, with an extra counting pass over each tensor: for a small model
+this takes longer than a training step. The first update uses that loader. Each tensor's place is then derived from its
+name and vLLM's table of packed layers, and accepted only if the loaded values are there.
+
+Later updates also use vLLM's loader if a tensor has no place, if no tensor fills some parameter, or if a layer derives
+other values from its weights after loading.
 """
 
 from __future__ import annotations
@@ -17,21 +18,21 @@ from torch import Tensor, nn
 
 from grpo_ext.generation.vllm.client import Weights
 
-#: What vLLM's layers do with weights behind a loader, by the class of ``quant_method``: nothing, on a GPU.
+#: Classes of ``quant_method`` that keep weights as loaded, on a GPU.
 AS_LOADED = {"UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"}
 
-#: Attention whose matrices are made from others.
+#: Attention layers that compute matrices from their weights.
 DERIVING = {"MLAAttention", "MultiHeadLatentAttentionWrapper"}
 
-#: Layers whose parameters have rows beyond the checkpoint's.
+#: Layers whose parameters have more rows than the checkpoint's tensors.
 PADDED = {"VocabParallelEmbedding", "ParallelLMHead"}
 
-#: Elements of a tensor that are compared; bytes that are copied at a time.
+#: Elements compared per tensor; bytes per batch of copies.
 COMPARED, BATCH = 4096, 2**28
 
 
 class Sample(NamedTuple):
-    """A few elements of a tensor that was handed over, its shape, and where it lay."""
+    """The shape, some elements, and the address of a tensor that vLLM loaded."""
 
     shape: torch.Size
     elements: Tensor
@@ -39,23 +40,23 @@ class Sample(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> Sample:
-        # An odd stride walks through columns as well as rows.
+        # An odd stride samples different columns as well as rows.
         picked = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // COMPARED) | 1].clone()
         return cls(tensor.shape, picked, tensor.data_ptr())
 
 
 def sampled(weights: Weights, samples: dict[str, Sample]) -> Iterator[tuple[str, Tensor]]:
-    """The same pairs; ``samples`` remembers a little of each."""
+    """Yield the pairs unchanged, and store a sample of each tensor in ``samples``."""
     for name, tensor in weights:
         samples[name] = Sample.of(tensor)
         yield name, tensor
 
 
 class Placement:
-    """Copies tensors of a checkpoint to their places in vLLM's model.
+    """Copy checkpoint tensors to their places in vLLM's model.
 
     Args:
-        places: for each name, rows of one of vLLM's parameters, of the tensor's shape.
+        places: for each checkpoint name, the rows of vLLM's parameter that hold the tensor.
     """
 
     def __init__(self, places: dict[str, Tensor]) -> None:
@@ -63,22 +64,23 @@ class Placement:
 
     @classmethod
     def found(cls, model: nn.Module, samples: dict[str, Sample]) -> Placement | None:
-        """The places of all tensors, or None where one has none.
+        """Locate all tensors; None if vLLM's own loader is required.
 
         Args:
-            model: vLLM's, which holds the tensors that ``samples`` are of.
+            model: vLLM's model, with the sampled tensors loaded.
+            samples: a sample of each tensor, by checkpoint name.
         """
         if not samples or any(map(_derives, model.modules())):
             return None
         parameters = dict(model.named_parameters(remove_duplicate=False))
         packing = getattr(model, "packed_modules_mapping", {})
         places: dict[str, Tensor] = {}
-        tensors: dict[int, int] = {}  # by the address of a place: that of the tensor that belongs there
+        tensors: dict[int, int] = {}  # address of a place → address of its tensor
         filled: set[int] = set()
         for name, sample in samples.items():
             found = _place(name, samples, parameters, packing, model)
             if found is None or tensors.setdefault(found[0].data_ptr(), sample.address) != sample.address:
-                return None  # also where tied weights differ in the trainer: vLLM's loader knows which it takes
+                return None  # also if weights tied in vLLM differ in the trainer: vLLM's loader chooses one
             places[name], parameter = found
             filled.add(parameter.data_ptr())
         if any(parameter.data_ptr() not in filled for parameter in parameters.values()):
@@ -91,8 +93,8 @@ class Placement:
         """Copy every tensor to its place, rounded to the parameter's type.
 
         Raises:
-            KeyError: for a name that was not among the samples.
-            ValueError: for a tensor of another shape than the sample's, or a name that did not come.
+            KeyError: an unknown name.
+            ValueError: a tensor has another shape than its sample, or a tensor is missing.
         """
         missing = set(self.places)
         targets: list[Tensor] = []
@@ -101,7 +103,7 @@ class Placement:
         for name, tensor in weights:
             place = self.places[name]
             if place.shape != tensor.shape:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)} and had {tuple(place.shape)}")
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(place.shape)}")
             missing.discard(name)
             targets.append(place)
             sources.append(tensor)
@@ -112,13 +114,13 @@ class Placement:
         if targets:
             torch._foreach_copy_(targets, sources)
         if missing:
-            raise ValueError(f"{len(missing)} of {len(self.places)} tensors did not come, {min(missing)} for one")
+            raise ValueError(f"{len(missing)} of {len(self.places)} tensors are missing, such as {min(missing)}")
 
 
 def _derives(module: nn.Module) -> bool:
-    """Whether a layer of vLLM's keeps something that it computes from its weights once they are loaded."""
+    """Whether a layer of vLLM stores values that it computes from its weights after loading."""
     if type(module).__name__ in DERIVING or getattr(getattr(module, "impl", None), "sinks", None) is not None:
-        return True  # of sinks some kinds of attention keep a copy in fp32
+        return True  # some attention backends keep an fp32 copy of the sinks
     method = getattr(module, "quant_method", None)
     return method is not None and type(method).__name__ not in AS_LOADED
 
@@ -130,7 +132,7 @@ def _place(
     packing: dict[str, list[str]],
     model: nn.Module,
 ) -> tuple[Tensor, nn.Parameter] | None:
-    """Rows of a parameter, and the parameter."""
+    """The rows of a parameter that hold the tensor, and the parameter; None if there are none."""
     shape = samples[name].shape
     own = parameters.get(name)
     if own is not None:
@@ -155,5 +157,5 @@ def _place(
 
 
 def _holds(place: Tensor, sample: Sample) -> Tensor:
-    """A bool on the parameter's device."""
+    """Whether a place holds the sampled values, as a tensor on the parameter's device (no host sync)."""
     return (Sample.of(place).elements == sample.elements.to(place.device, place.dtype)).all()

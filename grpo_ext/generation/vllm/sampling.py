@@ -1,4 +1,4 @@
-"""Sampling parameters in vLLM's words: the same draws as `TransformersEngine` for the same `SamplingParams`."""
+"""Translate `SamplingParams` to vLLM: the same distribution as `TransformersEngine` samples from."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from grpo_ext.generation.engine import SamplingParams
 
-#: Fields of ``generation_kwargs`` that vLLM has under its own name or ours.
+#: Supported fields of ``generation_kwargs``, and vLLM's names for them.
 EXTRA_FIELDS = {
     "min_new_tokens": "min_tokens",
     "min_tokens": "min_tokens",
@@ -28,13 +28,12 @@ EXTRA_FIELDS = {
 
 
 def sampling_fields(sampling: SamplingParams, end_ids: Sequence[int]) -> dict[str, Any]:
-    """Fields of vLLM's SamplingParams, the same for the engine in this process and the server.
+    """Fields of vLLM's SamplingParams, for the engine in this process and for the server.
 
-    A completion ends at ``end_ids`` and nothing else: vLLM's own idea of the end token is switched off, so both
-    engines end where the trainer says.
+    A completion ends at ``end_ids`` only: ``ignore_eos`` disables vLLM's own end token.
 
     Raises:
-        ValueError: for a field of ``generation_kwargs`` that vLLM does not have.
+        ValueError: ``generation_kwargs`` has a field that vLLM does not have.
     """
     fields: dict[str, Any] = {
         "max_tokens": sampling.max_new_tokens,
@@ -51,7 +50,7 @@ def sampling_fields(sampling: SamplingParams, end_ids: Sequence[int]) -> dict[st
             fields |= {} if value else {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
         elif name not in EXTRA_FIELDS:
             raise ValueError(
-                f"generation_kwargs has {name!r}, which vLLM does not know: take it out or set use_vllm=False "
+                f"generation_kwargs has {name!r}, which vLLM does not know: remove it or set use_vllm=False "
                 f"(known: do_sample, {', '.join(EXTRA_FIELDS)})"
             )
         elif value is not None:
@@ -61,7 +60,7 @@ def sampling_fields(sampling: SamplingParams, end_ids: Sequence[int]) -> dict[st
 
 
 def warn_of_bias(sampling: SamplingParams) -> None:
-    """Warn where the engine draws from another distribution than the one that the loss differentiates."""
+    """Warn if the engine samples from another distribution than the one that the loss differentiates."""
     cuts = []
     if sampling.top_p < 1:
         cuts.append(f"top_p={sampling.top_p}")
@@ -71,16 +70,16 @@ def warn_of_bias(sampling: SamplingParams) -> None:
         cuts.append(f"min_p={sampling.min_p}")
     if cuts:
         warnings.warn(
-            f"{', '.join(cuts)} cuts off the tail of the distribution: vLLM reports log probabilities of what is "
-            "left, scaled up to sum to 1, while the trainer's are of the whole vocabulary. The ratio between the "
-            "two is then below 1 for every token, and the importance weights shrink the update: leave the cuts off "
+            f"{', '.join(cuts)} cuts off the tail of the distribution: vLLM renormalizes the log probabilities over "
+            "the remaining tokens, the trainer over the whole vocabulary. The ratio of the two probabilities is then "
+            "below 1 for every token, and the importance weights shrink the update: disable the cuts "
             "(top_p=1, top_k=0, min_p=None) or set vllm_importance_sampling_correction=False",
             stacklevel=3,
         )
     if sampling.repetition_penalty != 1:
         warnings.warn(
-            f"repetition_penalty={sampling.repetition_penalty} changes what vLLM draws from and reports, and the "
-            "trainer's log probabilities know nothing of it: the importance weights then correct for the penalty "
-            "too. Leave it at 1, or set vllm_importance_sampling_correction=False",
+            f"repetition_penalty={sampling.repetition_penalty} changes vLLM's distribution and log probabilities, "
+            "and not the trainer's: the importance weights then correct for the penalty too. Set it to 1, or set "
+            "vllm_importance_sampling_correction=False",
             stacklevel=3,
         )

@@ -1,16 +1,16 @@
-"""A `vllm serve` elsewhere: prompts and adapters over its own HTTP interface, weights through a shared folder.
+"""Client of a `vllm serve`: prompts and adapters over its HTTP interface, weights through a shared folder.
 
-Started like this (the first two variables open the endpoints that load adapters and weights; keep the port to
-machines you trust):
+Start the server with the command below. The two variables open the endpoints that load weights and adapters, so make
+the port reachable only from machines you trust.
 
     VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 \\
     vllm serve MODEL --host 127.0.0.1 --port 8000 --logprobs-mode processed_logprobs --generation-config vllm \\
         --enable-lora --max-lora-rank 16
 
-The last line is for adapters that are hot-loaded: vLLM 0.24 takes no other base weights with it.
+Use the last line only for hot-loaded adapters: with it, vLLM 0.24 cannot reload base weights.
 
-With ``VLLM_API_KEY`` set for both, the server asks for the key and the client sends it. vLLM asks for it under ``/v1``
-only, not at the endpoints that load weights: it does not replace a private port.
+With ``VLLM_API_KEY`` set for both, the server requires the key and the client sends it. vLLM requires it only under
+``/v1``, not at the endpoints that load weights: the key does not replace a private port.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from grpo_ext.generation.vllm.weights import write_weights
 
 COMMAND = (
     "VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve MODEL --logprobs-mode processed_logprobs "
-    "--generation-config vllm (with --enable-lora --max-lora-rank R where an adapter is hot-loaded)"
+    "--generation-config vllm (with --enable-lora --max-lora-rank R if an adapter is hot-loaded)"
 )
 
-#: Requests at a time where each group of completions has one of its own.
+#: Maximum concurrent requests if each group of completions is a separate request.
 CONNECTIONS = 256
 
 
@@ -48,16 +48,16 @@ class ServerClient:
 
     Args:
         base_url: such as ``http://127.0.0.1:8000``.
-        folder: for adapters and weights; the server must see it under the same path.
-        start_timeout: seconds to wait until the server is up.
+        folder: where adapters and weights are written; the server must see it under the same path.
+        start_timeout: seconds to wait for the server to start.
         request_timeout: seconds to wait for an answer.
-        run: part of the adapters' names: servers keep names apart, and ranks must agree on them.
-        pushes: whether this process is the one that loads adapters and weights.
+        run: identifies the run in adapter names, which must be unique on the server and equal on all ranks.
+        pushes: whether this process loads adapters and weights into the server.
         allow_remote: see `server_address`.
 
     Raises:
         ValueError: see `server_address` and `server_key`.
-        EngineError: when no server answers in time, refuses the key or redirects.
+        EngineError: no server answers in time, or it rejects the key or redirects.
     """
 
     def __init__(
@@ -89,15 +89,14 @@ class ServerClient:
         self._run = run
         self._start: str | None = None
         self._sleep_level = 0
-        if pushes and self._is_sleeping():  # a run that was killed left it so
+        if pushes and self._is_sleeping():  # an interrupted run left the server asleep
             self.wake(["weights"])
             self.wake(["kv_cache"])
 
     def started(self) -> str | None:
-        """When the server's process started: another value after a restart, which brings back its own weights.
+        """Start time of the server's process. A restart changes it, and resets the server's weights.
 
-        None where it does not say: on ranks that push nothing, behind a proxy that hides ``/metrics``, and with
-        ``--api-server-count`` above 1.
+        None on ranks that do not push, behind a proxy that hides ``/metrics``, and with ``--api-server-count`` above 1.
         """
         if not self.pushes:
             return None
@@ -106,10 +105,10 @@ class ServerClient:
         start = found[1] if found else None
         if start is not None and self._start not in (None, start):
             warnings.warn(
-                f"the vLLM server at {self.url} was started anew: it is given the trainer's weights again",
+                f"the vLLM server at {self.url} has restarted: the trainer loads its weights again",
                 stacklevel=2,
             )
-            self.name, self._sleep_level = self.model, 0  # it knows no adapter of ours, and it is awake
+            self.name, self._sleep_level = self.model, 0  # no adapter is loaded, and it is awake
         self._start = start or self._start
         return start
 
@@ -123,8 +122,8 @@ class ServerClient:
         """See `Client.complete`."""
         if answered is None:
             return self._complete(prompt_ids, fields, top)
-        # A request is answered as a whole: one for each run of equal prompts, all at once, so that the server has as
-        # much to do at a time as with a single request.
+        # The server answers a request only as a whole: send one for each run of equal prompts. They are concurrent, so
+        # the server batches as many completions as with a single request.
         runs = [list(run) for _, run in itertools.groupby(range(len(prompt_ids)), key=lambda i: list(prompt_ids[i]))]
         answers: dict[int, Answer] = {}
         with concurrent.futures.ThreadPoolExecutor(min(len(runs), CONNECTIONS)) as pool:
@@ -212,22 +211,22 @@ class ServerClient:
 
     def _is_sleeping(self) -> bool:
         status, text = self._exchange("GET", "/is_sleeping")
-        return status == 200 and bool(json.loads(text)["is_sleeping"])  # 404: no one can have put it to sleep
+        return status == 200 and bool(json.loads(text)["is_sleeping"])  # 404: the server has no sleep mode
 
     def _leave_awake(self) -> None:
         if not self._sleep_level:
             return
         self.wake(["weights"])
         last = self.folder / "weights"
-        if self._sleep_level == 2 and last.exists():  # else it would answer from memory that holds nothing
+        if self._sleep_level == 2 and last.exists():  # level 2 discarded the weights
             self._reload(last)
         self.wake(["kv_cache"])
 
     def _reload(self, folder: Path) -> None:
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
         failed = (
-            "\nWith --enable-lora a server of vLLM 0.24 takes no other base weights: start it without, or hot-load the "
-            "adapter, where there is one (vllm_lora_mode='adapter')"
+            "\nWith --enable-lora vLLM 0.24 cannot reload base weights: start the server without it, or hot-load the "
+            "adapter (vllm_lora_mode='adapter')"
         )
         self._call("POST", "/collective_rpc", body, missing="VLLM_SERVER_DEV_MODE=1", failed=failed)
 
@@ -249,19 +248,19 @@ class ServerClient:
             time.sleep(min(0.5, max(seconds / 10, 0.01)))
 
     def _call(self, method: str, path: str, body: Any = None, missing: str | None = None, failed: str = "") -> Any:
-        """The decoded answer.
+        """Send a request and return the decoded answer.
 
         Args:
             method, path, body: of the request.
-            missing: what the server was started without when it does not know the path.
-            failed: what to say beside the answer when that is an error of the server's own.
+            missing: the start option that the path requires, for the error on status 404.
+            failed: appended to the error on status 500.
         """
         where = f"{method} {self.url}{path.split('?')[0]}"
         status, text = self._exchange(method, path, body)
         if status == 404 and missing is not None and '"Not Found"' in text:
             raise EngineError(f"the vLLM server does not offer {where}: start it with {missing}. {RESUME}")
         if status == 401:
-            raise EngineError(f"the vLLM server refuses {where} without its API key: set {KEY_VARIABLE}. {RESUME}")
+            raise EngineError(f"the vLLM server rejects {where} without its API key: set {KEY_VARIABLE}. {RESUME}")
         if status != 200:
             more = failed if status == 500 else ""
             raise EngineError(f"the vLLM server answered {where} with {status}: {text[:2000]} {RESUME}{more}")
@@ -271,14 +270,14 @@ class ServerClient:
             return text
 
     def _exchange(self, method: str, path: str, body: Any = None) -> tuple[int, str]:
-        """Status and text of the answer, whatever they say."""
+        """Send a request and return the status and text of the answer."""
         where = f"{method} {self.url}{path.split('?')[0]}"
         try:
             return self._request(method, path, body, self.request_timeout)
         except TimeoutError as error:
             raise EngineError(
                 f"the vLLM server did not answer {where} within {self.request_timeout:g} s (vllm_request_timeout): "
-                f"raise it if the generation is that long, else restart the server. {RESUME}"
+                f"raise it if generation takes that long, else restart the server. {RESUME}"
             ) from error
         except (OSError, http.client.HTTPException) as error:
             raise EngineError(
@@ -296,10 +295,10 @@ class ServerClient:
                 headers["Authorization"] = f"Bearer {self._key}"
             connection.request(method, self.prefix + path, body=data, headers=headers)
             response = connection.getresponse()
-            if 300 <= response.status < 400:  # it would be told the key and the paths of the weights
+            if 300 <= response.status < 400:  # following would send the key and the weights' paths
                 raise EngineError(
                     f"{self.url} redirects {path.split('?')[0]} to {response.getheader('Location')}: redirects are not "
-                    "followed; name the server itself in vllm_server_base_url"
+                    "followed; set vllm_server_base_url to the server itself"
                 )
             return response.status, response.read().decode(errors="replace")
         finally:

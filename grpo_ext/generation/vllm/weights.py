@@ -1,4 +1,4 @@
-"""The trainer's weights as a checkpoint would name them: whole, merged with an adapter, or the adapter alone."""
+"""The trainer's weights under their checkpoint names: the model, with an adapter merged, or only the adapter."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ def base_of(model: nn.Module) -> Any:
 
 
 def trainable_version(model: nn.Module) -> int:
-    """A number that changes whenever an optimizer, or anything else, writes into a parameter in place."""
+    """A number that changes with every in-place write to a parameter, such as an optimizer step."""
     return sum(parameter._version for parameter in model.parameters())
 
 
 def checkpoint_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of the policy under its checkpoint name, detached, an active adapter merged into a copy.
+    """Yield every weight of the policy under its checkpoint name, detached, with the active adapter merged.
 
-    The model itself is left bit for bit as it was: merging in bf16 and taking the sum apart again would not. Sharded
-    weights (FSDP2, ZeRO-3) are put together one at a time; all ranks must iterate to the end.
+    Merging uses copies, because merging and unmerging in bf16 would change the model's bits. Sharded weights (FSDP2,
+    ZeRO-3) are gathered one at a time; all ranks must iterate to the end.
 
     Raises:
-        ValueError: weights that cannot be merged or put together; says what to do.
+        ValueError: weights cannot be merged or gathered; the message contains the remedy.
     """
     base = base_of(model)
     if _converted(base):
-        # Experts that are one tensor in memory are many in a checkpoint, so the whole is needed at once.
+        # A checkpoint splits fused tensors such as experts: the conversion needs all weights at once.
         from transformers.core_model_loading import revert_weight_conversion
 
         yield from revert_weight_conversion(base, dict(_named_weights(model))).items()
@@ -45,7 +45,7 @@ def checkpoint_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """As `checkpoint_weights`, without the adapter."""
+    """Yield the weights as `checkpoint_weights` does, but without the adapter."""
     if not is_peft_model(model):
         yield from checkpoint_weights(model)
         return
@@ -54,7 +54,7 @@ def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _converted(base: Any) -> bool:
-    """Whether the checkpoint's names or shapes differ from those in memory."""
+    """Whether names or shapes in the checkpoint differ from those in memory."""
     conversions = getattr(base, "_weight_conversions", None)
     if conversions is None:
         try:
@@ -72,7 +72,7 @@ def _named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         f"{name}.{part}." for name, layer in tuned.items() for part in (*layer.adapter_layer_names, "lora_")
     )
     persistent = set(base.state_dict())
-    # Tied weights under both names: vLLM on the CPU repacks an output head of its own from the second one.
+    # Yield tied weights under both names: vLLM on the CPU repacks a separate output head from the second.
     parameters = base.named_parameters(remove_duplicate=False)
     tensors = [*parameters, *((n, b) for n, b in base.named_buffers() if n in persistent)]
     for name, tensor in tensors:
@@ -85,7 +85,7 @@ def _named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         parts = name.replace(".base_layer.", ".").split(".")
         if "modules_to_save" in parts:
             at = parts.index("modules_to_save")
-            del parts[at : at + 2]  # the word, and the adapter's name
+            del parts[at : at + 2]  # and the adapter's name
         if not tensor.is_floating_point():
             _refuse_quantised(name, tensor)
         yield ".".join(parts), whole(tensor)
@@ -94,19 +94,19 @@ def _named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _refuse_quantised(name: str, tensor: Tensor) -> None:
     if isinstance(tensor, nn.Parameter):
         raise ValueError(
-            f"{name} is {tensor.dtype}: quantised weights cannot be handed to vLLM; train in bfloat16, float16 or "
+            f"{name} is {tensor.dtype}: quantised weights cannot be loaded into vLLM; train in bfloat16, float16 or "
             "float32, or set use_vllm=False"
         )
 
 
 def _tuner_layers(model: nn.Module) -> dict[str, Any]:
-    """Layers with an adapter in force, by their name in the base model."""
+    """Layers with an adapter, by their name in the base model."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     base = base_of(model)
     found = {n: m for n, m in base.named_modules() if isinstance(m, BaseTunerLayer)}
     if not found and _prompt_learning(model):
-        raise ValueError("this PEFT method changes the prompt, not the weights: vLLM needs LoRA or one that can merge")
+        raise ValueError("this PEFT method changes the prompt, not the weights: use LoRA or another mergeable method")
     return found
 
 
@@ -116,7 +116,7 @@ def _prompt_learning(model: Any) -> bool:
 
 @torch.no_grad()
 def _merged(layer: Any) -> Tensor:
-    """The weight of one layer with its active adapters added, rounded once."""
+    """The weight of a layer with its active adapters merged, rounded once."""
     if layer.merged_adapters:
         raise ValueError(
             f"adapters {layer.merged_adapters} are merged into the base weights: call model.unmerge_adapter() first"
@@ -142,7 +142,7 @@ def _merged(layer: Any) -> Tensor:
 
 
 def _is_plain(layer: Any) -> bool:
-    """Whether ``W + s B A`` is all that the adapters of a layer do."""
+    """Whether the layer computes exactly ``W + s B A``."""
     from peft.tuners.lora import Linear
 
     return (
@@ -154,7 +154,7 @@ def _is_plain(layer: Any) -> bool:
 
 
 def write_config(model: nn.Module, folder: Path, tokenizer: Any = None) -> None:
-    """What vLLM reads beside weights: config.json with the architecture's name, and the tokenizer where given."""
+    """Write config.json with the architecture's name, and the tokenizer if given, for vLLM."""
     folder.mkdir(parents=True, exist_ok=True)
     base = base_of(model)
     config = base.config
@@ -168,7 +168,7 @@ def write_config(model: nn.Module, folder: Path, tokenizer: Any = None) -> None:
 
 
 def write_weights(weights: Iterator[tuple[str, Tensor]], folder: Path, write: bool = True) -> None:
-    """``model.safetensors`` of all weights. All are read even where nothing is to be written."""
+    """Write ``model.safetensors``. Without ``write``, only iterate: the iterator may contain collectives."""
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
@@ -181,7 +181,7 @@ def write_weights(weights: Iterator[tuple[str, Tensor]], folder: Path, write: bo
 
 
 def write_adapter(model: Any, folder: Path, write: bool = True) -> None:
-    """The active LoRA adapter as PEFT saves one: adapter_config.json and adapter_model.safetensors."""
+    """Write the active LoRA adapter in PEFT's format: adapter_config.json and adapter_model.safetensors."""
     from peft.utils import get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -204,10 +204,10 @@ def write_adapter(model: Any, folder: Path, write: bool = True) -> None:
 
 
 def check_adapter(model: Any) -> int:
-    """The rank that vLLM must make room for.
+    """Check that vLLM can hot-load the adapter, and return its largest rank.
 
     Raises:
-        ValueError: for an adapter that vLLM cannot hold as such.
+        ValueError: vLLM does not support the adapter.
     """
     config = model.peft_config[model.active_adapter]
     reason = None
@@ -227,8 +227,8 @@ def check_adapter(model: Any) -> int:
 
 
 @contextlib.contextmanager
-def all_read(weights: Iterator[Any]) -> Iterator[Iterator[Any]]:
-    """The iterator, read to its end whatever happens: other ranks wait in its collectives."""
+def exhausted(weights: Iterator[Any]) -> Iterator[Iterator[Any]]:
+    """Read the iterator to its end even on errors, because the other ranks wait in its collectives."""
     try:
         yield weights
     finally:
