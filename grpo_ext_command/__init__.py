@@ -1,11 +1,11 @@
-"""The `grpo-ext` command: sets what OpenMP reads once, when torch loads it, then runs `grpo_ext.cli.main`.
+"""Entry point of the `grpo-ext` command: set OpenMP's wait policy, then run `grpo_ext.cli.main`.
 
-A module of its own, because importing any part of grpo_ext loads torch.
+OpenMP reads the policy once, when torch loads it. Importing any part of grpo_ext loads torch, hence this package.
 """
 
 import os
 
-# Threads that spin between parallel regions stop a job on shared cores: no step in 240 s, with sleeping ones 26 s.
+# On shared cores, spinning threads block each other: no step in 240 s, against 26 s with sleeping threads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from grpo_ext.cli.main import main

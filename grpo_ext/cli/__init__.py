@@ -1,3 +1,3 @@
-"""The `grpo-ext` command."""
+"""The subcommands of `grpo-ext`."""
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""`grpo-ext bench`: the modules of `grpo_ext.bench` behind one command, with tables, CSV and plots.
+"""`grpo-ext bench`: run the modules of `grpo_ext.bench`, and write tables, CSV and plots.
 
-Each measurement runs in its own process, so that memory and threads are as a fresh process finds them.
+Each measurement runs in a fresh process, unaffected by the memory and threads of the others.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from grpo_ext.cli.convert import SettingsError
 
-#: What can be measured, in the order of ``all``.
+#: Subjects of a measurement, in the order of ``all``.
 SUBJECTS = ("row", "linear", "training")
 
 Row = dict[str, str]
@@ -24,9 +24,14 @@ Row = dict[str, str]
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One run of a module of `grpo_ext.bench`: its name, its arguments, the CSV it writes and its line of progress.
+    """One run of a module of `grpo_ext.bench`.
 
-    ``into_folder``: the module takes ``--output FOLDER`` and names the CSV itself, instead of ``--csv FILE``.
+    Attributes:
+        module: name of the module.
+        arguments: its command-line arguments.
+        csv: name of the CSV file that it writes.
+        title: text of the progress line.
+        into_folder: whether the module takes ``--output FOLDER`` and names the CSV itself, instead of ``--csv FILE``.
     """
 
     module: str
@@ -41,15 +46,15 @@ class Job:
 
 
 def jobs_of(subject: str, device: str, threads: int, quick: bool, extra: Sequence[str]) -> list[Job]:
-    """The runs that a subject needs.
+    """The jobs of a subject.
 
     Args:
-        subject: of `SUBJECTS`.
+        subject: one of `SUBJECTS`.
         device: ``cpu`` or ``cuda``.
-        threads: of the CPU.
-        quick: small shapes, a few runs: tries the command, measures nothing to be quoted.
-        extra: more arguments for the script, which win over those chosen here; of ``training`` the one that measures
-            memory against tokens.
+        threads: CPU threads.
+        quick: use small shapes and few runs: a trial of the command, without meaningful timings.
+        extra: further arguments of the module, which override the defaults. For ``training`` they go to the
+            measurement of memory against tokens.
     """
     common = ("--device", device, "--threads", str(threads))
     if subject == "row":
@@ -82,7 +87,7 @@ def _training_jobs(common: tuple[str, ...], device: str, threads: int, quick: bo
         arguments = (*common, *size, *extra, "--tokens", str(tokens))
         title = f"training step, {tokens} tokens, both paths"
         jobs.append(Job("trainer_memory", arguments, f"trainer_memory_{device}_{tokens}.csv", title))
-    if device != "cpu" or quick:  # whole steps of the real model have no small shape
+    if device != "cpu" or quick:  # whole steps use the full model, which is never quick
         return jobs
     for trainer in ("ours", "trl") if _has_trl() else ("ours",):
         arguments = ("--trainer", trainer, "--steps", "10", "--threads", str(threads))
@@ -91,7 +96,7 @@ def _training_jobs(common: tuple[str, ...], device: str, threads: int, quick: bo
 
 
 def _phase_job(common: tuple[str, ...], device: str, quick: bool) -> Job:
-    """Steps on completions that both trainers are handed; the script fails where their losses differ."""
+    """Training steps of both trainers on the same completions; the module fails if their losses differ."""
     names = ["ours", "trl", "trl_patch", "trl_fused"] if _has_trl() else ["ours"]
     if quick:
         size = "--cases tiny:lora:4:spread --prompts 2 --group 4 --tokens 16 --dtype fp32 --steps 1"
@@ -110,10 +115,10 @@ def _has_trl() -> bool:
 
 
 def run_job(job: Job, output: Path) -> list[Row]:
-    """Run a module and return the rows of its CSV; what it prints is kept beside it, as ``<csv>.log``.
+    """Run a module and return the rows of its CSV. ``<csv>.log`` keeps its output.
 
     Raises:
-        SettingsError: the module failed; the message ends with its last lines of output.
+        SettingsError: the module failed; the message ends with its last 8 lines of output.
     """
     path, log = output / job.csv, output / f"{job.csv}.log"
     path.unlink(missing_ok=True)
@@ -124,7 +129,7 @@ def run_job(job: Job, output: Path) -> list[Row]:
         status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
     if status != 0 or not path.is_file():
         tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-8:])
-        raise SettingsError(f"{job.module} ended with status {status}; all it said is in {log}:\n{tail}")
+        raise SettingsError(f"{job.module} ended with status {status}; its output is in {log}, and ends with:\n{tail}")
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
@@ -138,21 +143,21 @@ def bench_command(
     quick: bool = False,
     extra: Sequence[str] = (),
 ) -> dict[str, list[Row]]:
-    """Measure, and leave tables on the terminal, CSV and PNG in a folder.
+    """Measure, print tables, and write CSV and PNG files.
 
     Args:
         subject: ``row``, ``linear``, ``training`` or ``all``.
-        device: ``cpu`` or ``cuda``; None = the GPU where torch sees one.
-        threads: of the CPU, None = as many as torch would use.
-        output: folder of the CSV, PNG and log files.
-        quick: small shapes, to try the command.
-        extra: arguments for the script itself; with one subject only.
+        device: ``cpu`` or ``cuda``; None = the GPU if torch sees one.
+        threads: CPU threads; None = torch's default.
+        output: folder for the CSV, PNG and log files.
+        quick: use small shapes, to try the command.
+        extra: further arguments of the module; only with a single subject.
 
     Returns:
-        The rows of each subject, as its CSV has them.
+        The rows of each subject's CSV.
 
     Raises:
-        SettingsError: no such device, extra arguments for more than one script, or a script that failed.
+        SettingsError: the device is missing, ``extra`` is given with ``all``, or a module failed.
     """
     import torch
     from rich.console import Console
@@ -163,7 +168,7 @@ def bench_command(
     if device == "cuda" and not torch.cuda.is_available():
         raise SettingsError("torch sees no CUDA device; measure with --device cpu")
     if extra and subject == "all":
-        raise SettingsError(f"{' '.join(extra)}: arguments of a script go with one subject, not with all")
+        raise SettingsError(f"{' '.join(extra)}: give arguments of a module with one subject, not with all")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     threads = threads or torch.get_num_threads()
     folder = Path(output)
@@ -172,7 +177,7 @@ def bench_command(
         name: jobs_of(name, device, threads, quick, extra) for name in (SUBJECTS if subject == "all" else (subject,))
     }
     console = Console()
-    if not console.is_terminal:  # a file or a pipe: rich would take 80 columns and cut names
+    if not console.is_terminal:  # for a file or a pipe rich would use 80 columns and truncate names
         console = Console(width=160)
     columns = (SpinnerColumn(), TextColumn("{task.completed}/{task.total} {task.description}"), TimeElapsedColumn())
     results: dict[str, list[Row]] = {}
@@ -191,7 +196,7 @@ def bench_command(
 
 
 def _write(path: Path, rows: list[Row]) -> Path:
-    """All rows of a subject in one CSV; the scripts of one subject have different columns."""
+    """Write all rows of a subject to one CSV; its modules may have different columns."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="")

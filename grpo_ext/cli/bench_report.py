@@ -1,4 +1,4 @@
-"""Tables and plots of what `grpo-ext bench` measured, from the rows of the CSV files."""
+"""Tables and plots of `grpo-ext bench`, from the rows of its CSV files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from grpo_ext.cli.figures import new_figure
 
-#: Columns of the table of each subject: the CSV's name, the heading, digits after the point (None = text).
+#: Table columns of each subject: the CSV column, the heading, digits after the decimal point (None = text).
 COLUMNS: dict[str, tuple[tuple[str, str, int | None], ...]] = {
     "row": (
         ("rows", "rows", None), ("vocab", "vocabulary", None), ("dtype", "dtype", None), ("mode", "way", None),
@@ -29,7 +29,7 @@ COLUMNS: dict[str, tuple[tuple[str, str, int | None], ...]] = {
 
 
 def show(subject: str, rows: list[dict[str, str]], console: Any) -> None:
-    """Print a table of the rows; columns that no row fills are left out."""
+    """Print a table of the rows, without empty columns."""
     from rich.table import Table
 
     table = Table(title=f"{subject}: {rows[0].get('device') or 'cpu'}, {rows[0].get('threads', '?')} threads")
@@ -54,7 +54,7 @@ def _figure(width: float = 8) -> tuple[Any, Any]:
 
 
 def draw(subject: str, rows: list[dict[str, str]], folder: Path) -> list[Path]:
-    """The plots of a subject: roofline, ratio to the bare products, memory against tokens. Returns the PNG files."""
+    """Draw the plots of a subject, and return the PNG files."""
     if subject == "row":
         return [_roofline(rows, dtype, folder) for dtype in dict.fromkeys(row["dtype"] for row in rows)]
     if subject == "linear":
@@ -64,7 +64,7 @@ def draw(subject: str, rows: list[dict[str, str]], folder: Path) -> list[Path]:
 
 
 def _roofline(rows: list[dict[str, str]], dtype: str, folder: Path) -> Path:
-    """Bytes that must move over time, against the rate of a plain copy in the same process."""
+    """Rate of the bytes that must move, compared with a plain copy in the same process."""
     figure, axes = _figure()
     rows = [row for row in rows if row["dtype"] == dtype]
     places = {vocab: place for place, vocab in enumerate(sorted({int(row["vocab"]) for row in rows}))}
@@ -76,13 +76,13 @@ def _roofline(rows: list[dict[str, str]], dtype: str, folder: Path) -> Path:
     axes.set_xticks(range(len(places)), [f"{vocab:,}" for vocab in places])
     axes.set_ylim(bottom=0)
     axes.set_xlabel("vocabulary")
-    axes.set_ylabel("GB/s of the bytes that must move")
+    axes.set_ylabel("bytes that must move, GB/s")
     axes.set_title(f"{rows[0]['rows']} rows, {dtype}, {rows[0]['device']}", fontsize=10)
     return _saved(figure, axes, folder / f"row_roofline_{dtype}.png")
 
 
 def _ratios(rows: list[dict[str, str]], folder: Path) -> Path:
-    """Time over the time of the bare matrix products, a bar for each way and head."""
+    """Time relative to the bare matrix products, one bar per candidate and head."""
     shapes = list(dict.fromkeys((row["hidden"], row["vocab"], row["head"]) for row in rows))
     names = [name for name in dict.fromkeys(row["candidate"] for row in rows) if not name.startswith("bare")]
     figure, axes = _figure(max(8, 1.2 * len(shapes) * len(names) ** 0.5))
@@ -99,13 +99,13 @@ def _ratios(rows: list[dict[str, str]], folder: Path) -> Path:
         [place + 0.4 - width / 2 for place in range(len(shapes))],
         [f"H {hidden}, V {int(vocab):,}\n{head} head" for hidden, vocab, head in shapes],
     )
-    axes.set_ylabel("time, of the bare matrix products")
+    axes.set_ylabel("time / time of the bare matrix products")
     axes.set_title(f"{rows[0]['rows']} rows, {rows[0]['dtype']}, {rows[0]['device']}", fontsize=10)
     return _saved(figure, axes, folder / "linear_ratio.png")
 
 
 def _phases(rows: list[dict[str, str]], folder: Path) -> Path:
-    """Seconds of the training phase, a group of bars for each case."""
+    """Seconds of the training phase, one group of bars per case."""
     figure, axes = _figure()
     cases = list(dict.fromkeys((row["model"], row["trained"], row["lengths"]) for row in rows))
     names = list(dict.fromkeys(row["candidate"] for row in rows))

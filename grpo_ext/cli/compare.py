@@ -1,4 +1,4 @@
-"""`grpo-ext plot RUN RUN ...`: runs side by side, in one HTML file that holds its plots, and in one PNG."""
+"""`grpo-ext plot RUN RUN ...`: compare runs in one self-contained HTML file and one PNG."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from grpo_ext.cli.figures import new_figure
 from grpo_ext.cli.plot import moving_average
 from grpo_ext.cli.run_files import read_metrics, read_summary
 
-#: Title and, in order of preference, the names of the metric; a panel that no run has values for is left out.
+#: Panel title, and names of its metric in order of preference; panels without values are skipped.
 PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("reward", ("reward",)),
     ("mean completion length, tokens", ("completions/mean_length",)),
@@ -55,17 +55,17 @@ Curve = tuple[list[int], list[float]]
 
 
 def compare_runs(folders: Sequence[str], output: str = "comparison.html") -> list[str]:
-    """Draw several runs into one HTML file, its plots inside it, and all plots into a PNG of the same name.
+    """Draw several runs into a self-contained HTML file and a PNG of the same name.
 
     Args:
-        folders: of the runs; each needs a metrics file.
-        output: the HTML file (a name ending in .png: the PNG, and the HTML beside it).
+        folders: run folders, each with a metrics file.
+        output: the HTML or PNG file; the other file gets the same name with its own suffix.
 
     Returns:
         The paths written: HTML, then PNG.
 
     Raises:
-        SettingsError: a folder that is no run, or runs without a single metric of `PANELS`.
+        SettingsError: a folder is not a run folder, or no run has a metric of `PANELS`.
     """
     names = labels(folders)
     metrics = {name: read_metrics(folder) for name, folder in zip(names, folders, strict=True)}
@@ -93,7 +93,7 @@ def compare_runs(folders: Sequence[str], output: str = "comparison.html") -> lis
 
 
 def labels(folders: Sequence[str]) -> list[str]:
-    """A short name for each run: the last part of its path, with as much before it as makes it the only one."""
+    """A short unique name for each run: the last parts of its path."""
     paths = [os.path.abspath(folder).split(os.sep) for folder in folders]
     names = [parts[-1] for parts in paths]
     depth = 1
@@ -101,12 +101,12 @@ def labels(folders: Sequence[str]) -> list[str]:
         depth += 1
         names = [os.path.join(*parts[-depth:]) for parts in paths]
     if len(set(names)) < len(names):
-        raise SettingsError(f"a run is named twice: {', '.join(folders)}")
+        raise SettingsError(f"a run is named twice: {', '.join(folders)}; name each run once")
     return names
 
 
 def curves_of(metrics: dict[str, list[dict[str, Any]]], keys: Sequence[str]) -> dict[str, Curve]:
-    """(steps, values) of the first of `keys` that a run has, by run; of a step that was logged twice, the last."""
+    """For each run, (steps, values) of the first of `keys` that it has; the last value of a step counts."""
     found: dict[str, Curve] = {}
     for name, records in metrics.items():
         for key in keys:
@@ -123,7 +123,7 @@ def curves_of(metrics: dict[str, list[dict[str, Any]]], keys: Sequence[str]) -> 
 
 
 def mean_times(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Mean seconds of each phase over the steps that have it, and ``other``: what is left of the step."""
+    """Mean seconds of each phase over the steps that log it, and ``other``: the rest of the step."""
     means = {}
     for phase in (*PHASES, "step_time"):
         values = [float(record[phase]) for record in records if record.get(phase) is not None]
@@ -136,7 +136,7 @@ def mean_times(records: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def _draw_curves(axes: Any, title: str, curves: dict[str, Curve], names: Sequence[str]) -> None:
-    """One colour a run, the same in every panel: each step in the background, the moving average over it."""
+    """Draw the steps of each run as points and their moving average as a line; a run keeps its colour in all panels."""
     for name, (steps, values) in curves.items():
         colour = f"C{list(names).index(name) % 10}"
         axes.plot(steps, values, ".", color=colour, alpha=0.25, markersize=3)
@@ -172,7 +172,7 @@ def _all_panels(panels: Sequence[tuple[str, dict[str, Curve]]], times: dict[str,
 
 
 def _page(figures: Sequence[tuple[str, Any]], summaries: dict[str, dict[str, Any]]) -> str:
-    """The HTML file: nothing in it points outside."""
+    """The HTML file, without external references."""
     body = []
     for title, figure in figures:
         picture = io.BytesIO()

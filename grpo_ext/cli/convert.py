@@ -1,4 +1,4 @@
-"""Turn what a user wrote, in YAML or on the command line, into the value that a typed field wants."""
+"""Convert values from YAML or the command line to the type of a field."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FALSE = {"false", "no", "off", "0"}
 
 
 class SettingsError(ValueError):
-    """A run was described wrongly. The message is for the user, who needs no traceback."""
+    """A setting is wrong. The command prints the message without a traceback."""
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -31,18 +31,18 @@ def field_types(cls: type) -> dict[str, Any]:
 
 
 def convert(name: str, hint: Any, value: Any) -> Any:
-    """`value` as the type `hint`.
+    """Convert `value` to the type `hint`.
 
-    YAML reads ``2e-4`` as text and ``no`` as False, and the command line gives nothing but text: the type of the
-    field decides.
+    The field's type decides, because YAML reads ``2e-4`` as text and ``no`` as False, and the command line has only
+    text.
 
     Args:
-        name: of the field, for the message.
+        name: name of the field, for the message.
         hint: an annotation: a plain type, Optional, a Union, a Literal, an Enum, a list or a dict.
         value: a YAML value, or text from the command line.
 
     Raises:
-        SettingsError: naming the field, the value and the type.
+        SettingsError: the value does not fit; the message names the field, the value and the type.
     """
     members = _members(hint)
     for attempt in _ATTEMPTS:
@@ -157,7 +157,7 @@ def _loose_none(hint: Any, value: Any, union: bool) -> tuple[bool, Any]:
     return hint in (None, type(None)) and isinstance(value, str) and value.lower() == "none", None
 
 
-# In this order: what has one meaning comes before what any text would satisfy.
+# The order matters: strict types come before text, which accepts anything.
 _ATTEMPTS = (_literal, _none, _boolean, _integer, _number, _container, _text, _loose_none)
 
 

@@ -1,4 +1,4 @@
-"""Datasets and reward functions that a run file names."""
+"""Load the datasets and reward functions named in a run file."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ REWARDS: dict[str, Callable[..., Any]] = {"number": number_reward}
 
 
 def load_datasets(settings: DatasetSettings, seed: int) -> tuple[Dataset, Dataset | None]:
-    """Train and held-out datasets that share no prompt.
+    """Load train and held-out datasets that share no prompt.
 
     Args:
-        settings: where they come from.
-        seed: of the split, where the settings name none.
+        settings: the dataset's section of the run file.
+        seed: default seed of the split.
 
     Returns:
-        (train, heldout); heldout is None when nothing is held out.
+        (train, heldout); heldout is None if ``settings.heldout`` is 0.
 
     Raises:
-        SettingsError: a file that is missing, empty or not JSON, or rows without a prompt.
+        SettingsError: a file is missing, empty or not JSON, or the rows have no prompt.
     """
     seed = seed if settings.seed is None else settings.seed
     if settings.task is not None:
@@ -67,10 +67,10 @@ def load_datasets(settings: DatasetSettings, seed: int) -> tuple[Dataset, Datase
 
 
 def load_reward(name: str) -> Callable[..., Any]:
-    """A reward function by its short name, as ``package.module:function`` or as ``file.py:function``.
+    """Load a reward function by its short name, ``package.module:function`` or ``file.py:function``.
 
     Raises:
-        SettingsError: nothing of that name.
+        SettingsError: the function does not exist or cannot be loaded.
     """
     if name in REWARDS:
         return REWARDS[name]
@@ -91,7 +91,7 @@ def load_reward(name: str) -> Callable[..., Any]:
 
 
 def _module_here(name: str) -> Any:
-    """A module, looked for in the current folder too: a console script does not search it by itself."""
+    """Import a module, also from the current folder, which console scripts do not search."""
     sys.path.insert(0, os.getcwd())
     try:
         return importlib.import_module(name)
@@ -105,7 +105,7 @@ def _module_of_file(path: str) -> Any:
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up there
+    sys.modules[name] = module  # dataclasses look up their module in sys.modules
     spec.loader.exec_module(module)
     return module
 
@@ -119,7 +119,7 @@ def _read_json(path: str) -> Dataset:
     except json.JSONDecodeError as error:
         raise SettingsError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise SettingsError(f"{path} must hold one object per row")
+        raise SettingsError(f"{path} must contain one JSON object per row")
     return Dataset.from_list(rows)
 
 

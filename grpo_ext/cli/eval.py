@@ -1,4 +1,4 @@
-"""`grpo-ext eval`: measure a finished run on its held-out questions again."""
+"""`grpo-ext eval`: measure a finished run again on its held-out questions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from grpo_ext.cli.convert import SettingsError
 from grpo_ext.cli.data import load_datasets, load_reward
-from grpo_ext.cli.prepare import make_config, on_one_process
+from grpo_ext.cli.prepare import drop_multi_process_settings, make_config
 from grpo_ext.cli.run_files import ADAPTER_FOLDER, MODEL_FOLDER, write_json, write_samples
 from grpo_ext.cli.settings import read_run
 from grpo_ext.cli.train import measure_heldout
@@ -16,21 +16,21 @@ from grpo_ext.tasks.heldout import best_constant_reward
 
 
 def eval_command(folder: str, samples: int | None = None, seed: int | None = None) -> dict[str, Any]:
-    """The held-out reward of a run's adapter (or model), written to eval.json and eval.jsonl in its folder.
+    """Measure the held-out reward of a run's adapter (or model), and write eval.json and eval.jsonl to its folder.
 
     Args:
-        folder: of the run.
-        samples: answers per question, None = as in training.
-        seed: of the sampling, None = the run's.
+        folder: the run folder.
+        samples: answers per question; None = as in training.
+        seed: seed of the sampling; None = the run's seed.
 
     Returns:
         heldout_reward, stderr, best_constant_reward, questions, samples, seed.
 
     Raises:
-        SettingsError: several processes, not a run folder, no held-out questions, or no trained weights in it.
+        SettingsError: several processes, not a run folder, no held-out questions, or no trained weights.
     """
     settings = read_run(folder)
-    on_one_process(settings)
+    drop_multi_process_settings(settings)
     args = make_config(settings, folder)
     if args.world_size > 1:
         raise SettingsError("eval measures in one process: start it without torchrun or accelerate launch")
@@ -55,14 +55,14 @@ def eval_command(folder: str, samples: int | None = None, seed: int | None = Non
 
 
 def load_trained(folder: str, model_name: str, dtype: str, lora: bool) -> tuple[Any, Any]:
-    """The trained model of a run and its tokenizer.
+    """Load the trained model of a run and its tokenizer.
 
     Raises:
-        SettingsError: the folder holds no trained weights.
+        SettingsError: the folder contains no trained weights.
     """
     weights = os.path.join(folder, ADAPTER_FOLDER if lora else MODEL_FOLDER)
     if not os.path.isdir(weights):
-        raise SettingsError(f"{folder} holds no {os.path.basename(weights)}/: the run has not finished")
+        raise SettingsError(f"{folder} contains no {os.path.basename(weights)}/: resume the unfinished run first")
     try:
         model, tokenizer = load_model(model_name if lora else weights, dtype)
     except (FileNotFoundError, ImportError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Every setting of a run: default, type, help, and its name in TRL and Unsloth. Written as docs/settings/fields.md.
+"""Generate docs/settings/fields.md: every setting with its default, type, help, and name in TRL and Unsloth.
 
 python -m grpo_ext.cli.fields docs/settings/fields.md
 """
@@ -37,7 +37,7 @@ GROUPS = {
     "log_completions": "Records",
 }
 
-#: Fields of `GRPOConfig` that TRL 1.16 does not have; a text names its way to the same thing.
+#: Fields of `GRPOConfig` that TRL 1.16 does not have, and TRL's alternative.
 NOT_IN_TRL = {
     "dtype": "`model_init_kwargs`",
     "max_prompt_length": NONE,
@@ -81,7 +81,7 @@ TRL_DEFAULTS: dict[str, Any] = {
     "num_completions_to_print": None,
 }
 
-#: Arguments of the trainer's constructor in TRL, and in Unsloth if `UNSLOTH_NAMES` has no other name.
+#: Settings that are arguments of TRL's trainer constructor, also in Unsloth unless `UNSLOTH_NAMES` renames them.
 CONSTRUCTOR = {
     "model": "`model`",
     "dtype": "`model_init_kwargs`",
@@ -90,7 +90,7 @@ CONSTRUCTOR = {
     "lora": "`peft_config`",
 }
 
-#: What Unsloth takes elsewhere: as arguments of ``FastLanguageModel.from_pretrained``, if not said otherwise.
+#: Unsloth's names for settings outside GRPOConfig: arguments of ``FastLanguageModel.from_pretrained`` by default.
 UNSLOTH_NAMES = {
     "model": "`model_name`",
     "dtype": "`dtype`",
@@ -104,7 +104,7 @@ UNSLOTH_NAMES = {
     "lora.target_modules": "`get_peft_model(target_modules)`",
 }
 
-#: Defaults that Unsloth's GRPOConfig changes in TRL's (Unsloth of August 2026).
+#: Defaults that differ between Unsloth's GRPOConfig and TRL's (Unsloth of August 2026).
 UNSLOTH_DEFAULTS: dict[str, Any] = {
     "learning_rate": 5e-5,
     "logging_steps": 1,
@@ -161,12 +161,11 @@ class Setting:
     """One setting.
 
     Attributes:
-        name: as it is written in YAML and, with two dashes before it, on the command line.
-        default: as Python writes it; empty if the setting is required.
+        name: the name in YAML; the command line adds two dashes.
+        default: the Python value; empty if the setting is required.
         type: the annotation in words.
-        help: one sentence or two.
-        trl: ``same``, another name, a differing default, or a dash.
-        unsloth: the same.
+        help: one or two sentences.
+        trl, unsloth: ``same``, another name, a different default, or a dash.
     """
 
     name: str
@@ -178,10 +177,10 @@ class Setting:
 
 
 def run_settings() -> Iterator[Setting]:
-    """What a run file has beside the fields of `GRPOConfig`."""
+    """The settings of a run file that are not fields of `GRPOConfig`."""
     for prefix, cls in (("", RunSettings), ("dataset.", DatasetSettings), ("lora.", LoraSettings)):
         for field in dataclasses.fields(cls):
-            if prefix or field.name != "trainer":  # that one holds the fields of GRPOConfig
+            if prefix or field.name != "trainer":  # `trainer` contains the fields of GRPOConfig
                 name = prefix + field.name
                 trl = CONSTRUCTOR.get(name, NONE)
                 yield _setting(field, cls, name, trl=trl, unsloth=UNSLOTH_NAMES.get(name, trl))
@@ -195,7 +194,7 @@ def trainer_settings() -> dict[str, list[Setting]]:
         if "help" in field.metadata and field.name in GRPOConfig.__annotations__:
             title = GROUPS.get(field.name, title)
             groups.setdefault(title, []).append(_setting(field, GRPOConfig))
-    # TrainingArguments defines some of them, too, so they come first: keep the order of GROUPS.
+    # Fields that TrainingArguments also defines come first in `fields`: restore the order of GROUPS.
     return {title: groups[title] for title in GROUPS.values()}
 
 
@@ -213,7 +212,7 @@ def loss_settings() -> Iterator[Setting]:
 
 
 def page() -> str:
-    """docs/settings/fields.md."""
+    """The text of docs/settings/fields.md."""
     parts = [HEAD, "## The run file\n", RUN_FILE, _table(run_settings())]
     parts += ["## GRPOConfig\n", CONFIG]
     for title, settings in trainer_settings().items():
@@ -272,7 +271,7 @@ def _setting(
     text = help_text or field.metadata.get("help") or _attributes(cls).get(field.name, "")
     trl = trl or NOT_IN_TRL.get(field.name) or _other_default(field.name, TRL_DEFAULTS)
     if unsloth is None:
-        inherited = NONE if field.name in NOT_IN_TRL else trl  # Unsloth's class is made of TRL's
+        inherited = NONE if field.name in NOT_IN_TRL else trl  # Unsloth's class derives from TRL's
         own = _other_default(field.name, UNSLOTH_DEFAULTS) if field.name in UNSLOTH_DEFAULTS else inherited
         unsloth = UNSLOTH_NAMES.get(field.name, own)
     default = _default(field)
@@ -291,7 +290,7 @@ def _other_default(name: str, defaults: dict[str, Any]) -> str:
 
 
 def _type(annotation: Any) -> str:
-    """An annotation in words: no module's name, no alias, a section of the run file as a mapping."""
+    """An annotation in words: without module names and aliases, with sections of the run file as mappings."""
     text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
     text = re.sub(r"\b[a-z_]\w*\.", "", text.replace("NoneType", "None"))
     text = re.sub(r"\b(LossType|Level|ImportanceMode|SchedulerType|OptimizerNames|\w+Strategy)\b", "str", text)
@@ -309,7 +308,7 @@ def _default(field: dataclasses.Field[Any]) -> str:
 
 
 def _attributes(cls: type) -> dict[str, str]:
-    """The texts of a docstring's ``Attributes`` by name; several names may share one."""
+    """Parse the ``Attributes`` of a docstring to a dict; several names may share a text."""
     section = (cls.__doc__ or "").partition("Attributes:\n")[2]
     section = re.split(r"\n\s*\n", section)[0]
     entries = re.findall(r"^ {8}(\w[\w, ]*): (.*(?:\n {12}.*)*)", section, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""A matplotlib figure with a canvas of its own, not pyplot's: it touches no display and no other figure's state."""
+"""Create matplotlib figures without pyplot, which would need a display and shares global state."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty figure of that many inches, whose parts keep clear of each other."""
+    """An empty figure, width and height in inches, with a layout that avoids overlaps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

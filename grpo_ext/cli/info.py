@@ -1,4 +1,4 @@
-"""`grpo-ext info`: what this installation is and what it found."""
+"""`grpo-ext info`: print the build, the machine and the versions."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import platform
 import shutil
 from typing import Any
 
-#: The packages whose versions decide what a run does.
+#: Packages whose versions affect the results of a run.
 PACKAGES = ("grpo_ext", "torch", "transformers", "peft", "accelerate", "datasets", "reasoning-gym")
 
 
 def versions() -> dict[str, str]:
-    """Version of Python and of each package of `PACKAGES`; ``not installed`` where it is missing."""
+    """Versions of Python and of `PACKAGES`; ``not installed`` for a missing package."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -24,7 +24,7 @@ def versions() -> dict[str, str]:
 
 
 def info_rows() -> list[tuple[str, str]]:
-    """(name, value) of everything that `info` prints."""
+    """The (name, value) rows of the table."""
     import torch
 
     import grpo_ext
@@ -37,7 +37,7 @@ def info_rows() -> list[tuple[str, str]]:
         ("OMP_WAIT_POLICY", os.environ.get("OMP_WAIT_POLICY", "not set")),
     ]
     if grpo_ext.build_info()["cuda_version"] is None and shutil.which("nvcc"):
-        rows.append(("cuda kernels", "not built: no GPU at that time, or GRPO_EXT_CUDA=OFF; ON builds them"))
+        rows.append(("cuda kernels", "not built: the build found no GPU, or GRPO_EXT_CUDA=OFF; ON builds them"))
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     rows.append(("gpu", ", ".join(devices) or "none"))
     rows.append(("dtype auto", "{} ({})".format(*fast_dtype())))
@@ -45,7 +45,7 @@ def info_rows() -> list[tuple[str, str]]:
 
 
 def print_info() -> None:
-    """Print the table."""
+    """Print the table of `info_rows`."""
     from rich.console import Console
     from rich.table import Table
 

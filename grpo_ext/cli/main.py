@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from grpo_ext.cli.convert import SettingsError
 
-#: What the command needs beyond the losses: the extra ``train`` of the package.
+#: Modules of the package's extra ``train``, which the command needs.
 EXTRAS = (
     "accelerate",
     "datasets",
@@ -24,49 +24,51 @@ EXTRAS = (
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="grpo-ext",
         description="Train language models by GRPO through compiled losses.",
-        epilog="Idle CPU threads sleep (OMP_WAIT_POLICY=PASSIVE), which shared cores need; OMP_WAIT_POLICY=ACTIVE lets "
-        "them spin.",
+        epilog="Idle CPU threads sleep by default (OMP_WAIT_POLICY=PASSIVE), so that processes can share cores. "
+        "OMP_WAIT_POLICY=ACTIVE makes them spin.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     train = commands.add_parser(
         "train",
-        help="train what a YAML file describes",
+        help="train a run described by a YAML file",
         usage="grpo-ext train CONFIG.yaml [--field value ...]",
-        description="Any field of the file and of GRPOConfig can be given as --field value or --field=value, "
-        "a field of a section as --lora.r 8.",
+        description="Set any field of the file or of GRPOConfig with --field value or --field=value, "
+        "and a field of a section with --lora.r 8.",
         allow_abbrev=False,
     )
     train.add_argument("config", metavar="CONFIG.yaml", help="the run's settings")
-    train.add_argument("fields", nargs=argparse.REMAINDER, help="--field value, over the file's")
+    train.add_argument("fields", nargs=argparse.REMAINDER, help="--field value, overriding the file")
 
     evaluate = commands.add_parser("eval", help="measure a finished run on its held-out questions")
     evaluate.add_argument("run", metavar="RUN", help="a run folder")
     evaluate.add_argument("--samples", type=_positive, help="answers per question (default: as in training)")
-    evaluate.add_argument("--seed", type=int, help="of the sampling (default: the run's)")
+    evaluate.add_argument("--seed", type=int, help="seed of the sampling (default: the run's)")
 
     plot = commands.add_parser("plot", help="draw a run's reward curve, or compare runs in one HTML file")
     plot.add_argument("runs", metavar="RUN", nargs="+", help="run folders; several are compared")
-    plot.add_argument("--output", metavar="FILE", help="PNG of one run, HTML of several (the PNG beside it)")
+    plot.add_argument("--output", metavar="FILE", help="PNG for one run, HTML for several (with a PNG)")
 
     bench = commands.add_parser(
         "bench",
         help="measure this machine: the loss, the fused head, a training step",
-        usage="grpo-ext bench row|linear|training|all [options] [-- arguments of the script]",
+        usage="grpo-ext bench row|linear|training|all [options] [-- arguments of the module]",
         allow_abbrev=False,
     )
     bench.add_argument("subject", choices=("row", "linear", "training", "all"))
-    bench.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where torch sees one")
+    bench.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if torch sees one")
     bench.add_argument("--threads", type=_positive, help="CPU threads (default: torch's)")
-    bench.add_argument("--output", default="bench-results", metavar="FOLDER", help="of the CSV, PNG and log files")
-    bench.add_argument("--quick", action="store_true", help="small shapes: tries the command, measures little")
+    bench.add_argument(
+        "--output", default="bench-results", metavar="FOLDER", help="folder for the CSV, PNG and log files"
+    )
+    bench.add_argument("--quick", action="store_true", help="small shapes, to try the command")
 
-    commands.add_parser("info", help="print what this build holds and the versions in use")
+    commands.add_parser("info", help="print the build, the machine and the versions")
     return parser
 
 
@@ -74,10 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        argv: the arguments, None = those of the process.
+        argv: the arguments; None = ``sys.argv[1:]``.
 
     Returns:
-        The exit status: 0, 2 when the request was wrong (the message is on standard error), or 130 after Ctrl-C.
+        The exit status: 0 on success, 2 on wrong settings (message on standard error), 130 after Ctrl-C.
     """
     try:
         own, extra = _split(sys.argv[1:] if argv is None else list(argv))
@@ -97,13 +99,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _process() -> str:
-    """Which process an error is of, where there are several: torchrun ends the others at the first, so all speak."""
+    """Label for errors of ranks above 0: each rank prints its own, since torchrun stops all at the first error."""
     rank = os.environ.get("RANK", "0")
     return "" if rank == "0" else f" (process {rank})"
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """The arguments of `bench`, and what stands behind ``--``: for the measuring script."""
+    """Split the arguments of `bench` at ``--``; the second part goes to the measuring module."""
     if argv[:1] != ["bench"] or "--" not in argv:
         return argv, []
     place = argv.index("--")
@@ -111,7 +113,7 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _run(arguments: argparse.Namespace, extra: Sequence[str]) -> None:
-    # Each command imports its own needs: --help does not wait for transformers.
+    # Import per command, so that --help does not load transformers.
     if arguments.command == "train":
         from grpo_ext.cli.train import final_line, train_command
 

@@ -1,4 +1,4 @@
-"""`grpo-ext plot`: the reward curve of a run as a PNG."""
+"""`grpo-ext plot`: draw the reward curve of a run to a PNG."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from grpo_ext.cli.convert import SettingsError
 from grpo_ext.cli.figures import new_figure
 from grpo_ext.cli.run_files import METRICS_FILE, PLOT_FILE, read_metrics, read_summary
 
-#: Steps over which the smooth line averages.
+#: Steps of the moving average.
 WINDOW = 5
 
 
@@ -16,8 +16,8 @@ def plot_run(folder: str, output: str | None = None) -> str:
     """Draw the training reward, the held-out reward before and after, and the best constant answer.
 
     Args:
-        folder: of the run.
-        output: the PNG to write, None = ``reward.png`` in the folder.
+        folder: the run folder.
+        output: the PNG to write; None = ``reward.png`` in the folder.
 
     Returns:
         The path written.
@@ -55,10 +55,10 @@ def plot_run(folder: str, output: str | None = None) -> str:
 
 
 def reward_curve(folder: str) -> tuple[list[int], list[float]]:
-    """(steps, rewards) of a run's metrics file, one point a step; of a step that was logged twice, the last.
+    """(steps, rewards) of a run's metrics file, one point per step; the last value of a step counts.
 
     Raises:
-        SettingsError: no metrics file, or none of its lines holds a step and a reward.
+        SettingsError: no metrics file, or none of its lines has a step and a reward.
     """
     curve = {
         int(record["step"]): float(record["reward"])
@@ -66,7 +66,7 @@ def reward_curve(folder: str) -> tuple[list[int], list[float]]:
         if record.get("reward") is not None and "step" in record
     }
     if not curve:
-        raise SettingsError(f"{os.path.join(folder, METRICS_FILE)} holds no reward")
+        raise SettingsError(f"{os.path.join(folder, METRICS_FILE)} contains no reward: no step has finished")
     steps = sorted(curve)
     return steps, [curve[step] for step in steps]
 

@@ -1,5 +1,4 @@
-"""What stands between a run's settings and its first step: the folder, the type of the weights, the trainer's
-configuration and the adapter's."""
+"""Prepare a run from its settings: folder, dtype of the weights, `GRPOConfig`, and LoRA configuration."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from grpo_ext.tasks import fast_dtype
 
 
 def resume_from(settings: RunSettings) -> str | bool | None:
-    """Takes the checkpoint to go on from out of the settings: a folder, True for the run's newest, or None."""
+    """Remove ``resume_from_checkpoint`` from the settings and return it: a folder, True (the newest) or None."""
     value = settings.trainer.pop("resume_from_checkpoint", None)
     if value is None or str(value).lower() in ("false", ""):
         return None
@@ -23,16 +22,16 @@ def resume_from(settings: RunSettings) -> str | bool | None:
 
 
 def run_folder(settings: RunSettings, config: str, resuming: bool) -> str:
-    """Where the run goes: ``output_dir``, or ``runs/<name of the file>``, numbered when that is taken.
+    """The run folder: ``output_dir``, or ``runs/<name of the file>`` with a number if it exists.
 
     Raises:
-        SettingsError: output_dir already holds a run that is not being resumed, or a resumed run names none.
+        SettingsError: output_dir already contains a run that is not resumed, or a resumed run has no output_dir.
     """
     given = settings.trainer.get("output_dir")
     if given:
         if not resuming and os.path.exists(os.path.join(given, METRICS_FILE)):
             raise SettingsError(
-                f"{given} already holds a run: choose another output_dir"
+                f"{given} already contains a run: choose another output_dir"
                 + (", or continue it with --resume_from_checkpoint true" if get_last_checkpoint(given) else "")
             )
         return given
@@ -47,19 +46,19 @@ def run_folder(settings: RunSettings, config: str, resuming: bool) -> str:
     return folder
 
 
-#: What a resumed run shares with the run that began in its folder.
+#: Fields that must be equal when a run is resumed.
 FIXED = ("model", "dataset", "reward_funcs", "lora", "seed", "data_seed", "shuffle_dataset", "dtype")
 
 
 def check_same_run(settings: RunSettings, folder: str) -> None:
-    """Refuse to resume another run than the one whose config.yaml the folder holds.
+    """Check that the settings resume the run in the folder, not a different one.
 
-    The model, dtype, dataset, reward functions, LoRA settings, ``seed``, ``data_seed`` and ``shuffle_dataset`` stay.
-    Everything else may change: the length of the run, learning rate, loss, sampling, batch sizes (with a warning that
-    other prompts follow), logging, saving and devices. A folder without a config.yaml is not checked.
+    The fields `FIXED` must equal those of the folder's config.yaml. Everything else may change: the length of the run,
+    learning rate, loss, sampling, batch sizes (with a warning that other prompts follow), logging, saving and devices.
+    A folder without a config.yaml is not checked.
 
     Raises:
-        SettingsError: naming each field that differs, with both values.
+        SettingsError: a field differs; the message names each one with both values.
     """
     if not os.path.isfile(os.path.join(folder, CONFIG_FILE)):
         return
@@ -70,11 +69,11 @@ def check_same_run(settings: RunSettings, folder: str) -> None:
     changed = [name for name in FIXED if not _same(before[name], now[name])]
     if changed:
         listed = ", ".join(f"{name} was {before[name]!r} and is {now[name]!r}" for name in changed)
-        raise SettingsError(f"{folder} holds another run: {listed}; choose another output_dir, or resume it as it was")
+        raise SettingsError(f"{folder} contains another run: {listed}; choose another output_dir, or restore them")
 
 
 def _same(before: Any, now: Any) -> bool:
-    """Whether two values are equal, or two paths to one file or folder."""
+    """Whether two values are equal, or are paths of the same file or folder."""
     if isinstance(before, dict) and isinstance(now, dict) and before.keys() == now.keys():
         return all(_same(before[name], now[name]) for name in before)
     if isinstance(before, str) and isinstance(now, str) and os.path.exists(before) and os.path.exists(now):
@@ -83,16 +82,16 @@ def _same(before: Any, now: Any) -> bool:
 
 
 def choose_dtype(settings: RunSettings, resumed: str | None) -> str | None:
-    """Put a type in the place of ``dtype: auto``, and return the line to print about it (None: there was no choice).
+    """Replace ``dtype: auto`` by a dtype, and return a line that gives the reason; None if dtype was not auto.
 
     Args:
-        settings: of the run; changed in place.
-        resumed: folder of the run to continue, whose type stays, or None.
+        settings: settings of the run, modified in place.
+        resumed: folder of the run to resume, which keeps its dtype; or None.
     """
     if settings.dtype != "auto":
         return None
     if resumed is not None and os.path.isfile(os.path.join(resumed, CONFIG_FILE)):
-        dtype, reason = read_run(resumed).dtype, "the run began with it"
+        dtype, reason = read_run(resumed).dtype, "as in the resumed run"
     else:
         dtype, reason = fast_dtype("cpu" if settings.trainer.get("use_cpu") else None)
     settings.dtype = settings.trainer["dtype"] = dtype
@@ -100,13 +99,13 @@ def choose_dtype(settings: RunSettings, resumed: str | None) -> str | None:
 
 
 def make_config(settings: RunSettings, folder: str) -> Any:
-    """The `GRPOConfig` of the run, with a TensorBoard log unless ``report_to`` says otherwise.
+    """Create the run's `GRPOConfig`, with a TensorBoard log by default.
 
-    Several processes on a machine without an accelerator train together on the CPU: left to itself accelerate would let
-    each train alone.
+    Several processes without an accelerator get ``use_cpu``: otherwise accelerate would not connect them, and each
+    would train its own copy.
 
     Raises:
-        SettingsError: a value that GRPOConfig refuses, or processes that would not train together.
+        SettingsError: GRPOConfig rejects a value, or the processes would not train together.
     """
     import torch
 
@@ -121,27 +120,27 @@ def make_config(settings: RunSettings, folder: str) -> Any:
     if started > 1 and not torch.accelerator.is_available():
         if not values.get("deepspeed"):
             values.setdefault("use_cpu", True)
-        elif "accelerator_config" not in values:  # by which a program may have set up its processes
-            raise SettingsError("deepspeed needs GPUs, and torch sees none: its processes would wait for ever")
+        elif "accelerator_config" not in values:  # a program may set up its processes through this field
+            raise SettingsError("deepspeed needs GPUs, and torch sees none: its processes would hang")
     try:
         args = GRPOConfig(**values | {"output_dir": folder})
     except (ImportError, ValueError, TypeError) as error:
         raise SettingsError(str(error)) from error
     if args.world_size < started:
         raise SettingsError(
-            f"{started} processes were started, but each would train by itself: torch sees no GPU for them"
+            f"{started} processes were started, but each would train its own copy: torch sees no GPU for them"
         )
     return args
 
 
-def on_one_process(settings: RunSettings) -> None:
-    """Take out of the settings what fits only the processes that trained: a measurement needs one, and any will do."""
+def drop_multi_process_settings(settings: RunSettings) -> None:
+    """Remove the settings that require several processes, so that one process can evaluate."""
     for name in ("fsdp", "fsdp_config", "deepspeed", "vllm_tensor_parallel_size", "generation_batch_size"):
         settings.trainer.pop(name, None)
 
 
 def lora_config(settings: LoraSettings | None) -> Any:
-    """The PEFT configuration, or None for all the weights."""
+    """The PEFT configuration; None to train all weights."""
     if settings is None:
         return None
     from peft import LoraConfig

@@ -1,4 +1,4 @@
-"""A run of several processes: what they agree on, and what all of them do for one of them."""
+"""Coordinate the processes of a run: broadcast values, measure on sharded models, and exit together."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 
-def agreed(value: Any) -> Any:
-    """The main process's value, on every process; each waits here for all the others."""
+def broadcast(value: Any) -> Any:
+    """Return the main process's value on every process; a collective."""
     return gather_object([value])[0]
 
 
-def measured_when_training_starts(args: Any) -> bool:
-    """Whether the first measurement waits until the trainer has laid the model out over the processes.
+def measures_after_sharding(args: Any) -> bool:
+    """Whether the first measurement must follow the trainer's sharding of the model.
 
-    Only then can a model generate that DeepSpeed ZeRO-3 has loaded in pieces, and one that FSDP2 is to divide need not
-    have room on one device before.
+    A model loaded by DeepSpeed ZeRO-3 cannot generate earlier. A model for FSDP2 need not fit on one device earlier.
 
     Args:
         args: the `GRPOConfig` of the run.
@@ -30,39 +29,38 @@ def measured_when_training_starts(args: Any) -> bool:
     return args.world_size > 1 or is_deepspeed_zero3_enabled()
 
 
-class WhenTrainingStarts(TrainerCallback):
-    """Calls a function once, with the model prepared and before the first step."""
+class OnTrainBegin(TrainerCallback):
+    """Call a function after the model is prepared and before the first step."""
 
-    def __init__(self, act: Callable[[], None]) -> None:
-        self.act = act
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.function = function
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Call it."""
-        self.act()
+        """Call the function."""
+        self.function()
 
 
-def leave_together() -> None:
-    """The last thing that processes do: each waits here for all the others, since a launcher may end all of them when
-    one has gone wrong on its way out.
+def exit_barrier() -> None:
+    """Synchronize all processes at the end, since a launcher may stop all of them when one fails during exit.
 
-    A barrier, which has no tensors. gloo's threads let go of a collective's tensors some time after its result is
-    there, and need the interpreter for it; one that still waits for it when the interpreter ends aborts the process.
-    Here they get it.
+    gloo's threads release a collective's tensors some time after its result arrives, and need the interpreter for
+    that. A thread still waiting when the interpreter ends aborts the process. A barrier has no tensors, and waiting in
+    it gives those threads the interpreter.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
 
 
-def disband_at_exit() -> None:
-    """Ends the process group with this process, as torch asks for; called only once a run has ended well."""
-    atexit.register(_disband)
+def destroy_process_group_at_exit() -> None:
+    """Destroy the process group at exit, as torch requires. Call this only after a successful run."""
+    atexit.register(_destroy_process_group)
 
 
-def _disband() -> None:
+def _destroy_process_group() -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def unscored(completions: Sequence[Any], **columns: Any) -> list[float]:
-    """The reward of a process that only helps to generate: the main process scores the answers, once."""
+    """Placeholder rewards for processes other than the main one, which alone scores the answers."""
     return [0.0] * len(completions)

@@ -1,4 +1,4 @@
-"""The files of a run folder: their names, and how they are read and written."""
+"""Names, readers and writers of the files in a run folder."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ TENSORBOARD_FOLDER = "tensorboard"
 
 
 def read_metrics(folder: str) -> list[dict[str, Any]]:
-    """The lines of a run's metrics file.
+    """Read the records of a run's metrics file.
 
     Raises:
-        SettingsError: the folder has none.
+        SettingsError: the folder has no metrics file.
     """
     path = os.path.join(folder, METRICS_FILE)
     if not os.path.isfile(path):
@@ -32,7 +32,7 @@ def read_metrics(folder: str) -> list[dict[str, Any]]:
 
 
 def read_summary(folder: str) -> dict[str, Any]:
-    """The run's summary, empty while the run has none."""
+    """Read the run's summary; empty if it does not exist yet."""
     path = os.path.join(folder, SUMMARY_FILE)
     if not os.path.isfile(path):
         return {}
@@ -41,14 +41,14 @@ def read_summary(folder: str) -> dict[str, Any]:
 
 
 def write_samples(path: str, samples: Sequence[dict[str, Any]]) -> None:
-    """One line of JSON per sampled answer."""
+    """Write one line of JSON per sampled answer."""
     with open(path, "w", encoding="utf-8") as file:
         for sample in samples:
             file.write(json.dumps(sample, ensure_ascii=False) + "\n")
 
 
 def write_json(path: str, value: dict[str, Any]) -> None:
-    """Written beside and moved: a run that is stopped never leaves half a file."""
+    """Write JSON to a temporary file and rename it, so that an interrupted run leaves no partial file."""
     with open(path + ".part", "w", encoding="utf-8") as file:
         json.dump(value, file, indent=2)
         file.write("\n")

@@ -1,4 +1,4 @@
-"""What a run file may say: the keys of the command itself, and every field of `GRPOConfig` beside them."""
+"""Read run files: the command's own fields, and every field of `GRPOConfig`."""
 
 from __future__ import annotations
 
@@ -82,20 +82,20 @@ class RunSettings:
 
     @property
     def seed(self) -> int:
-        """The run's seed; 42 as in transformers where none was given."""
+        """The run's seed; 42 by default, as in transformers."""
         return int(self.trainer.get("seed", 42))
 
     def to_dict(self) -> dict[str, Any]:
-        """The flat mapping that `from_mapping` reads back."""
+        """The flat mapping that `from_mapping` reads."""
         flat = dataclasses.asdict(self)
         return flat | flat.pop("trainer")
 
 
 def read_settings(path: str, arguments: Sequence[str] = ()) -> RunSettings:
-    """A run file with the command line's ``--field value`` put over it.
+    """Read a run file, and apply the ``--field value`` arguments of the command line.
 
     Raises:
-        SettingsError: an unreadable file, an unknown field (with the nearest known name), a wrong value.
+        SettingsError: an unreadable file, an unknown field (with the nearest known name), or a wrong value.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -113,7 +113,7 @@ def read_settings(path: str, arguments: Sequence[str] = ()) -> RunSettings:
         section, _, inner = name.partition(".")
         if inner:
             outer = values.get(section)
-            # One word for a dataset stands for the mapping it is short for.
+            # Expand a dataset given as one word to its mapping.
             outer = dataclasses.asdict(_dataset(outer)) if section == "dataset" and isinstance(outer, str) else outer
             values[section] = {**(outer or {}), inner: value}
         else:
@@ -122,7 +122,7 @@ def read_settings(path: str, arguments: Sequence[str] = ()) -> RunSettings:
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
-    """``--field value``, ``--field=value``, ``--section.field value``; a field without a value means true."""
+    """Parse ``--field value``, ``--field=value`` and ``--section.field value``; a missing value means true."""
     overrides: dict[str, str] = {}
     waiting: str | None = None
     for argument in arguments:
@@ -140,7 +140,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def check_names(values: dict[str, Any], where: str) -> None:
-    """Raise for the first name that is no field, with the nearest that is."""
+    """Raise a `SettingsError` for the first unknown field, with the nearest known name."""
     sections: dict[str, type] = {"dataset": DatasetSettings, "lora": LoraSettings}
     known = [*_own_fields(), *_trainer_fields()]
     dotted = [f"{name}.{inner}" for name, cls in sections.items() for inner in field_types(cls)]
@@ -160,10 +160,10 @@ def check_names(values: dict[str, Any], where: str) -> None:
 
 
 def from_mapping(values: dict[str, Any]) -> RunSettings:
-    """Typed settings from a flat mapping whose names are known to be right.
+    """Convert a flat mapping, with names checked by `check_names`, to typed settings.
 
     Raises:
-        SettingsError: a missing model or dataset, or a value of the wrong type.
+        SettingsError: the model or dataset is missing, or a value has the wrong type.
     """
     for required in ("model", "dataset"):
         if not values.get(required):
@@ -190,7 +190,7 @@ def from_mapping(values: dict[str, Any]) -> RunSettings:
 
 
 def read_run(folder: str) -> RunSettings:
-    """The settings that a run folder was made with.
+    """Read the settings of a run folder.
 
     Raises:
         SettingsError: not a run folder.

@@ -1,4 +1,4 @@
-"""`grpo-ext train`: one run, from a YAML file to a folder that holds everything it produced."""
+"""`grpo-ext train`: run the training that a YAML file describes, and write all results to one folder."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from grpo_ext.cli.info import versions
 from grpo_ext.cli.plot import plot_run
 from grpo_ext.cli.prepare import check_same_run, choose_dtype, lora_config, make_config, resume_from, run_folder
 from grpo_ext.cli.processes import (
-    WhenTrainingStarts,
-    agreed,
-    disband_at_exit,
-    leave_together,
-    measured_when_training_starts,
+    OnTrainBegin,
+    broadcast,
+    destroy_process_group_at_exit,
+    exit_barrier,
+    measures_after_sharding,
     unscored,
 )
 from grpo_ext.cli.run_files import (
@@ -47,22 +47,26 @@ from grpo_ext.trainer.run_lock import FolderInUseError, sole_run
 
 
 def train_command(config: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """Train what `config` describes, with ``--field value`` arguments over it, and return the run's summary.
+    """Train the run of a YAML file, and return its summary.
 
-    The run folder then holds: config.yaml (the settings in full), adapter/ (or model/ without LoRA),
-    metrics.jsonl, completions/, the TensorBoard log, heldout_before.jsonl and heldout_after.jsonl (sampled
-    answers), reward.png and summary.json.
+    The run folder receives config.yaml (all settings), adapter/ (or model/ without LoRA), metrics.jsonl, completions/,
+    the TensorBoard log, heldout_before.jsonl and heldout_after.jsonl (sampled answers), reward.png and summary.json.
 
-    On several processes every one of them calls this. The main process alone writes and prints, and measures the
-    held-out questions while the others wait; a model in pieces answers them on all processes together.
+    Every process of a run calls this function. Only the main process writes, prints, and measures the held-out
+    questions; a sharded model generates the answers on all processes.
 
-    A run that is resumed keeps what `check_same_run` lists. One that stops early ends with the command that resumes it.
+    A resumed run must keep the settings that `check_same_run` lists. A run that stops early prints the command that
+    resumes it.
+
+    Args:
+        config: path of the YAML file.
+        arguments: ``--field value`` arguments, which override the file.
 
     Returns:
-        The summary; empty on the other processes.
+        The summary; empty on processes other than the main one.
 
     Raises:
-        SettingsError: the run is described wrongly.
+        SettingsError: a setting is wrong.
     """
     settings = read_settings(config, arguments)
     resume = resume_from(settings)
@@ -79,22 +83,22 @@ def train_command(config: str, arguments: Sequence[str]) -> dict[str, Any]:
         except ValueError as error:
             hint = "a run writes checkpoints with save_strategy: steps and save_steps, and when it stops early"
             raise SettingsError(f"{error}: {hint}" if resume is True else str(error)) from error
-    # Other machines may have other folders. And nothing is written before all have looked.
-    folder, summary = agreed((folder, read_summary(folder) if resume is not None else {}))
+    # Machines may see different folders. The collective also delays all writes until every process has read.
+    folder, summary = broadcast((folder, read_summary(folder) if resume is not None else {}))
     args.output_dir = os.path.expanduser(folder)
     with contextlib.ExitStack() as held:
         return _train_in(folder, settings, args, summary, resume, dtype_line, held)
 
 
 def _lock_folder(args: Any, held: contextlib.ExitStack) -> None:
-    """Lock the run's folder until `held` closes; an error on all processes where another run has it."""
+    """Lock the run folder until `held` closes. All processes raise if another run holds the lock."""
     in_use = None
     if args.process_index == 0:
         try:
             held.enter_context(sole_run(args.output_dir))
         except FolderInUseError as error:
             in_use = str(error)
-    in_use = agreed(in_use)
+    in_use = broadcast(in_use)
     if in_use is not None:
         raise SettingsError(in_use)
 
@@ -108,7 +112,7 @@ def _train_in(
     line: str | None,
     held: contextlib.ExitStack,
 ) -> dict[str, Any]:
-    """See `train_command`. `line` is printed once the model is loaded, `held` keeps the folder's lock."""
+    """See `train_command`. `line` is printed after the model is loaded; `held` keeps the folder's lock."""
     is_main = args.process_index == 0
     rewards = [load_reward(name) for name in settings.reward_funcs]
     train_set, heldout = load_datasets(settings.dataset, settings.seed)
@@ -116,7 +120,7 @@ def _train_in(
         model, tokenizer = load_model(settings.model, settings.dtype)
     except (FileNotFoundError, ImportError, ValueError) as error:
         raise SettingsError(str(error)) from error
-    # The folder's own copy says all that was in force: it alone is enough for `eval` and to train again.
+    # The folder's config.yaml contains all settings, so `eval` and a new run need nothing else.
     settings.trainer["output_dir"] = folder
     questions = 0 if heldout is None else len(heldout)
     _lock_folder(args, held)
@@ -156,23 +160,23 @@ def _train_in(
                 best_constant_reward=constant and round(constant, 4),
             )
             write_json(os.path.join(folder, SUMMARY_FILE), summary)
-        agreed(None)
+        broadcast(None)
 
     at_start = None
     if "heldout_reward_before" not in summary:
-        if measured_when_training_starts(args):
+        if measures_after_sharding(args):
             at_start = measure_before
         else:
-            # Without the adapter, whose effect is zero before the first step: the same answers in less time.
+            # Skip the adapter: before the first step its effect is zero, and the model generates faster without it.
             measure_before(model.to(args.device))
 
     trainer, train_seconds = run_trainer(
         settings, args, model, tokenizer, train_set, heldout, rewards, resume, at_start
     )
     after = measure(trainer.model, "after")
-    disband_at_exit()
+    destroy_process_group_at_exit()
     if not is_main:
-        leave_together()
+        exit_barrier()
         return {}
     summary |= {
         "heldout_reward_after": after and round(after.reward, 4),
@@ -188,7 +192,7 @@ def _train_in(
     }
     write_json(os.path.join(folder, SUMMARY_FILE), summary)
     plot_run(folder)
-    leave_together()
+    exit_barrier()
     return summary | {"folder": folder}
 
 
@@ -206,17 +210,17 @@ def run_trainer(
     """Train, and save the adapter (or the model) into the run folder.
 
     Args:
-        at_start: called with the model as training has laid it out, before the first step.
+        at_start: called before the first step, with the prepared (sharded) model.
 
     Returns:
-        The trainer, and the seconds it took, `at_start` left out.
+        The trainer, and the seconds of training without `at_start`.
     """
     from transformers import set_seed
 
     from grpo_ext.trainer import GRPOTrainer
 
     started = time.monotonic()
-    set_seed(args.seed)  # the adapter's first values come from it
+    set_seed(args.seed)  # determines the adapter's initial values
     with _tensorboard_folder(os.path.join(args.output_dir, TENSORBOARD_FOLDER)):
         trainer = GRPOTrainer(
             model,
@@ -239,9 +243,9 @@ def run_trainer(
             at_start(trainer.model)
             waited = time.monotonic() - began
 
-        trainer.add_callback(WhenTrainingStarts(start))
+        trainer.add_callback(OnTrainBegin(start))
     with warnings.catch_warnings():
-        # peft looks for the base model's config.json at every save; a packaged model has none.
+        # PEFT reads the base model's config.json at every save; a packaged model has none.
         warnings.filterwarnings("ignore", message="Could not find a config file in")
         trainer.train(resume_from_checkpoint=resume)
         folder = MODEL_FOLDER if settings.lora is None else ADAPTER_FOLDER
@@ -259,7 +263,7 @@ def measure_heldout(
     samples: int | None = None,
     seed: int | None = None,
 ) -> HeldoutResult:
-    """The held-out reward of `model`: sampled as in training, with the same seed before and after."""
+    """Measure the held-out reward of `model`, sampled as in training, with the same seed before and after."""
     sampling = args.sampling()
     return heldout_reward(
         model,
@@ -276,7 +280,7 @@ def measure_heldout(
 
 
 def final_line(summary: dict[str, Any]) -> str:
-    """What a run prints last."""
+    """The last line that a run prints."""
     minutes = f"{summary['steps']} steps, {summary['seconds'] / 60:.1f} minutes, {summary['folder']}"
     if summary["heldout_reward_before"] is None:
         return f"trained without held-out questions: {minutes}"
@@ -290,20 +294,20 @@ def final_line(summary: dict[str, Any]) -> str:
 
 
 def step_seconds(folder: str) -> float | None:
-    """The median time of an optimizer step, from the run's metrics."""
+    """Median seconds of an optimizer step, from the run's metrics; None without any."""
     times = [record["step_time"] for record in read_metrics(folder) if record.get("step_time") is not None]
     return round(statistics.median(times), 2) if times else None
 
 
 def process_seconds() -> float:
-    """Wall time since this process started, interpreter and imports included."""
+    """Seconds since this process started, including interpreter start and imports."""
     import psutil  # type: ignore[import-untyped]
 
     return time.time() - psutil.Process().create_time()
 
 
 def backend(device: str) -> str:
-    """What the kernels ran on: ``cuda``, or ``cpu-`` and the instruction set."""
+    """The backend of the kernels: ``cuda``, or ``cpu-`` and the instruction set."""
     import grpo_ext
 
     return device if device != "cpu" else f"cpu-{grpo_ext.build_info()['cpu_isa']}"
@@ -311,7 +315,7 @@ def backend(device: str) -> str:
 
 @contextlib.contextmanager
 def _tensorboard_folder(folder: str) -> Iterator[None]:
-    """Where transformers' callback, which reads this variable when it is made, puts its log."""
+    """Set the log folder in the environment, where transformers' TensorBoard callback reads it at construction."""
     name = "TENSORBOARD_LOGGING_DIR"
     if name in os.environ:  # the user's choice
         yield

@@ -1,4 +1,4 @@
-"""Small tasks with a training signal, the models to try them on, and `heldout`: what training changed."""
+"""Small example tasks, models for them, and `heldout`, which measures the effect of training."""
 
 from __future__ import annotations
 

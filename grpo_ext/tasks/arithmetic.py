@@ -1,7 +1,7 @@
-"""Arithmetic questions from reasoning-gym, split into train and held-out by question, and their reward.
+"""Arithmetic questions from reasoning-gym, their split into train and held-out, and their reward.
 
-There are few distinct questions at small sizes (100 products of two digits), so a split by row would put the
-same question on both sides. Here every question is on exactly one side.
+Small sizes have few distinct questions (100 products of two digits), so a split by row would put the same question on
+both sides. This split puts every question on exactly one side.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from typing import Any
 
 from datasets import Dataset
 
-#: Tasks on which a small instruct model starts with mixed rewards, and no constant answer does well.
+#: Tasks on which a small instruct model starts with mixed rewards, and constant answers score low.
 TASKS: tuple[str, ...] = ("products", "basic_arithmetic", "chain_sum")
 
 INSTRUCTION = "Answer with just the number."
 
-#: The seed of the question pool. It is fixed, so that the split seed alone decides who is held out.
+#: Seed of the question pool. It is fixed, so that only the split seed determines the held-out questions.
 _POOL_SEED = 0
 
-# A sign counts only where no digit stands before it ("3-5" ends in 5, "= -5" in -5), a comma only between
-# groups of three digits, a point only between digits ("...12" ends in 12).
+# A sign counts only without a digit before it ("3-5" ends in 5, "= -5" in -5), a comma only between groups of three
+# digits, a point only between digits ("...12" ends in 12).
 _NUMBER = re.compile(r"(?:(?<!\d)[-+\u2212])?(?:\d{1,3}(?:,\d{3})+(?![\d,]*\d)|\d+)(?:\.\d+)?", re.ASCII)
 
 
 def arithmetic_questions(
     task: str = "products", *, digits: int = 1, terms: int = 2, draws: int = 400
 ) -> list[tuple[str, str]]:
-    """The distinct questions among `draws` of reasoning-gym's, in the order they were drawn.
+    """Draw `draws` questions from reasoning-gym, and return the distinct ones in order.
 
     Args:
         task: one of `TASKS`.
@@ -42,7 +42,7 @@ def arithmetic_questions(
         (question, answer) pairs.
 
     Raises:
-        ValueError: an unknown task, or a size below 1.
+        ValueError: the task is unknown, or a size is below 1.
         ImportError: reasoning-gym is not installed.
     """
     if task not in TASKS:
@@ -79,21 +79,21 @@ def arithmetic_datasets(
     heldout: int = 24,
     seed: int = 0,
 ) -> tuple[Dataset, Dataset]:
-    """Train and held-out datasets that share no question.
+    """Create train and held-out datasets that share no question.
 
     Args:
         task: one of `TASKS`.
         digits: digits of each operand.
         terms: operands of a question.
-        draws: how many questions to draw before duplicates are dropped.
-        heldout: how many distinct questions to hold out.
-        seed: decides which ones; the same seed gives the same split on every machine.
+        draws: questions to draw, before duplicates are dropped.
+        heldout: distinct questions to hold out.
+        seed: seed of the split; equal seeds give equal splits on every machine.
 
     Returns:
         (train, heldout) with columns ``prompt`` (one chat message) and ``answer`` (a number as text).
 
     Raises:
-        ValueError: an unknown task, or a held-out count that leaves one side empty.
+        ValueError: the task is unknown, or ``heldout`` leaves one side empty.
     """
     pairs = arithmetic_questions(task, digits=digits, terms=terms, draws=draws)
     if not 0 < heldout < len(pairs):
@@ -105,16 +105,16 @@ def arithmetic_datasets(
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number written in `text`, or None. Thousands commas are read over: ``1,234.50`` is 1234.5."""
+    """Parse the last number in `text`; None without any. Ignores thousands commas: ``1,234.50`` is 1234.5."""
     found = _NUMBER.findall(text)
     return Decimal(found[-1].replace(",", "").replace("\u2212", "-")) if found else None
 
 
 def number_reward(completions: Sequence[Any], answer: Sequence[str | int | float], **columns: object) -> list[float]:
-    """1.0 where the last number of the completion equals the answer, else 0.0.
+    """Reward 1.0 if the last number of the completion equals the answer, else 0.0.
 
     Args:
-        completions: texts, or chat completions (lists of messages) whose contents are joined.
+        completions: texts, or chat completions (lists of messages), whose contents are joined.
         answer: the expected number of each row.
         **columns: the other columns of the dataset, unused.
     """
@@ -126,7 +126,7 @@ def number_reward(completions: Sequence[Any], answer: Sequence[str | int | float
 
 
 def completion_text(completion: Any) -> str:
-    """The text of a completion, whether it is a string or a list of chat messages."""
+    """The text of a completion: a string, or a list of chat messages."""
     if isinstance(completion, str):
         return completion
     return "\n".join(str(message.get("content") or "") for message in completion)

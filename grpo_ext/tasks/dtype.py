@@ -1,24 +1,25 @@
-"""What ``dtype: auto`` stands for: bfloat16 on devices with instructions for it, else float32.
+"""Choose the dtype for ``dtype: auto``: bfloat16 on devices that multiply it in hardware, else float32.
 
-Without them torch converts every number in software, and a product takes several times as long as in float32.
+Without hardware support torch converts every number in software, and a product takes several times as long as in
+float32.
 """
 
 from __future__ import annotations
 
 import torch
 
-#: Names in torch's list of what a processor can do, on x86 and on ARM; one of them is enough.
+#: Names of torch's CPU capabilities, on x86 and on ARM, that imply bfloat16 products in hardware.
 _BF16_PRODUCTS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
 def fast_dtype(device: str | None = None) -> tuple[str, str]:
-    """The type of weights for a device, and why.
+    """Choose the dtype of the weights for a device.
 
     Args:
-        device: ``cpu`` or ``cuda``; None = the GPU where torch sees one.
+        device: ``cpu`` or ``cuda``; None = the GPU if torch sees one.
 
     Returns:
-        (``bfloat16`` or ``float32``, a sentence for the reader of a log).
+        (``bfloat16`` or ``float32``, the reason as text for the log).
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"

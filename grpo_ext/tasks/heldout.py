@@ -1,4 +1,4 @@
-"""The held-out measurement: mean reward of sampled answers, and what the best constant answer would get."""
+"""Held-out measurement: mean reward of sampled answers, and of the best constant answer."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class HeldoutResult:
 
     Attributes:
         reward: mean over questions of the mean weighted reward of the samples.
-        stderr: its standard error over the questions.
-        samples: one dict per sampled answer: prompt, completion, reward (None where no reward applies).
+        stderr: standard error of ``reward`` over the questions.
+        samples: one dict per sampled answer: prompt, completion, reward (None if no reward applies).
     """
 
     reward: float
@@ -50,24 +50,24 @@ def heldout_reward(
 ) -> HeldoutResult:
     """Sample `samples` answers to every question and average their rewards.
 
-    The caller's random state and the training mode of the model are left as they were.
+    Preserves the caller's random state and the training mode of the model.
 
     Args:
         model: a causal language model of transformers, or a PEFT model around one.
         tokenizer: its tokenizer.
-        dataset: rows with ``prompt`` (text or chat messages); the other columns reach the reward functions.
+        dataset: rows with ``prompt`` (text or chat messages); the reward functions receive the other columns.
         reward_funcs: called as in training.
-        sampling: as in training, so that the figure is comparable with the training reward.
-        reward_weights: one per function, None = 1.0 each.
+        sampling: as in training, so that the result is comparable with the training reward.
+        reward_weights: one per function; None = 1.0 each.
         samples: answers per question.
-        batch_size: sequences generated at a time.
-        seed: of the sampling.
-        max_prompt_length: as in training: longer prompts keep their last so many tokens; None = no limit.
-        progress: show a bar of the answers on standard error.
+        batch_size: sequences generated concurrently.
+        seed: seed of the sampling.
+        max_prompt_length: longer prompts keep only this many last tokens, as in training; None = no limit.
+        progress: show a progress bar on standard error.
 
     Raises:
-        ValueError: an empty dataset, fewer than one sample, or a prompt too long for the model's context.
-        RewardError: a reward function that raises or returns something else than one reward per completion.
+        ValueError: the dataset is empty, ``samples`` is below 1, or a prompt does not fit the model's context.
+        RewardError: a reward function raises, or does not return one reward per completion.
     """
     if len(dataset) == 0:
         raise ValueError("the held-out dataset is empty")
@@ -108,10 +108,10 @@ def best_constant_reward(
     reward_weights: Sequence[float] | None = None,
     column: str = "answer",
 ) -> float | None:
-    """The mean reward of the best single answer, given to every question.
+    """The mean reward of the best constant answer, used for every question.
 
-    A rising reward means learning only above this: a model that always says the same thing reaches it. The
-    candidates are the distinct values of `column`; None when the dataset has no such column.
+    A model that always gives the same answer reaches this reward, so only a higher reward proves learning. The
+    candidates are the distinct values of `column`. Returns None if the dataset has no such column.
     """
     if column not in dataset.column_names or len(dataset) == 0:
         return None
@@ -125,7 +125,7 @@ def best_constant_reward(
 
 
 def _score(rows: list[dict[str, Any]], texts: list[str], ids: list[list[int]], rewards: RewardFunctions) -> Tensor:
-    """The weighted reward of each row, ``(n,)`` fp64, NaN where no function applies."""
+    """The weighted reward of each row, ``(n,)`` fp64, NaN if no function applies."""
     completions = [
         text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
         for row, text in zip(rows, texts, strict=True)

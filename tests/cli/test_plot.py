@@ -51,5 +51,5 @@ def test_plot_writes_a_png(tmp_path: Path, with_summary: bool, capsys: pytest.Ca
 
 def test_plot_without_a_reward(tmp_path: Path) -> None:
     _metrics(tmp_path, [{"step": 1, "loss": 0.0}])
-    with pytest.raises(SettingsError, match="holds no reward"):
+    with pytest.raises(SettingsError, match="contains no reward"):
         plot_run(str(tmp_path))

@@ -96,7 +96,7 @@ def test_what_a_folder_refuses(
     ):
         capsys.readouterr()
         assert main([*resume, f"--{field}", value]) == 2
-        assert re.search(rf"{folder} holds another run: {message}", capsys.readouterr().err), field
+        assert re.search(rf"{folder} contains another run: {message}", capsys.readouterr().err), field
         assert (folder / "config.yaml").read_bytes() == before
 
     # Another run holds the folder: as another process would see it.

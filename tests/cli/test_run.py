@@ -112,7 +112,7 @@ def test_a_finished_run_is_not_overwritten_but_continues(
 ) -> None:
     config = write_yaml(toy_settings)
     assert main(["train", config, "--output_dir", str(run)]) == 2
-    assert "already holds a run" in capsys.readouterr().err
+    assert "already contains a run" in capsys.readouterr().err
     before = _json(run / "summary.json")
     arguments = ["--output_dir", str(run), "--resume_from_checkpoint", "true", "--max_steps", "3"]
     assert main(["train", config, *arguments]) == 0
@@ -141,7 +141,7 @@ def test_dtype_auto_is_said_recorded_and_kept_when_continuing(
     # On another machine the same run would have begun with float32.
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
     assert main(["train", config, *arguments, "--max_steps", "2", "--resume_from_checkpoint", "true"]) == 0
-    assert "dtype auto: bfloat16 (the run began with it)" in capsys.readouterr().out
+    assert "dtype auto: bfloat16 (as in the resumed run)" in capsys.readouterr().out
     assert yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
     assert main(["eval", str(folder)]) == 0
     elsewhere = tmp_path / "elsewhere"

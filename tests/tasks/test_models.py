@@ -73,5 +73,5 @@ def test_unknown_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         load_model("SmolLM2-135M-Instrct")
     with pytest.raises(FileNotFoundError, match=r"HF_HUB_OFFLINE=1.*Packaged names: smollm2-135m-instruct"):
         load_model("zzz-of-nobody")
-    with pytest.raises(FileNotFoundError, match=r"holds no model: neither config\.json nor adapter_config"):
+    with pytest.raises(FileNotFoundError, match=r"contains no model: neither config\.json nor adapter_config"):
         load_model(str(tmp_path))
