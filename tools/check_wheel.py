@@ -1,10 +1,11 @@
-"""Tests wheels away from the source tree, each in an environment of its own: `make check-wheel`.
+"""Test wheels outside the source tree, each in a new environment: `make check-wheel`.
 
     python tools/check_wheel.py dist/cpu/*cp311*.whl --torch 2.13.0
 
-An environment gets the wheel, torch and pytest, nothing else, and the tests that need no more: losses, operators,
-losses from hidden states, random cases. Where torch comes from is pip's business (PIP_INDEX_URL; on PyPI the builds for
-x86 need gigabytes of CUDA libraries). --environment takes one that holds torch already. Other arguments are pytest's.
+An environment contains only the wheel, torch, pytest and hypothesis. It runs the tests that need no more: losses,
+operators, losses from hidden states, random cases. pip chooses the source of torch (PIP_INDEX_URL; PyPI's builds for
+x86 need gigabytes of CUDA libraries). --environment uses an existing environment with torch. pytest receives all
+other arguments.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ IMPORTED = "import grpo_ext, torch; print(grpo_ext.__file__, 'torch', torch.__ve
 
 
 def environment(wheel: Path) -> Path:
-    """A new one of the wheel's CPython."""
+    """Create an environment with the wheel's CPython version."""
     tag = re.search(r"-cp3(\d+)-", wheel.name)
     if tag is None:
-        sys.exit(f"{wheel.name} is no wheel of a CPython 3")
+        sys.exit(f"{wheel.name} is not a wheel for CPython 3")
     interpreter = interpreter_of(f"3.{tag[1]}")
     if interpreter is None:
-        sys.exit(f"{wheel.name}: no CPython 3.{tag[1]} here")
+        sys.exit(f"{wheel.name}: CPython 3.{tag[1]} is not installed")
     folder = WORK / "check" / f"cp3{tag[1]}"
     shutil.rmtree(folder, ignore_errors=True)
     run(interpreter, "-m", "venv", folder)
@@ -38,7 +39,7 @@ def environment(wheel: Path) -> Path:
 
 
 def tree() -> Path:
-    """The tests and what they read, without the package: it has to come from the wheel."""
+    """Copy the tests and the files they read, but not the package, which must come from the wheel."""
     folder = WORK / "check" / "tree"
     shutil.rmtree(folder, ignore_errors=True)
     for name in ("tests", "csrc"):
@@ -48,7 +49,7 @@ def tree() -> Path:
 
 
 def check(wheel: Path, folder: Path, torch: str | None, arguments: list[str]) -> int:
-    """Install the wheel into an environment and run the tests there; pytest's exit status."""
+    """Install the wheel into an environment, run the tests, and return pytest's exit status."""
     python = folder / "bin" / "python"
     pip = (python, "-m", "pip", "--disable-pip-version-check", "install", "-q")
     if torch is not None:
@@ -59,7 +60,7 @@ def check(wheel: Path, folder: Path, torch: str | None, arguments: list[str]) ->
     where = subprocess.run([python, "-c", IMPORTED], cwd=source, capture_output=True, text=True, check=True).stdout
     print(where.strip(), flush=True)
     if not where.startswith(str(folder)):
-        sys.exit("that is not the wheel's package")
+        sys.exit(f"the tests would import another package than the wheel's in {folder}")
     command = [python, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not grid", *TESTS, *arguments]
     return subprocess.run(command, cwd=source, check=False).returncode
 
@@ -67,8 +68,8 @@ def check(wheel: Path, folder: Path, torch: str | None, arguments: list[str]) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("wheels", type=Path, nargs="+")
-    parser.add_argument("--torch", help="version to install; default: the one that pip chooses")
-    parser.add_argument("--environment", type=Path, help="one that holds torch, instead of a new one")
+    parser.add_argument("--torch", help="torch version to install; default: pip's choice")
+    parser.add_argument("--environment", type=Path, help="an existing environment with torch, instead of a new one")
     options, arguments = parser.parse_known_args()
     failed = []
     for wheel in options.wheels:

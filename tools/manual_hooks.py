@@ -1,6 +1,7 @@
-"""Hooks of mkdocs: pages of docs/ may link to pictures and CSV files of bench/, where readers of the source find them.
+"""Hooks of mkdocs: let pages of docs/ link to pictures and CSV files of bench/.
 
-A page writes ``../bench/plots/x.svg``, which holds in the source tree; the site gets the file as ``bench/plots/x.svg``.
+A page links to ``../bench/plots/x.svg``, which is valid in the source tree. The site contains the file as
+``bench/plots/x.svg``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 SHARED = ("bench/plots/*.png", "bench/plots/*.svg", "bench/results/*.csv", "bench/results/smollm2_arithmetic/*.png")
-#: ``](../../bench/`` of a page one folder down.
+#: A link to bench/, such as ``](../../bench/`` in a page one folder down.
 LINK = re.compile(r"\]\(((?:\.\./)*)\.\./bench/")
 
 
@@ -27,5 +28,5 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Links out of docs/ become links within the site, which is one folder less deep."""
+    """Rewrite links to bench/, which on the site is one folder nearer."""
     return LINK.sub(r"](\1bench/", markdown)

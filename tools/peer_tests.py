@@ -1,8 +1,8 @@
 """Run the tests of Liger-Kernel and TRL on this package: ``python -m pytest -p peer_tests``, with tools/ on PYTHONPATH.
 
-``--ours liger`` puts the drop-ins in the place of Liger's classes. ``--ours stock,patch,fuse`` runs each of TRL's tests
-with TRL alone, with ``patch()`` and with ``patch(fuse_loss=True)``; HF_HOME is then the folder that tools/trl_hub.py
-makes, which stands in for the hub. docs/integrations/peer_tests.md has the commands and the results.
+``--ours liger`` replaces Liger's classes by the drop-ins. ``--ours stock,patch,fuse`` runs each of TRL's tests with
+unpatched TRL, with ``patch()`` and with ``patch(fuse_loss=True)``. For TRL, set HF_HOME to the folder from
+tools/trl_hub.py, which replaces the hub. docs/integrations/peer_tests.md has the commands and the results.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ STOCK_FAILED = pytest.StashKey[set[str]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("peer tests")
-    group.addoption("--ours", default="", help=f"liger, or for TRL a list of {', '.join(MODES)}; default: nothing")
+    group.addoption("--ours", default="", help=f"liger, or for TRL a list of {', '.join(MODES)}; default: none")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -41,13 +41,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(autouse=True)
 def ours(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Patch TRL for one test, and record in the report what ran where."""
+    """Patch TRL for one test, and record the patch's status in the report."""
     mode = getattr(request, "param", "stock")
     if mode == "stock":
         yield
         return
     if test_name(request.node) in request.config.stash[STOCK_FAILED]:
-        pytest.skip("TRL alone does not pass")
+        pytest.skip("unpatched TRL does not pass")
     import grpo_ext.integrations.trl as trl
 
     trl.patch(fuse_loss=mode == "fuse")
@@ -66,7 +66,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Any:
 
 
 def test_name(item: pytest.Item) -> str:
-    """The node's id without the mode."""
+    """The test's id without the mode."""
     name = item.nodeid
     for mode in MODES:
         name = name.replace(f"[{mode}]", "").replace(f"[{mode}-", "[").replace(f"-{mode}]", "]")
@@ -77,7 +77,7 @@ test_name.__test__ = False
 
 
 def replace_liger() -> None:
-    """Put this package's drop-ins where Liger's tests import Liger's."""
+    """Replace Liger's classes by this package's drop-ins in all modules that Liger's tests import."""
     import liger_kernel.chunked_loss
     import liger_kernel.chunked_loss.grpo_loss
     import liger_kernel.ops.grpo_loss
@@ -95,7 +95,7 @@ def replace_liger() -> None:
 
 
 def complete_import_utils() -> None:
-    """Give TRL the ``is_..._available`` functions that tests of a neighbouring version import."""
+    """Add ``is_..._available`` functions to TRL that tests of a slightly different version import."""
     from trl import import_utils
 
     for package in ("harbor", "jmespath", "joblib", "liger_kernel", "math_verify", "mergekit", "openreward", "vllm"):
@@ -106,7 +106,7 @@ def complete_import_utils() -> None:
 
 
 def serve_datasets(folder: Path) -> None:
-    """Make ``datasets.load_dataset`` read the saved data sets, before a test file imports it."""
+    """Patch ``datasets.load_dataset`` to read the saved data sets, before a test file imports it."""
     import datasets
 
     own = datasets.load_dataset
@@ -124,7 +124,7 @@ def serve_datasets(folder: Path) -> None:
 
 
 def outcomes(report: Path) -> dict[str, dict[str, tuple[str, str]]]:
-    """Test → mode → (outcome, first line of the message or what the patch counted), from a JUnit XML file."""
+    """Read a JUnit XML file: test → mode → (outcome, first line of the message or the patch's status)."""
     from types import SimpleNamespace
     from xml.etree import ElementTree
 
@@ -143,7 +143,7 @@ def outcomes(report: Path) -> dict[str, dict[str, tuple[str, str]]]:
 
 
 def main() -> None:
-    """Print a CSV of all outcomes; on stderr how many there are, and each test that passes with TRL alone only."""
+    """Print a CSV of all outcomes. On stderr, print counts, and each test that passes only with unpatched TRL."""
     import csv
     import sys
     from collections import Counter

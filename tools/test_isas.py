@@ -1,6 +1,6 @@
-"""Run the tests of the losses at each instruction set that this processor has: our kernels', then oneDNN's.
+"""Run the tests of the losses at each instruction set of this processor, for our kernels and for oneDNN.
 
-Names the sets that the processor lacks. Further arguments go to pytest.
+Prints the sets that the processor lacks. Further arguments go to pytest.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from grpo_ext import _C
 
 FOLDERS = ("tests/linear", "tests/losses", "tests/ops")
 
-#: Values of ONEDNN_MAX_CPU_ISA below "no limit", and the capability without which a value limits nothing.
+#: Values of ONEDNN_MAX_CPU_ISA, and the CPU capability that each needs to have an effect.
 ONEDNN = {"AVX2": "avx2", "AVX512_CORE_BF16": "avx512_bf16"}
 
 
@@ -31,7 +31,7 @@ def main() -> int:
     usual = _C.cpu_isa()
     for isa in ("portable", "avx2", "avx512"):
         if not _C.select_cpu_isa(isa):
-            print(f"== kernels with {isa}: left out, this processor lacks it")
+            print(f"== kernels with {isa}: skipped, this processor lacks it")
         elif isa != usual:
             run(f"kernels with {isa}", ["--cpu-isa", isa])
     capabilities = torch.cpu.get_capabilities()
@@ -39,7 +39,7 @@ def main() -> int:
         if capabilities.get(capability):
             run(f"oneDNN limited to {value}", [], ONEDNN_MAX_CPU_ISA=value)
         else:
-            print(f"== oneDNN limited to {value}: left out, this processor lacks {capability}")
+            print(f"== oneDNN limited to {value}: skipped, this processor lacks {capability}")
     run(f"kernels with {usual}, oneDNN unlimited", [])
     print(f"failed: {', '.join(failed)}" if failed else "all passed")
     return len(failed)

@@ -1,9 +1,9 @@
-"""Make a folder that stands in for the Hugging Face hub in TRL's own tests: ``python tools/trl_hub.py TRL HUB RANKS``.
+"""Create a folder that replaces the Hugging Face hub in TRL's tests: ``python tools/trl_hub.py TRL HUB RANKS``.
 
-TRL's repository has the scripts that make its tiny models and data sets; here they run without a network. What they
-would download is made up: configurations by their shapes, a tokenizer from the ranks of Qwen's byte pairs, so that ids
-written in the tests mean the same text. RANKS is ``dashscope/resources/qwen.tiktoken`` of the package dashscope.
-``--small`` makes a hub for a slow CPU: 1,000 byte pairs and 6 rows of each data set; tests that write ids then fail.
+Runs the scripts of TRL's repository that generate its tiny models and data sets, without a network. Replaces their
+downloads: configurations are built from their shapes, and the tokenizer from the ranks of Qwen's byte pairs, so that
+token ids in the tests decode to the same text. RANKS is ``dashscope/resources/qwen.tiktoken`` of the package dashscope.
+``--small`` is for a slow CPU: 1,000 byte pairs and 6 rows of each data set. Tests with literal token ids then fail.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MODELS = (
     "for_conditional_generation/qwen2_5_vl_for_conditional_generation",
 )  # fmt: skip
 DATASETS = ("generate_zen_dataset", "generate_zen_image_dataset", "generate_zen_multi_image_dataset")
-#: The special tokens behind Qwen's 151,643 byte pairs, in the order of their ids.
+#: The special tokens after Qwen's 151,643 byte pairs, in the order of their ids.
 SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
     "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
@@ -44,7 +44,7 @@ NOT_SPECIAL = frozenset(SPECIAL[14:])
 
 
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pair that makes each token of several bytes, by rank."""
+    """The pair of tokens that each token of several bytes merges, by rank."""
     pairs = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [bytes([byte]) for byte in token]
@@ -87,7 +87,7 @@ def family_of_vision(name: str) -> str:
 
 
 class Hub:
-    """The folder in the hub's own layout, and the stand-ins for what TRL's scripts download."""
+    """A folder in the hub's layout, and replacements for the downloads of TRL's scripts."""
 
     def __init__(self, trl: Path, folder: Path, ranks: Path, small: bool) -> None:
         self.trl, self.folder = trl, folder
@@ -156,7 +156,7 @@ class Hub:
         return GenerationConfig(do_sample=True, **ids)
 
     def make_models(self, wanted: str = "") -> dict[str, str]:
-        """Run TRL's scripts; the reason for each that could not make its model."""
+        """Run TRL's scripts; return the errors of the failed ones by script."""
         sys.path.append(str(self.trl))
         from scripts.generate_tiny_models import _common as common
 
@@ -205,10 +205,10 @@ class Hub:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("trl", type=Path, help="checkout of TRL's repository")
-    parser.add_argument("hub", type=Path, help="folder to make")
+    parser.add_argument("hub", type=Path, help="folder to create")
     parser.add_argument("ranks", type=Path, help="qwen.tiktoken")
     parser.add_argument("--small", action="store_true", help="for a slow CPU")
-    parser.add_argument("--models", default="", help="only scripts with this in their name; no data sets")
+    parser.add_argument("--models", default="", help="run only scripts whose name contains this text; skip data sets")
     arguments = parser.parse_args()
     hub = Hub(arguments.trl.resolve(), arguments.hub.resolve(), arguments.ranks, arguments.small)
     if not arguments.models:

@@ -1,9 +1,9 @@
-"""Builds the sdist, and from it a wheel for each CPython and each kind (CPU, CUDA); prints their sizes: `make wheel`.
+"""Build the sdist, and from it a wheel for each CPython and kind (CPU, CUDA); print their sizes: `make wheel`.
 
-Wheels are manylinux: the CUDA runtime is linked in, symbols are hidden and stripped, and what is not of manylinux
-(libgomp) travels along. Both kinds have one name, so each has a folder: dist/cpu, dist/cu13. An interpreter needs
-neither pip nor torch; one that is missing is named and left out. Where ccache is on the path, the CUDA kernels, which
-know nothing of Python, are compiled once.
+Wheels are manylinux: the CUDA runtime is linked statically, symbols are hidden and stripped, and libgomp, which is not
+part of manylinux, is bundled. Both kinds have the same file name, hence the folders dist/cpu and dist/cu13. An
+interpreter needs neither pip nor torch; a missing one is reported and skipped. With ccache on the path, the CUDA
+kernels, which do not depend on Python, are compiled once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def run(*command: str | Path, **environment: str) -> None:
 
 
 def tools() -> Path:
-    """The folder of executables of an environment with what the steps below need."""
+    """Create an environment with the build tools, and return its folder of executables."""
     folder = WORK / "tools" / "bin"
     if not (folder / "auditwheel").exists():
         venv.create(folder.parent, with_pip=True)
@@ -39,8 +39,7 @@ def tools() -> Path:
 
 
 def path_of(interpreter: str) -> str | None:
-    """Where this interpreter lies, as pip asks for it; None where it does not run, like the shims that pyenv leaves for
-    versions that are not there."""
+    """The path of an interpreter, for pip; None if it does not run, like pyenv's shims for missing versions."""
     try:
         command = [interpreter, "-c", "import sys; print(sys.executable)"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -49,31 +48,31 @@ def path_of(interpreter: str) -> str | None:
 
 
 def interpreter_of(version: str) -> str | None:
-    """The path of a CPython such as 3.12, from the path or from pyenv; None where there is none."""
+    """The interpreter of a CPython version such as 3.12, from PATH or pyenv; None if it is not installed."""
     versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     candidates = [f"python{version}", *map(str, sorted(versions.glob(f"{version}.*/bin/python"), reverse=True))]
     return next(filter(None, map(path_of, candidates)), None)
 
 
 def interpreters() -> list[str]:
-    """One for each of `VERSIONS` that is here."""
+    """The installed interpreters, one per version of `VERSIONS`."""
     found = {version: interpreter_of(version) for version in VERSIONS}
     for version in [version for version, path in found.items() if path is None]:
-        print(f"no CPython {version} here: its wheels are left out (python{version} on the path would do)")
+        print(f"CPython {version} is not installed: skipping its wheels (put python{version} on PATH)")
     return [path for path in found.values() if path]
 
 
 def chosen(names: list[str]) -> list[str]:
-    """The paths of the interpreters that were asked for."""
+    """The paths of the requested interpreters."""
     paths = [path_of(name) for name in names]
     wrong = [name for name, path in zip(names, paths, strict=True) if path is None]
     if wrong:
-        sys.exit(f"{', '.join(wrong)}: no interpreter that runs")
+        sys.exit(f"{', '.join(wrong)}: not a working interpreter")
     return [path for path in paths if path]
 
 
 def kinds() -> dict[str, str]:
-    """Name of the folder and GRPO_EXT_CUDA of each kind; the CUDA one where nvcc is found."""
+    """Folder name → value of GRPO_EXT_CUDA, for each kind; CUDA needs nvcc."""
     found = {"cpu": "OFF"}
     nvcc = shutil.which("nvcc")
     if nvcc:
@@ -82,12 +81,12 @@ def kinds() -> dict[str, str]:
         assert major, version
         found[f"cu{major[1]}"] = "ON"
     else:
-        print("no nvcc on the path: CUDA wheels are left out")
+        print("no nvcc on the path: skipping CUDA wheels")
     return found
 
 
 def source(bin_folder: Path, target: Path) -> Path:
-    """The sdist, written to target, and the folder where it lies unpacked."""
+    """Build the sdist into target, unpack it, and return the unpacked folder."""
     run(bin_folder / "python", "-m", "build", "--sdist", "--outdir", target, ROOT)
     (archive,) = target.glob("grpo_ext-*.tar.gz")
     shutil.rmtree(WORK / "source", ignore_errors=True)
@@ -102,8 +101,8 @@ def build(interpreter: str, unpacked: Path, cuda: str, bin_folder: Path, target:
     shutil.rmtree(raw, ignore_errors=True)
     environment = {"GRPO_EXT_CUDA": cuda}
     if shutil.which("ccache"):
-        # By argument: the environment's variable is read too late for the target that is made before CUDA is on. The
-        # build folder differs from one interpreter to the next, what is compiled in it does not.
+        # Use CMake arguments: environment variables apply too late for a target that is created before CUDA is enabled.
+        # NOHASHDIR: only the build folder differs between interpreters, not the compiled code.
         launchers = [f"-DCMAKE_{language}_COMPILER_LAUNCHER=ccache" for language in ("CXX", "CUDA")]
         environment["CMAKE_ARGS"] = " ".join([os.environ.get("CMAKE_ARGS", ""), *launchers])
         environment |= {"CCACHE_DIR": str(WORK / "ccache"), "CCACHE_NOHASHDIR": "1"}
@@ -126,8 +125,8 @@ def sizes(target: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--python", action="append", help="an interpreter, may be repeated; else one of each version")
-    parser.add_argument("--kind", action="append", help="cpu or cu13, may be repeated; else what can be built here")
+    parser.add_argument("--python", action="append", help="an interpreter, repeatable; default: one of each version")
+    parser.add_argument("--kind", action="append", help="cpu or cu13, repeatable; default: all that can be built here")
     parser.add_argument("--output", type=Path, default=ROOT / "dist")
     options = parser.parse_args()
     target, possible = options.output.resolve(), kinds()
