@@ -1,6 +1,6 @@
-"""grpo_ext: fast and exact GRPO-family losses in C++ and CUDA, and a trainer around them.
+"""grpo_ext: fast and exact GRPO-family losses in C++ and CUDA, and a trainer that uses them.
 
-"SPEC section N" in comments and docstrings is a section of docs/inside/spec.md.
+"SPEC section N" in comments and docstrings refers to docs/inside/spec.md.
 """
 
 from grpo_ext import reference

@@ -1,4 +1,4 @@
-"""Backward passes that cannot be differentiated again, and raise when that is tried."""
+"""Raise an error for second derivatives that a backward pass does not support."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
 def first_order(name: str, remedy: str) -> Callable[[Backward], Backward]:
-    """Decorate the ``backward`` of a ``torch.autograd.Function`` whose gradients have no derivative of their own.
+    """Decorate a ``torch.autograd.Function``'s ``backward`` so that differentiating its gradients raises.
 
-    With ``create_graph=True`` the gradients have their usual values, and differentiating them raises. torch's
-    ``once_differentiable`` raises only where the upstream gradient requires grad. With a constant one, as after
-    ``loss.backward(create_graph=True)``, the second derivative is silently 0 there.
+    With ``create_graph=True`` the gradients keep their usual values. torch's ``once_differentiable`` raises only if the
+    upstream gradient requires grad. After ``loss.backward(create_graph=True)`` the upstream gradient is a constant, and
+    ``once_differentiable`` gives a second derivative of 0 without an error.
 
-    The function has to save one of its outputs or differentiable inputs: the error hangs on their history.
+    The function must save at least one of its outputs or differentiable inputs: the error is attached to the autograd
+    history of the saved tensors.
 
     Args:
-        name: the public function, for the error. remedy: what to do instead.
+        name: the public function, for the error. remedy: the alternative that the error suggests.
 
     Raises:
-        RuntimeError: from the second derivative, naming the function and the remedy.
+        RuntimeError: when a second derivative is computed; names the function and the remedy.
     """
     message = f"{name} has no second derivative, and its gradient (create_graph=True) is being differentiated: {remedy}"
 
@@ -46,7 +47,7 @@ def first_order(name: str, remedy: str) -> Callable[[Backward], Backward]:
 
 
 class _NoDerivative(torch.autograd.Function):
-    """Hand gradients on unchanged, with `history` as theirs; raise in backward."""
+    """Return `gradients` unchanged, as functions of the tensors in `history`; raise in backward."""
 
     @staticmethod
     def forward(

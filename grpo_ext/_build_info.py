@@ -1,4 +1,4 @@
-"""What the compiled extension was built for, and what it uses here."""
+"""Version, CPU instruction set and CUDA architectures of the compiled extension."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ __version__: str = _C.VERSION
 
 
 def build_info() -> dict[str, object]:
-    """Facts about the compiled extension.
+    """Describe the compiled extension.
 
     Returns:
         dict: ``version``; ``cpu_isa``, the instruction set of the CPU kernels in use (``avx512``, ``avx2`` or
-        ``portable``); ``cuda_version`` of the build as ``"13.0"``, or None for a CPU-only build;
-        ``cuda_architectures``, the list compiled in.
+        ``portable``); ``cuda_version``, e.g. ``"13.0"``, or None for a CPU-only build; ``cuda_architectures``, a list
+        of the architectures compiled in.
     """
     cuda = _C.CUDA_VERSION
     return {

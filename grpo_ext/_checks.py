@@ -1,6 +1,6 @@
-"""Arguments of the loss functions: checked once, brought into the form that the operators expect.
+"""Check the arguments of the loss functions and convert them to the form that the operators expect.
 
-Errors name the argument, what it is, and what to pass instead.
+Each error names the argument, describes the value, and suggests a remedy.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ Number = int | float
 
 
 def describe(value: Any) -> str:
-    """A tensor's shape, dtype and device, anything else's type: the end of an error message."""
+    """Describe a value for an error message: shape, dtype and device of a tensor, or the type of anything else."""
     if not isinstance(value, Tensor):
         return type(value).__name__
     return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}"
 
 
 def batch_of_logits(logits: Tensor) -> Tensor:
-    """``(N,V)`` logits as those of one sequence, ``(1,N,V)``; ``(B,T,V)`` as they are."""
+    """View ``(N,V)`` logits as one sequence ``(1,N,V)``; return ``(B,T,V)`` logits unchanged."""
     return logits if logits.dim() == 3 else logits.unsqueeze(0)
 
 
 def batch_of_tokens(tensor: Tensor) -> Tensor:
-    """``(N,)`` values as those of one sequence, ``(1,N)``; ``(B,T)`` as they are."""
+    """View ``(N,)`` values as one sequence ``(1,N)``; return ``(B,T)`` values unchanged."""
     return tensor if tensor.dim() == 2 else tensor.unsqueeze(0)
 
 
 def check_logits(logits: Tensor, ids: Tensor, ids_name: str = "completion_ids") -> None:
-    """``logits (B,T,V)`` or ``(N,V)`` with a dense vocabulary, ``ids`` of its leading shape."""
+    """Require ``(B,T,V)`` or ``(N,V)`` logits with a dense vocabulary, and ``ids`` with their leading shape."""
     if not isinstance(logits, Tensor) or logits.dim() not in (2, 3):
         raise ValueError(f"logits must be a (B,T,V) or (N,V) tensor, got {describe(logits)}")
     if logits.dtype not in DTYPE_CODES:
@@ -44,7 +44,7 @@ def check_logits(logits: Tensor, ids: Tensor, ids_name: str = "completion_ids") 
             f"logits must be float32, bfloat16, float16 or float64, got {describe(logits)}; cast them first"
         )
     if logits.dtype == torch.float64 and logits.device.type != "cpu":
-        raise TypeError(f"float64 logits are served on the CPU only, got {describe(logits)}; pass float32")
+        raise TypeError(f"float64 logits are supported on the CPU only, got {describe(logits)}; pass float32")
     if logits.shape[-1] == 0:
         raise ValueError(f"logits have an empty vocabulary: {describe(logits)}")
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
@@ -55,7 +55,7 @@ def check_logits(logits: Tensor, ids: Tensor, ids_name: str = "completion_ids") 
 
 
 def check_ids(ids: Tensor, shape: torch.Size, device: torch.device, name: str) -> None:
-    """``ids``: int64 of the given shape and device."""
+    """Require int64 ``ids`` with this shape and device."""
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
         raise TypeError(f"{name} must be an int64 tensor, got {describe(ids)}; pass {name}.long()")
     if ids.shape != shape:
@@ -67,7 +67,7 @@ def check_ids(ids: Tensor, shape: torch.Size, device: torch.device, name: str) -
 
 
 def check_device(name: str, tensor: Tensor, device: torch.device, other: str) -> None:
-    """``tensor`` on the device that the argument named ``other`` is on."""
+    """Require ``tensor`` to be on ``device``, the device of the argument named ``other``."""
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, {other} on {device}; move it: {name}.to({str(device)!r})")
 
@@ -78,15 +78,16 @@ def check_config(config: LossConfig) -> None:
 
 
 def check_real(name: str, tensor: Tensor) -> None:
-    """No complex numbers: a conversion would drop their imaginary parts."""
+    """Reject complex numbers: a conversion would drop their imaginary parts."""
     if tensor.is_complex():
         raise TypeError(f"{name} must hold real numbers, got {describe(tensor)}; pass {name}.real")
 
 
 def _plain(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Detached, of the dtype, contiguous: the tensor itself where it is all that, since three operations cost 4 µs.
+    """Return the tensor detached, contiguous and with this dtype.
 
-    For a compiler always a new one: it takes no tensor twice, and ``old_logps`` may be ``ref_logps``.
+    A tensor that already fits is returned itself: the three conversions cost 4 µs. A compiler always gets a new
+    tensor, because it rejects the same tensor as two inputs (``old_logps`` may be ``ref_logps``).
     """
     plain = tensor.dtype == dtype and not tensor.requires_grad and tensor.is_contiguous()
     if plain and not torch.compiler.is_compiling():
@@ -95,24 +96,24 @@ def _plain(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Tokens(NamedTuple):
-    """What tensors of one value per token, or per sequence, have to fit."""
+    """Reference shape, device and dtype for tensors with one value per token or per sequence."""
 
-    argument: str  # that has the shape, for error messages
+    argument: str  # name of the argument with this shape, for error messages
     shape: torch.Size  # (B,T) or (N,)
     device: torch.device
     dtype: torch.dtype  # of the statistics
 
 
 def checked_mask(name: str, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A mask as bool: an integer counts as 1 unless it is 0, a float has to be 0 or 1.
+    """Convert a mask to bool: any nonzero integer counts as 1; a float must be 0 or 1.
 
     Returns:
-        The mask, and where floats cannot be looked at now (on a GPU without a synchronisation, or by a compiler) a 0-d
-        bool: whether all of them are 0 or 1, for `poisoned`.
+        The bool mask, and a 0-d bool tensor or None. Float values on a GPU, or under a compiler, cannot be checked
+        without a synchronization. For those the 0-d tensor is True if all values are 0 or 1; pass it to `poisoned`.
 
     Raises:
         TypeError: for complex numbers.
-        ValueError: for a float other than 0 and 1, NaN among them, on the CPU.
+        ValueError: for a float other than 0 and 1 (NaN included), on the CPU.
     """
     if mask.is_complex():
         raise TypeError(f"{name} must be of bool, integers or floats, got {describe(mask)}; pass {name}.bool()")
@@ -133,12 +134,12 @@ def checked_mask(name: str, mask: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def poisoned(right: Tensor | None, tensor: Tensor) -> Tensor:
-    """``tensor``, NaN if a mask turned out wrong where it could not be looked at: no wrong number without a sign."""
+    """Replace ``tensor`` by NaN if `checked_mask` found an invalid mask that it could not report on the host."""
     return tensor if right is None else torch.where(right, tensor, math.nan)
 
 
 def _token_tensor(name: str, tensor: Tensor | None, tokens: _Tokens) -> Tensor | None:
-    """One number per token, in the statistics' dtype, detached."""
+    """Check a tensor with one number per token; return it detached, with the dtype of the statistics."""
     if tensor is None:
         return None
     _check_companion(name, tensor, tokens)
@@ -157,7 +158,7 @@ def _check_companion(name: str, tensor: Tensor, tokens: _Tokens) -> None:
 
 
 def _sequence_or_token_tensor(name: str, tensor: Tensor, tokens: _Tokens) -> Tensor:
-    """One number per sequence, ``(B,)`` or ``(B,1)``, or one per token, ``(B,T)``; statistics' dtype, detached."""
+    """Check, detach and cast a tensor with one number per sequence, ``(B,)`` or ``(B,1)``, or per token, ``(B,T)``."""
     shape = tokens.shape
     allowed = "(B,), (B,1) or (B,T)" if len(shape) == 2 else "(N,)"
     if not isinstance(tensor, Tensor):
@@ -167,18 +168,18 @@ def _sequence_or_token_tensor(name: str, tensor: Tensor, tokens: _Tokens) -> Ten
     if tensor.shape == shape or tensor.shape == shape[:1]:
         return _plain(tensor, tokens.dtype)
     if len(shape) == 2 and tensor.shape == (shape[0], 1):
-        return _plain(tensor.reshape(shape[0]), tokens.dtype)  # a column of a table keeps its stride
+        return _plain(tensor.reshape(shape[0]), tokens.dtype)  # a column slice keeps its stride
     raise ValueError(f"{name} must be {allowed} for {tokens.argument} {tuple(shape)}, got {describe(tensor)}")
 
 
 def _scalar_tensor(name: str, value: Number | Tensor | None, device: torch.device, dtype: torch.dtype) -> Tensor | None:
-    """A number or a one-element tensor as a 0-d tensor on the device, without a synchronisation."""
+    """Convert a number or a one-element tensor to a 0-d tensor on the device, without a host sync."""
     if value is None:
         return None
     if not isinstance(value, Tensor):
         value = plain_value(name, value, "float")
         if math.isnan(value):
-            raise ValueError(f"{name} must be a number, got nan; pass None to leave it out")
+            raise ValueError(f"{name} must be a number, got nan; pass None to omit it")
         return torch.full((), float(value), dtype=dtype, device=device)
     if value.numel() != 1:
         raise ValueError(f"{name} must be a number or a tensor of one element, got {describe(value)}")
@@ -202,9 +203,11 @@ def policy_tensors(
     num_items_in_batch: Number | Tensor | None,
     entropy_threshold: Number | Tensor | None,
 ) -> PolicyTensors:
-    """Everything but logits and ids; ``shape`` is that of the ids, ``(B,T)`` or ``(N,)`` (one sequence of N).
+    """Check and convert all tensor arguments of a loss except logits and ids.
 
-    tokens_argument: what has that shape and device, as errors call it.
+    Args:
+        shape: shape of the ids, ``(B,T)``, or ``(N,)`` for one sequence of N tokens.
+        tokens_argument: name, for errors, of the argument that has this shape and device.
     """
     check_config(config)
     tokens = _Tokens(tokens_argument, shape, device, dtype)

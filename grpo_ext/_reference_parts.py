@@ -1,4 +1,4 @@
-"""What reference.py needs beside the mathematics: three small derivatives, shapes and checks."""
+"""Helpers of reference.py: three autograd functions, shape conversions and checks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Exp(torch.autograd.Function):
-    """``exp`` whose backward keeps a zero gradient zero where the value is infinite (a clipped ratio)."""
+    """``exp`` whose backward keeps a zero gradient zero if the value is infinite (a clipped ratio)."""
 
     @staticmethod
     def forward(ctx: Any, w: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ class ZeroWithGradient(torch.autograd.Function):
 
 
 class ScaleGradient(torch.autograd.Function):
-    """The identity, with the gradient multiplied by a number."""
+    """Identity whose gradient is multiplied by a number."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, scale: float) -> Tensor:
@@ -54,7 +54,7 @@ def upcast(tensor: Tensor) -> Tensor:
 
 
 def select(where: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
-    """One of two numbers, in the dtype of ``like`` (torch.where of two numbers would give fp32)."""
+    """Choose one of two numbers, with the dtype of ``like`` (torch.where of two numbers would give fp32)."""
     return torch.where(where, torch.full_like(like, yes), torch.full_like(like, no))
 
 
@@ -63,14 +63,14 @@ def detached(tensor: Tensor | None) -> Tensor | None:
 
 
 def rows(tensor: Tensor) -> Tensor:
-    """``(N,)`` as one sequence ``(1, N)``."""
+    """View ``(N,)`` as one sequence ``(1, N)``."""
     return tensor.unsqueeze(0) if tensor.dim() == 1 else tensor
 
 
 def per_sequence_or_token(
     name: str, tensor: Tensor, shape: torch.Size, m: Tensor, neutral: float, dtype: torch.dtype
 ) -> Tensor:
-    """``(B, 1)`` or ``(B, T)``; in the latter the neutral value where the mask is 0."""
+    """Convert to ``(B, 1)``, or to ``(B, T)`` with the neutral value at masked positions."""
     if tensor.shape == shape:
         return torch.where(m, rows(tensor).to(dtype), neutral)
     if len(shape) == 2 and tensor.shape in ((shape[0],), (shape[0], 1)):

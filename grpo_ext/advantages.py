@@ -1,4 +1,4 @@
-"""Advantages from rewards, and weights against the generation engine: small tensors, plain torch."""
+"""Advantages from rewards, and importance weights for the generation engine: small tensors, plain torch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from grpo_ext._checks import check_real, checked_mask, poisoned
 
 from .config import IMPORTANCE_MODES, plain_value
 
-#: Added to the standard deviation that divides an advantage.
+#: Added to the standard deviation before an advantage is divided by it.
 STD_EPSILON = 1e-4
 
-#: Weighted sums up to here have squares that fp64 holds.
+#: Largest weighted sum: its square still fits in fp64.
 LARGEST_REWARD = 1e150
 
 _SCALES: dict[object, str] = {
@@ -36,9 +36,9 @@ def group_advantages(
     reward_weights: Sequence[float] | Tensor | None = None,
     scale_rewards: str | bool = "group",
 ) -> Tensor:
-    """Advantage of each completion against the other completions of its prompt.
+    """Advantage of each completion relative to the other completions of its prompt.
 
-    ``A = (reward - mean of the group)``, then divided by ``std + 1e-4``.
+    ``A = (reward - mean of the group) / (std + 1e-4)``; ``scale_rewards`` chooses the ``std``.
 
     Args:
         rewards: ``(n,)`` or ``(n, functions)``, a tensor or nested lists; rows ``g * num_generations`` to
@@ -47,22 +47,22 @@ def group_advantages(
         num_generations: completions per prompt, at least 2.
         reward_weights: one factor per function, None = 1.0 each.
         scale_rewards: ``"group"`` (or True) divides by the unbiased standard deviation within the group,
-            ``"batch"`` by the one over all rows, ``"none"`` (or False) not at all.
+            ``"batch"`` by the standard deviation over all rows, ``"none"`` (or False) does not divide.
 
     Returns:
-        ``(n,)`` tensor on the rewards' device, computed in fp64, fp32 (fp64 for fp64 tensors). A row without any
-        reward gets 0 and is left out of the baseline; a group whose rewards are all equal gets exactly 0.
+        ``(n,)`` tensor on the rewards' device, computed in fp64 and returned in fp32 (fp64 for fp64 tensors). A row
+        without any reward gets 0 and does not enter the mean. A group whose rewards are all equal gets exactly 0.
 
     Raises:
-        ValueError: for a shape, number or name that does not fit, a reward that is infinite, or one whose weighted sum
-            or advantage is out of range.
+        ValueError: for an invalid shape, number or name, an infinite reward, or a weighted sum or advantage that is out
+            of range.
 
     Source: https://arxiv.org/abs/2402.03300 section 4.1; without division https://arxiv.org/abs/2503.20783.
     """
     if isinstance(num_generations, bool) or not isinstance(num_generations, int) or num_generations < 2:
         raise ValueError(
             f"num_generations must be an integer of at least 2, got {num_generations!r}: "
-            "a completion is judged against the others of its group"
+            "each completion is compared with the others of its group"
         )
     try:
         scale = _SCALES[scale_rewards]
@@ -74,7 +74,7 @@ def group_advantages(
     dtype = rewards.dtype if isinstance(rewards, Tensor) and rewards.dtype == torch.float64 else torch.float32
     total = weighted_rewards(rewards, reward_weights)
     if dtype == torch.float32:
-        rounded = total.float().double()  # sums that differ in the order of additions only are equal
+        rounded = total.float().double()  # equal sums, whatever the order of the additions
         total = torch.where(rounded.isinf(), total, rounded)
     n = total.shape[0]
     if n % num_generations:
@@ -114,7 +114,7 @@ def group_advantages(
 def weighted_rewards(rewards: Rewards, reward_weights: Sequence[float] | Tensor | None = None) -> Tensor:
     """Weighted sum over reward functions, ``(n,)`` in fp64; NaN for a row to which no function applies.
 
-    Args and errors as in :func:`group_advantages`.
+    Arguments and errors are those of :func:`group_advantages`.
     """
     table = _reward_table(rewards)
     functions = table.shape[1]
@@ -142,7 +142,7 @@ def weighted_rewards(rewards: Rewards, reward_weights: Sequence[float] | Tensor 
 
 
 def _weights(reward_weights: Sequence[float] | Tensor) -> Tensor:
-    """Reward weights as an fp64 tensor."""
+    """Convert reward weights to an fp64 tensor."""
     if isinstance(reward_weights, Tensor) and not reward_weights.is_complex():
         return reward_weights.detach().double()
     try:
@@ -153,7 +153,7 @@ def _weights(reward_weights: Sequence[float] | Tensor) -> Tensor:
 
 
 def _reward_table(rewards: Rewards) -> Tensor:
-    """Rewards as an fp64 ``(n, functions)`` tensor, NaN where a function does not apply."""
+    """Convert rewards to an fp64 ``(n, functions)`` tensor; NaN means that a function does not apply to a row."""
     if isinstance(rewards, Tensor):
         table = rewards.detach()
         if table.is_complex():
@@ -213,29 +213,28 @@ def importance_weights(
     cap: float = 2.0,
     min: float | None = None,
 ) -> Tensor:
-    """Weights that correct for tokens sampled by an engine whose log probabilities differ from the trainer's.
+    """Importance weights for tokens sampled by an engine whose log probabilities differ from the trainer's.
 
-    ``delta = (old - sampling) * mask`` with NaN counted as 0; the weight is ``exp(delta)`` per token or
-    ``exp(sum over t of delta)`` per sequence. A sum that is NaN (+inf and -inf in one sequence: 0 to 0, as a token's
-    NaN is) counts as 0, too.
+    ``delta = (old - sampling) * mask``. The weight is ``exp(delta)`` per token, or ``exp(sum over t of delta)`` per
+    sequence. A NaN ``delta`` counts as 0. A NaN sum also counts as 0: +inf and -inf in one sequence.
 
     Args:
         old_logps: ``(B, T)`` log probabilities of the behaviour policy from the trainer's own model.
         sampling_logps: ``(B, T)`` log probabilities that the generation engine reported.
-        mask: ``(B, T)``, bool, int or float; values where it is 0 are never looked at. Floats have to be 0 or 1; with
-            others all weights are NaN on a GPU.
-        mode: ``{token,sequence}_truncate`` clamps the weight to ``[min, cap]``, ``{token,sequence}_mask``
-            sets it to 0 outside.
+        mask: ``(B, T)``, bool, int or float; values at masked positions (0) have no effect. Floats must be 0 or 1; any
+            other float makes all weights NaN on a GPU.
+        mode: ``{token,sequence}_truncate`` clamps the weight to ``[min, cap]``; ``{token,sequence}_mask``
+            sets a weight outside ``[min, cap]`` to 0.
         cap: upper bound.
         min: lower bound, None = 0.
 
     Returns:
-        ``(B, T)`` for the token modes, ``(B, 1)`` for the sequence modes; fp32 (fp64 where ``old_logps`` is),
-        without gradient. Where one sequence is given as ``(T,)`` tensors: ``(T,)`` and ``(1,)``.
+        ``(B, T)`` for the token modes, ``(B, 1)`` for the sequence modes; fp32 (fp64 if ``old_logps`` is fp64),
+        without gradient. For one sequence given as ``(T,)`` tensors: ``(T,)`` and ``(1,)``.
 
     Raises:
-        ValueError: for an unknown mode, bounds that do not fit, shapes that disagree, or a mask of floats other
-            than 0 and 1 (CPU).
+        ValueError: for an unknown mode, invalid bounds, different shapes, or a float mask with values other than 0
+            and 1 (CPU).
         TypeError: for complex numbers.
 
     Source: truncated importance sampling, https://fengyao.notion.site/off-policy-rl

@@ -1,4 +1,4 @@
-"""`LossConfig`: which member of the GRPO family a loss call computes. Frozen and validated once."""
+"""`LossConfig`: the loss type and constants of a loss call; frozen, and validated on construction."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ LOSS_TYPES: tuple[str, ...] = get_args(LossType)
 LEVELS: tuple[str, ...] = get_args(Level)
 IMPORTANCE_MODES: tuple[str, ...] = get_args(ImportanceMode)
 
-#: Positive numbers that float32 holds with all its digits, and whose reciprocals are finite.
+#: Range of the positive normal numbers of float32, whose reciprocals are finite.
 FLOAT32_SMALLEST, FLOAT32_LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 
-#: Loss types whose ratio is clipped to [1 - epsilon, 1 + epsilon_high] from both sides of the objective.
+#: Loss types that clip the ratio to [1 - epsilon, 1 + epsilon_high].
 CLIPPED_LOSS_TYPES = frozenset({"grpo", "bnpo", "dr_grpo", "dapo", "luspo"})
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """The constants of one GRPO-family loss. Every field is a plain Python value, none is a tensor.
+    """Constants of one GRPO-family loss; every field is a plain Python value.
 
     Attributes:
         loss_type: objective and reduction: ``grpo``, ``bnpo``, ``dr_grpo``, ``dapo``, ``luspo``, ``cispo``, ``sapo``
-            or ``vespo`` (docs/losses.md; their papers: docs/papers.md).
+            or ``vespo`` (docs/losses.md; papers: docs/papers.md).
         importance_sampling_level: ``token``, or ``sequence`` for one ratio per completion (GSPO).
-        epsilon: lower clip distance of the ratio, and the upper one if ``epsilon_high`` is None.
+        epsilon: lower clip distance of the ratio; also the upper clip distance if ``epsilon_high`` is None.
         epsilon_high: upper clip distance; for ``cispo`` the absolute cap of the ratio (e.g. 5.0).
         delta: upper bound of the unclipped ratio (two-sided clipping); None = no bound.
         beta: weight of the KL term against ``ref_logps``; 0 needs no reference model.
         use_bias_correction_kl: multiply the KL term by the (differentiable) ratio.
-        entropy_coef: entropy bonus; the loss of a token falls by ``entropy_coef * entropy``.
+        entropy_coef: entropy bonus; the loss of a token is reduced by ``entropy_coef * entropy``.
         temperature: processed logits are ``softcap(logit_scale * z) / temperature``.
         logit_softcap: ``c`` of ``softcap(u) = c * tanh(u / c)``; None = no cap.
         logit_scale: factor on the raw logits.
         max_completion_length: the constant divisor of ``dr_grpo``, in tokens.
-        top_entropy_quantile: share of tokens that keep their policy term: those with the highest entropy.
+        top_entropy_quantile: share of the tokens, those with the highest entropy, that keep their policy term.
         off_policy_mask_threshold: drop the policy term of a sequence with a negative advantage if the mean of
             ``behaviour - new`` exceeds this; None = keep all.
         sapo_temperature_pos: slope of the sigmoid gate for A > 0.
@@ -48,20 +48,20 @@ class LossConfig:
         vespo_lambda_pos: decay of the gamma weight for A >= 0.
         vespo_k_neg: power of the gamma weight for A < 0.
         vespo_lambda_neg: decay of the gamma weight for A < 0.
-        vllm_importance_sampling_correction: form importance weights from ``sampling_logps`` when they are given.
+        vllm_importance_sampling_correction: compute importance weights from ``sampling_logps`` if they are given.
         vllm_importance_sampling_mode: one of ``token_truncate``, ``token_mask``, ``sequence_truncate`` and
             ``sequence_mask``.
         vllm_importance_sampling_cap: upper bound of the weight.
         vllm_importance_sampling_clip_max: another name of the cap; overrides it if set.
         vllm_importance_sampling_clip_min: lower bound of the weight; None = 0.
 
-    Numbers of numpy and 0-d tensors become plain ones; text is never read as a number or a truth value.
+    NumPy numbers and 0-d tensors are converted to plain Python numbers. Text is never parsed as a number or a bool.
 
     Raises:
-        ValueError: naming the field, its value and what is allowed. Numbers have to be finite in float32.
+        ValueError: names the field, its value and the allowed values. Numbers must be finite in float32.
 
     Warns:
-        UserWarning: a ``delta`` inside the clip range, or a ``cispo`` cap below 1: legal, and hardly what is meant.
+        UserWarning: for a ``delta`` inside the clip range, or a ``cispo`` cap below 1: valid, but rarely intended.
     """
 
     loss_type: LossType = "dapo"
@@ -98,7 +98,7 @@ class LossConfig:
             given = getattr(self, name)
             value = plain_value(name, given, hint)
             if value is not given:
-                object.__setattr__(self, name, value)  # frozen
+                object.__setattr__(self, name, value)  # the dataclass is frozen
         check_logit_transform(self.temperature, self.logit_softcap, self.logit_scale)
         for name in ("sapo_temperature_pos", "sapo_temperature_neg"):
             _positive(name, getattr(self, name))
@@ -108,7 +108,6 @@ class LossConfig:
             _finite(name, getattr(self, name))
         for name in ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"):
             _finite(name, getattr(self, name))
-        # None is a value of these.
         if self.delta is not None:
             _positive("delta", self.delta)
         for name in ("epsilon_high", "vllm_importance_sampling_clip_min"):
@@ -132,7 +131,7 @@ class LossConfig:
         if self.loss_type == "cispo" and self.clip_high < 1:
             warnings.warn(
                 f"loss_type='cispo' caps the ratio at epsilon_high = {self.clip_high:g}, below 1: every weight is cut, "
-                "on-policy too; epsilon_high is the absolute cap here, e.g. 5.0",
+                "also on-policy; epsilon_high is the absolute cap for cispo, e.g. 5.0",
                 stacklevel=3,
             )
         if self.delta is not None and self.loss_type in CLIPPED_LOSS_TYPES and self.delta <= 1 + self.clip_high:
@@ -144,12 +143,12 @@ class LossConfig:
 
     @property
     def clip_high(self) -> float:
-        """``epsilon_high``, or ``epsilon`` where it is None."""
+        """``epsilon_high``, or ``epsilon`` if ``epsilon_high`` is None."""
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
     @property
     def importance_cap(self) -> float:
-        """Upper bound of an importance weight, under either of its two names."""
+        """Upper bound of an importance weight: ``clip_max`` if it is set, else ``cap``."""
         clip_max = self.vllm_importance_sampling_clip_max
         return self.vllm_importance_sampling_cap if clip_max is None else clip_max
 
@@ -159,7 +158,7 @@ class LossConfig:
         return self.vllm_importance_sampling_clip_min or 0.0
 
     def replace(self, **changes: object) -> LossConfig:
-        """A validated copy with some fields changed."""
+        """Return a validated copy with some fields changed."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
 
@@ -169,7 +168,7 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 def check_logit_transform(temperature: float, logit_softcap: float | None, logit_scale: float) -> None:
-    """Raise a ValueError for numbers with which ``softcap(logit_scale * z) / temperature`` is not finite in float32."""
+    """Raise a ValueError if ``softcap(logit_scale * z) / temperature`` would not be finite in float32."""
     _positive("temperature", temperature)
     _finite("logit_scale", logit_scale)
     if logit_scale == 0:
@@ -183,9 +182,9 @@ def check_logit_transform(temperature: float, logit_softcap: float | None, logit
 
 
 def plain_value(name: str, value: Any, hint: str) -> Any:
-    """A field's value, checked against its annotation: ``bool``, ``int`` or ``float``, perhaps ``| None``.
+    """Check a field's value against its annotation and return it as a plain Python value.
 
-    Other annotations are not looked at.
+    Checks ``bool``, ``int`` and ``float``, each with or without ``| None``; ignores other annotations.
 
     Raises:
         ValueError: for text, a bool instead of a number, a fraction instead of a whole number.
@@ -194,7 +193,7 @@ def plain_value(name: str, value: Any, hint: str) -> Any:
     if kind not in _WHAT or rest not in ("", "None") or (rest and value is None):
         return value
     if getattr(value, "shape", None) == ():
-        value = value.item()  # a number of numpy or a 0-d tensor
+        value = value.item()  # a NumPy number or a 0-d tensor
     fits = isinstance(value, bool) if kind == "bool" else isinstance(value, int) and not isinstance(value, bool)
     if fits or (kind == "float" and isinstance(value, float)):
         return value
@@ -203,7 +202,7 @@ def plain_value(name: str, value: Any, hint: str) -> Any:
 
 
 _WHAT = {
-    "bool": ("True or False", "pass a bool, since any text and any number but 0 would count as true"),
+    "bool": ("True or False", "pass a bool: any text and any nonzero number would count as true"),
     "int": ("a whole number", "pass an int"),
     "float": ("a number", "pass a float or an int"),
 }

@@ -1,6 +1,6 @@
 """`selective_log_softmax`: log probability (and entropy) of one token per row of logits, with autograd.
 
-Forward reads every logit once and keeps three numbers per row; backward reads the logits again.
+Forward reads every logit once and saves three numbers per row; backward reads the logits again.
 """
 
 from __future__ import annotations
@@ -66,18 +66,18 @@ def selective_log_softmax(
         temperature, logit_softcap, logit_scale: processed logits are
             ``softcap(logit_scale * logits) / temperature`` with ``softcap(u) = c * tanh(u / c)``.
         return_entropy: also return the entropy of each row's distribution, in nats, with gradient.
-        process_group: ranks that hold the columns of the logits in consecutive shards ``(..., V / world)``, of any
-            sizes, and the same ``ids``, which are those of the whole vocabulary. The results are the same on all ranks;
-            each gets the gradient of its own columns, for an upstream gradient that is the same on all.
+        process_group: ranks that hold consecutive column shards of the logits, of any sizes, and the same ``ids``,
+            which index the whole vocabulary. All ranks get the same results, and each rank gets the gradient of its own
+            columns. The upstream gradient must be the same on all ranks.
 
     Returns:
         ``logp`` of the shape of ``ids``, fp32 (fp64 for fp64 logits), or ``(logp, entropy)``. Backward allocates one
         gradient of the size of the logits.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices that do not fit.
-        IndexError: an id outside [0, V), on the CPU. On a GPU nobody waits for the device to look: that row is NaN
-            (-inf with a ``process_group``).
+        ValueError, TypeError: for an invalid shape, dtype or device.
+        IndexError: for an id outside [0, V), on the CPU. On a GPU an error would need a host sync: the row's results
+            are NaN instead (-inf with a ``process_group``).
     """
     check_logits(logits, ids, "ids")
     config = LossConfig(temperature=temperature, logit_softcap=logit_softcap, logit_scale=logit_scale)

@@ -1,8 +1,8 @@
-"""`grpo_loss`: from logits to the loss and the gradient of the logits. The choice of operators, and autograd.
+"""`grpo_loss`: loss from logits, with autograd and the choice between two schedules.
 
-One read of every logit and one write of every gradient where the loss allows it (`grpo_ext::row_loss`); otherwise
-statistics, the policy stage on ``(B,T)`` numbers, and the gradient. Either way the gradient of the logits is formed in
-the forward pass, and backward hands it over without touching it when the upstream gradient is 1.
+One pass (`grpo_ext::row_loss`) reads every logit once and writes every gradient once. Losses whose rows depend on each
+other are staged: row statistics, the policy loss on ``(B,T)`` numbers, then the gradient. Both schedules compute the
+gradient of the logits in the forward pass; backward returns it unchanged if the upstream gradient is 1.
 """
 
 from __future__ import annotations
@@ -27,13 +27,17 @@ from grpo_ext.output import GRPOLossOutput, loss_output
 from grpo_ext.policy import with_entropy_threshold
 
 USED_AGAIN = (
-    "grpo_loss(inplace=True) has overwritten these logits with their gradient, and they, or what they are a view of, "
-    "were used again afterwards; pass inplace=False, or finish with the logits before the loss"
+    "grpo_loss(inplace=True) has overwritten these logits with their gradient, but the logits, or the base tensor that "
+    "they are a view of, were used afterwards; pass inplace=False, or use the logits only before the loss"
 )
 
 
 class _GRPOLoss(torch.autograd.Function):
-    """Loss and logits gradient, formed together. `mode` says whether the gradient is wanted, and where."""
+    """Compute the loss and the logits gradient together.
+
+    `mode`: ``"none"`` computes no gradient, ``"fresh"`` allocates one, ``"overwrite"`` and ``"overwrite_view"`` write
+    it over the logits.
+    """
 
     @staticmethod
     def forward(
@@ -47,10 +51,10 @@ class _GRPOLoss(torch.autograd.Function):
         *policy: Any,
     ) -> tuple[Tensor | None, ...]:
         ctx.inputs = 6 + len(policy)
-        # Outputs without a gradient go past autograd, unless a compiler has to see them.
-        aside: list[Any] | None = None
+        # Outputs without gradient bypass autograd, which is faster; a compiler must see them as outputs.
+        detached: list[Any] | None = None
         if len(policy) == 2:
-            tensors, aside = policy
+            tensors, detached = policy
         else:
             tensors = PolicyTensors(*policy)
         run = _one_pass if fits_one_pass(config, tensors) else _staged
@@ -62,14 +66,14 @@ class _GRPOLoss(torch.autograd.Function):
         ctx.overwrites = mode.startswith("overwrite")
         ctx.grad = grad if grad is None or grad.shape == logits.shape else grad.view(logits.shape)
         if mode == "overwrite":
-            # Autograd gives the overwritten logits this node as their history: using them later raises in backward.
+            # This node becomes the history of the overwritten logits: using them later raises in backward.
             ctx.mark_dirty(logits)
         if mode == "overwrite_view":
             torch.autograd.graph.increment_version(logits)
-        # They come first: a retained gradient of theirs is moved along by position.
+        # The logits are the first output: autograd matches a retained gradient to inputs and outputs by position.
         overwritten = logits if mode == "overwrite" else None
-        if aside is not None:
-            aside += (logps, entropy, kl, metrics)
+        if detached is not None:
+            detached += (logps, entropy, kl, metrics)
             return overwritten, loss
         ctx.mark_non_differentiable(logps, entropy, kl, metrics)
         return overwritten, loss, logps, entropy, kl, metrics
@@ -85,18 +89,18 @@ class _GRPOLoss(torch.autograd.Function):
             raise RuntimeError(
                 "the gradient of grpo_loss was handed over in an earlier backward; compute the loss once per backward"
             )
-        no_more = (None,) * (ctx.inputs - 1)
+        no_gradients = (None,) * (ctx.inputs - 1)
         if ctx.grad.dtype == torch.float64 and not ctx.overwrites and grad_loss is not None:
-            return ctx.grad * grad_loss, *no_more  # fp64 is for checking: may be asked again (gradcheck)
+            return ctx.grad * grad_loss, *no_gradients  # gradcheck runs backward repeatedly in fp64
         grad, ctx.grad = ctx.grad, None
         if grad_loss is None:
-            return None, *no_more
+            return None, *no_gradients
         kernels.scale_rows_(batch_of_logits(grad), grad_loss)
-        return grad, *no_more
+        return grad, *no_gradients
 
 
-class _Overwritten(torch.autograd.Function):
-    """The new history of a view whose numbers are gone, and with it of the tensor that it is a view of."""
+class _OverwrittenView(torch.autograd.Function):
+    """Make later uses of an overwritten view, and of its base tensor, raise in backward."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor) -> Tensor:
@@ -109,10 +113,10 @@ class _Overwritten(torch.autograd.Function):
 
 
 def fits_one_pass(config: LossConfig, tensors: PolicyTensors) -> bool:
-    """Whether a row's coefficient follows from its own log probability and from numbers known before any logit is read.
+    """Whether a row's gradient coefficient depends only on the row's log probability and on given numbers.
 
-    Then statistics and gradient share one pass over the row; otherwise a whole sequence (or, for the entropy
-    quantile, the whole batch) has to be seen first.
+    If so, statistics and gradient share one pass over the row. Otherwise the coefficient depends on a whole sequence,
+    or, for the entropy quantile, on the whole batch.
     """
     if config.loss_type == "vespo" or config.off_policy_mask_threshold is not None:
         return False
@@ -129,8 +133,8 @@ def fits_one_pass(config: LossConfig, tensors: PolicyTensors) -> bool:
         return False
     if config.importance_sampling_level == "token":
         return True
-    # On-policy the sequence's ratio is exactly 1: its gradient follows from the advantages, unless something else
-    # that multiplies it looks at this forward.
+    # The on-policy sequence ratio is exactly 1: its gradient depends only on the advantages, unless a factor of the
+    # ratio depends on this forward pass.
     ratio_in_kl = config.beta != 0 and config.use_bias_correction_kl
     return on_policy and not weights_from_this_forward and not ratio_in_kl and config.top_entropy_quantile >= 1
 
@@ -150,7 +154,7 @@ def _staged(
     logits: Tensor, ids: Tensor, config: LossConfig, tensors: PolicyTensors, spec: list[float],
     transform: list[float], mode: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """A row's coefficient depends on other rows: statistics, then the policy, then the gradient."""
+    """Compute row statistics, then the policy loss, then the gradient: coefficients depend on other rows."""
     logps, entropy, lse = kernels.row_stats(logits, ids, tensors.mask, transform, True)
     tensors = with_entropy_threshold(tensors, config, entropy)
     loss, coef, entropy_coef, kl, metrics = kernels.policy_loss(logps, entropy, *tensors, spec)
@@ -180,39 +184,39 @@ def grpo_loss(
     inplace: bool = False,
     grad_scale: float = 1.0,
 ) -> GRPOLossOutput:
-    """The GRPO-family loss of a batch of completions, from the logits, with its gradient.
+    """GRPO-family loss of a batch of completions from the logits, with gradient.
 
     Args:
         logits: ``(B,T,V)``, or ``(N,V)`` for one sequence of N tokens; fp32, bf16 or fp16 (fp64 on the CPU), any row
             stride, dense vocabulary. ``logits[b,t]`` predicts ``completion_ids[b,t]``.
         completion_ids: int64 ``(B,T)`` or ``(N,)``.
         advantages: ``(B,)`` or ``(B,T)``; ``(N,)`` for ``(N,V)`` logits. See `grpo_ext.group_advantages`.
-        completion_mask: ``(B,T)`` or ``(N,)``, bool, integer or float; rows with 0 are never read, whatever they hold.
-            An integer but 0 counts as 1. Floats have to be 0 or 1; with others the loss is NaN on a GPU.
-        config: which loss, with its constants.
-        old_logps: behaviour-policy log probabilities ``(B,T)``; None means on-policy, where the ratio is exactly 1.
-        ref_logps: reference-model log probabilities ``(B,T)``; needed when ``config.beta != 0``.
-        sampling_logps: log probabilities ``(B,T)`` reported by the generation engine. Importance weights are formed
+        completion_mask: ``(B,T)`` or ``(N,)``, bool, integer or float; rows with mask 0 are never read. Any nonzero
+            integer counts as 1. Floats must be 0 or 1; any other float makes the loss NaN on a GPU.
+        config: loss type and constants.
+        old_logps: behaviour-policy log probabilities ``(B,T)``; None means on-policy, with a ratio of exactly 1.
+        ref_logps: reference-model log probabilities ``(B,T)``; required if ``config.beta != 0``.
+        sampling_logps: log probabilities ``(B,T)`` reported by the generation engine. Importance weights are computed
             from them (``config.vllm_importance_sampling_*``) unless ``importance_weights`` are given.
-        importance_weights: ``(B,)``, ``(B,1)`` or ``(B,T)``, used as they are.
+        importance_weights: ``(B,)``, ``(B,1)`` or ``(B,T)``, applied without further clamping.
         num_items_in_batch: number or 0-d tensor, the divisor of ``dapo``, ``cispo`` and ``vespo``; None: the sum of
             the mask.
         entropy_threshold: number or 0-d tensor that replaces the local quantile of ``top_entropy_quantile``.
-        inplace: write the gradient over the logits; saves ``[tokens, vocabulary]`` memory. Needs logits that came out
-            of another operation. Using them afterwards, or a tensor that they are a view of, raises in backward.
-        grad_scale: factor on the gradient, applied where it is formed; the loss value stays as it is.
+        inplace: write the gradient over the logits; saves ``[tokens, vocabulary]`` memory. The logits must be the
+            output of another operation. Using them, or their base tensor, after the loss raises in backward.
+        grad_scale: factor on the gradient, applied when the gradient is computed; does not change the loss value.
 
     Returns:
-        GRPOLossOutput: fp32 (fp64 for fp64 logits); ``loss`` has the gradient, everything else is detached. The
-        gradient is computed in this call when ``logits.requires_grad`` and grad mode is on, and handed over once.
+        GRPOLossOutput: fp32 (fp64 for fp64 logits); ``loss`` has a gradient, the other fields are detached. This call
+        computes the gradient if ``logits.requires_grad`` and grad mode is on; only one backward can consume it.
 
     Raises:
-        ValueError, TypeError: an argument's shape, dtype or device does not fit.
-        IndexError: an id outside [0, V) at an unmasked position, on the CPU. On a GPU nobody waits for the device to
-            look: log probability, loss and gradient of that row are NaN, and ``nonfinite_tokens`` counts it.
-        RuntimeError: ``inplace`` on a leaf that requires grad, or on logits with overlapping rows.
+        ValueError, TypeError: for an argument with an invalid shape, dtype or device.
+        IndexError: for an id outside [0, V) at an unmasked position, on the CPU. On a GPU an error would need a host
+            sync: the row's log probability, loss and gradient are NaN instead, and ``nonfinite_tokens`` counts the row.
+        RuntimeError: for ``inplace`` on a leaf that requires grad, or on logits with overlapping rows.
 
-    Source: https://arxiv.org/abs/2402.03300 and, for each loss type, `LossConfig`.
+    Source: https://arxiv.org/abs/2402.03300; docs/papers.md lists the paper of each loss type.
     """
     check_logits(logits, completion_ids)
     tensors = policy_tensors(
@@ -232,8 +236,8 @@ def grpo_loss(
     mode = "none"
     if logits.requires_grad and torch.is_grad_enabled():
         mode = _overwrite_mode(logits) if inplace else "fresh"
-    compiles = torch.compiler.is_compiling()
-    aside: list[Any] = []
+    compiling = torch.compiler.is_compiling()
+    detached: list[Any] = []
     outputs = _GRPOLoss.apply(
         logits,
         batch_of_tokens(completion_ids.contiguous()),
@@ -241,41 +245,41 @@ def grpo_loss(
         loss_spec(config, float(grad_scale)),
         logit_transform(config.temperature, config.logit_softcap, config.logit_scale),
         mode,
-        # One argument is looked at faster than eight; a compiler wants to see them all.
-        *(tensors if compiles else (tensors, aside)),
+        # autograd processes one argument faster than eight; a compiler must see each tensor as an argument.
+        *(tensors if compiling else (tensors, detached)),
     )
-    if mode == "overwrite_view" and not compiles:
-        _mark_overwritten(logits)
-    _, loss, logps, entropy, kl, metrics = (*outputs, *aside) if aside else outputs
+    if mode == "overwrite_view" and not compiling:
+        _invalidate_view(logits)
+    _, loss, logps, entropy, kl, metrics = (*outputs, *detached) if detached else outputs
     return loss_output(loss, logps, entropy, kl, metrics, completion_ids.shape)
 
 
-def _mark_overwritten(logits: Tensor) -> None:
-    """Of a view, which cannot take a new history beside other outputs."""
+def _invalidate_view(logits: Tensor) -> None:
+    """Invalidate an overwritten view: autograd cannot rebase a view inside a function that has other outputs."""
     try:
-        _Overwritten.apply(logits)
-    except RuntimeError:  # nor can one that split, unbind or a custom function made; torch lets nobody use that again
-        _Overwritten.apply(logits._base)
+        _OverwrittenView.apply(logits)
+    except RuntimeError:  # a view from split, unbind or a custom function, which torch never rebases: mark its base
+        _OverwrittenView.apply(logits._base)
 
 
 def _overwrite_mode(logits: Tensor) -> str:
-    """How autograd learns that the logits are gone."""
+    """Choose how autograd records that the logits are overwritten."""
     if logits.is_leaf or (logits._base is not None and logits._base.is_leaf and logits._base.requires_grad):
         raise RuntimeError(
-            "inplace=True would overwrite a leaf that requires grad, or a view of one; pass logits that came out of "
-            "another operation, or inplace=False"
+            "inplace=True would overwrite a leaf that requires grad, or a view of one; pass logits that are the output "
+            "of another operation, or inplace=False"
         )
-    if not _has_rows_of_its_own(logits):
+    if not _rows_are_disjoint(logits):
         raise RuntimeError(
-            f"inplace=True needs rows of their own, got overlapping ones (strides {logits.stride()}); pass "
+            f"inplace=True cannot overwrite logits with overlapping rows, got strides {logits.stride()}; pass "
             "logits.contiguous() or inplace=False"
         )
-    # Under torch.compile the overwriting is part of the graph, and the compiler keeps the order of uses.
+    # Under torch.compile the overwrite is part of the graph, and the compiler preserves the order of uses.
     return "overwrite_view" if torch.compiler.is_compiling() or logits._is_view() else "overwrite"
 
 
-def _has_rows_of_its_own(logits: Tensor) -> bool:
-    """Whether no two rows share memory: the slower outer dimension steps over everything the faster one covers."""
+def _rows_are_disjoint(logits: Tensor) -> bool:
+    """Whether no two rows share memory: each outer stride is at least the span of the faster dimensions."""
     outer = [(stride, size) for stride, size in zip(logits.stride()[:-1], logits.shape[:-1], strict=True) if size > 1]
     if len(outer) == 2 and outer[0][0] > outer[1][0]:
         outer.reverse()

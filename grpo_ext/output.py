@@ -1,4 +1,4 @@
-"""What every loss of the package returns."""
+"""`GRPOLossOutput` and `LossMetrics`: the result of every loss of the package."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ METRIC_NAMES: tuple[str, ...] = _C.METRIC_NAMES
 
 
 class LossMetrics(Mapping[str, Tensor]):
-    """The metrics of a loss by name, as they lie in one tensor: one that nobody asks for costs nothing.
+    """Read-only mapping from metric name to value; the values share one tensor, and unread metrics cost nothing.
 
     Args:
-        packed: ``(len(METRIC_NAMES),)``, in the order of `METRIC_NAMES`.
+        packed: ``(len(METRIC_NAMES),)`` values in the order of `METRIC_NAMES`.
     """
 
     __slots__ = ("packed",)
@@ -30,7 +30,7 @@ class LossMetrics(Mapping[str, Tensor]):
         try:
             return self.packed[_PLACES[name]]
         except KeyError:
-            raise KeyError(f"{name!r} is not a metric of the loss; there are {', '.join(METRIC_NAMES)}") from None
+            raise KeyError(f"{name!r} is not a metric of the loss; the metrics are {', '.join(METRIC_NAMES)}") from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(METRIC_NAMES)
@@ -53,7 +53,7 @@ _PLACES = {name: place for place, name in enumerate(METRIC_NAMES)}
 
 
 def named_metrics(packed: Tensor) -> Mapping[str, Tensor]:
-    """The packed metrics by name; a plain dict where torch.compile traces."""
+    """Map metric names to the packed values; a plain dict under torch.compile."""
     if torch.compiler.is_compiling():
         return dict(zip(METRIC_NAMES, packed.unbind(), strict=True))
     return LossMetrics(packed)
@@ -63,14 +63,14 @@ class GRPOLossOutput(NamedTuple):
     """Result of ``grpo_loss``, ``policy_loss`` and ``linear_grpo_loss``.
 
     Attributes:
-        loss: 0-d tensor with gradient; fp32, or fp64 where the input was fp64.
+        loss: 0-d tensor with gradient; fp32, or fp64 if the input was fp64.
         logps: log probability of each completion token, shape of the ids, detached; 0 where the mask is 0.
         entropy: entropy of each token's distribution in nats, same shape, detached; 0 where the mask is 0.
-            None where the loss was given no entropy (``policy_loss``).
+            None if the caller passed no entropy to ``policy_loss``.
         kl: KL term of each token against the reference model, same shape, detached; 0 where the mask is 0.
-            None where ``beta`` is 0.
-        metrics: one 0-d tensor for each name of ``METRIC_NAMES``. Means are over unmasked tokens, at sequence
-            level over sequences with at least one; with an empty mask all of them are 0.
+            None if ``beta`` is 0.
+        metrics: one 0-d tensor for each name of ``METRIC_NAMES``. A mean is over unmasked tokens, or, at sequence
+            level, over sequences with at least one unmasked token. An empty mask makes all metrics 0.
     """
 
     loss: Tensor
@@ -83,11 +83,11 @@ class GRPOLossOutput(NamedTuple):
 def loss_output(
     loss: Tensor, logps: Tensor | None, entropy: Tensor | None, kl: Tensor | None, metrics: Tensor, shape: torch.Size
 ) -> GRPOLossOutput:
-    """What the operators returned for ``(B,T)`` tokens, in the ``shape`` of the caller's ids; an empty kl is None."""
+    """Build the output from the operators' ``(B,T)`` results: ``shape`` of the caller's ids, None for an empty kl."""
     assert logps is not None
     if kl is not None and kl.shape != logps.shape:
         kl = None  # empty: beta is 0
-    if logps.shape != shape:  # (N,) logits; a view of the same shape would cost 2 µs
+    if logps.shape != shape:  # (N,) ids; an unnecessary view would cost 2 µs
         logps = logps.view(shape)
         entropy = None if entropy is None else entropy.view(shape)
         kl = None if kl is None else kl.view(shape)

@@ -1,6 +1,7 @@
-"""`policy_loss`: a GRPO-family loss where the log probabilities are already there; and the entropy quantile.
+"""`policy_loss`: GRPO-family loss from log probabilities of the policy (the model being trained); entropy quantile.
 
-By itself; `grpo_ext.losses` and `grpo_ext.linear` run the same stage behind logits and behind hidden states.
+`grpo_ext.losses` runs the same operator after computing log probabilities from logits, `grpo_ext.linear` after
+computing them from hidden states.
 """
 
 from __future__ import annotations
@@ -53,15 +54,15 @@ def policy_loss(
     entropy_threshold: Number | Tensor | None = None,
     grad_scale: float = 1.0,
 ) -> GRPOLossOutput:
-    """The loss of SPEC sections 2 to 4 where the log probabilities are already there.
+    """GRPO-family loss from log probabilities (SPEC sections 2 to 4).
 
     Args:
         logps: ``(B,T)`` or ``(N,)`` (one sequence), log probabilities of the completion tokens, with gradient.
-        entropy: entropies of the same shape; needed for ``top_entropy_quantile < 1`` and ``entropy_coef != 0``, and
-            receives a gradient from the latter.
+        entropy: entropies with the shape of ``logps``; required if ``top_entropy_quantile < 1`` or
+            ``entropy_coef != 0``. ``entropy_coef`` also gives them a gradient.
 
-    The other arguments, the result and the errors are those of `grpo_loss`; temperature, softcap and scale of the
-    config are not applied.
+    The other arguments, the result and the errors are those of `grpo_loss`. The config's temperature, softcap and scale
+    are ignored.
     """
     if not isinstance(logps, Tensor) or not logps.is_floating_point():
         raise TypeError(
@@ -86,7 +87,7 @@ def policy_loss(
         entropy_threshold=entropy_threshold,
     )
     if entropy is None and (config.entropy_coef != 0 or config.top_entropy_quantile < 1):
-        raise ValueError("entropy_coef and top_entropy_quantile look at the entropy: pass entropy=, shape of logps")
+        raise ValueError("entropy_coef and top_entropy_quantile need entropies: pass entropy=, shape of logps")
     if entropy is not None:
         if not isinstance(entropy, Tensor) or entropy.shape != logps.shape:
             raise ValueError(f"entropy must have the shape of logps {tuple(logps.shape)}, got {describe(entropy)}")
@@ -103,25 +104,25 @@ def checked_policy_loss(
     flat_entropy = None if entropy is None else batch_of_tokens(entropy.contiguous())
     tensors = with_entropy_threshold(tensors, config, flat_entropy)
     loss, kl, metrics = _PolicyLoss.apply(flat_logps, flat_entropy, loss_spec(config, grad_scale), *tensors)
-    return loss_output(loss, _inert(flat_logps, tensors), _inert(flat_entropy, tensors), kl, metrics, logps.shape)
+    return loss_output(loss, _masked(flat_logps, tensors), _masked(flat_entropy, tensors), kl, metrics, logps.shape)
 
 
-def _inert(values: Tensor | None, tensors: PolicyTensors) -> Tensor | None:
-    """Detached, with 0 where the mask is 0."""
+def _masked(values: Tensor | None, tensors: PolicyTensors) -> Tensor | None:
+    """Detach the values and set masked positions to 0."""
     return None if values is None else torch.where(tensors.mask, values.detach(), 0.0)
 
 
 def with_entropy_threshold(tensors: PolicyTensors, config: LossConfig, entropy: Tensor | None) -> PolicyTensors:
-    """Fills in the local entropy quantile where one is asked for and the caller brought none."""
+    """Fill in the local entropy quantile if the config needs a threshold and the caller passed none."""
     if config.top_entropy_quantile >= 1 or tensors.entropy_threshold is not None:
         return tensors
-    assert entropy is not None  # policy_loss has complained
+    assert entropy is not None  # checked by policy_loss
     threshold = masked_quantile(entropy.detach(), tensors.mask, 1 - config.top_entropy_quantile)
     return tensors._replace(entropy_threshold=threshold)
 
 
 def masked_quantile(values: Tensor, mask: Tensor, q: float) -> Tensor:
-    """Quantile of the unmasked values by linear interpolation, 0-d, without a synchronisation; 0 for an empty mask."""
+    """Quantile of the unmasked values by linear interpolation, 0-d, without a host sync; 0 for an empty mask."""
     ordered = torch.where(mask, values, torch.inf).flatten().sort().values
     if ordered.numel() == 0:
         return values.new_zeros(())

@@ -1,17 +1,17 @@
-# ruff: noqa: E741  (l is the specification's name for the loss of a token)
-"""The losses of this package in plain torch: one function for each step of docs/inside/spec.md ("SPEC section N").
+# ruff: noqa: E741  (the specification calls the loss of a token l)
+"""Reference losses in plain torch: one function for each step of docs/inside/spec.md ("SPEC section N").
 
-Differentiable by autograd and exact in fp64: give it fp64 tensors. The compiled functions of the same names
-are tested against this module.
+All functions are differentiable by autograd, and exact for fp64 tensors. Tests compare the compiled functions of the
+same names with this module.
 
 Symbols: ``B`` sequences, ``T`` positions, ``z`` logits, ``x`` processed logits, ``y`` completion ids, ``m``
 mask, ``A`` advantage, ``H`` entropy, ``new``/``old``/``ref``/``sampling`` log probabilities of the current,
 behaviour, reference and generating policy, ``d = new - old``, ``w`` the exponent of the ratio ``r``, ``isw``
-weight against the generation engine, ``l`` loss of one token. Inside, every tensor is ``(B, T)`` or, one
-value per sequence, ``(B, 1)``.
+importance weight for the generation engine, ``l`` loss of one token. Internal tensors are ``(B, T)``, or ``(B, 1)`` for
+one value per sequence.
 
-Positions with ``m == 0`` are replaced by zeros before anything is computed from them: whatever is stored
-there (NaN, ids of -100) reaches neither the loss nor a gradient.
+Values at positions with ``m == 0`` are replaced by zeros before any computation: a masked NaN or id of -100 affects
+neither the loss nor a gradient.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def selective_log_softmax(
     return_entropy: bool = False,
     process_group: object | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Log probability of ``ids`` (and the entropy) under the processed logits.
+    """Log probability of ``ids``, and optionally the entropy, under the processed logits.
 
     Args:
         logits: ``(..., V)`` floating point. ids: ``(...)`` int64 in ``[0, V)``.
@@ -101,7 +101,7 @@ def selective_log_softmax(
         ``(...)`` fp32 (fp64 for fp64 logits), or two such tensors.
 
     Raises:
-        ValueError: where shapes disagree. IndexError: for an id outside ``[0, V)``.
+        ValueError: for different shapes. IndexError: for an id outside ``[0, V)``.
     """
     require_whole_vocabulary(process_group)
     check_ids(logits, ids, None)
@@ -116,12 +116,12 @@ def selective_log_softmax(
 
 
 def log_ratio(new: Tensor, old: Tensor | None) -> Tensor:
-    """``d = new - old``; with ``old`` absent the value is exactly 0, also for a log probability of -inf."""
+    """``d = new - old``; without ``old`` the value is exactly 0, even for a log probability of -inf."""
     return ZeroWithGradient.apply(new) if old is None else new - old
 
 
 def ratio_exponent(d: Tensor, m: Tensor, level: str) -> Tensor:
-    """``w = d`` per token, or the masked mean of ``d``, one value per sequence (GSPO)."""
+    """``w = d`` per token; at sequence level the masked mean of ``d``, one value per sequence (GSPO)."""
     if level == "token":
         return d
     return d.sum(dim=1, keepdim=True) / m.sum(dim=1, keepdim=True).clamp(min=1)
@@ -133,7 +133,7 @@ def kl_k3(new: Tensor, ref: Tensor) -> Tensor:
 
 
 def policy_term(new: Tensor, d: Tensor, r: Tensor, A: Tensor, isw: Tensor | None, config: LossConfig) -> Tensor:
-    """``l`` by loss type, before the masks and weights of step 4."""
+    """``l`` of the loss type, before the masks and weights of step 4."""
     if config.loss_type in CLIPPED_LOSS_TYPES:
         r1 = r if config.delta is None else r.clamp(max=config.delta)
         r2 = r.clamp(1 - config.epsilon, 1 + config.clip_high)
@@ -148,7 +148,7 @@ def policy_term(new: Tensor, d: Tensor, r: Tensor, A: Tensor, isw: Tensor | None
 
 @torch.no_grad()
 def vespo_weight(d: Tensor, A: Tensor, isw: Tensor | None, config: LossConfig) -> Tensor:
-    """``phi``, one per sequence (per token where ``A`` is). ``isw`` is 1 where the mask is 0."""
+    """``phi``, one per sequence, or one per token if ``A`` is per token. ``isw`` must be 1 at masked positions."""
     s = d.clamp(-20, 20).sum(dim=1, keepdim=True)
     if isw is not None:
         s = s + isw.log().clamp(LOG_WEIGHT_MIN, LOG_WEIGHT_MAX).sum(dim=1, keepdim=True)
@@ -161,7 +161,7 @@ def vespo_weight(d: Tensor, A: Tensor, isw: Tensor | None, config: LossConfig) -
 
 @torch.no_grad()
 def off_policy_keep(new: Tensor, behaviour: Tensor | None, A: Tensor, m: Tensor, threshold: float) -> Tensor:
-    """Where ``A >= 0`` or the masked mean of ``behaviour - new`` is at most the threshold."""
+    """Bool: ``A >= 0``, or the masked mean of ``behaviour - new`` is at most the threshold."""
     difference = torch.zeros_like(new) if behaviour is None else behaviour - new
     mean = difference.sum(dim=1, keepdim=True) / m.sum(dim=1, keepdim=True).clamp(min=1)
     return (A >= 0) | (mean <= threshold)
@@ -169,7 +169,7 @@ def off_policy_keep(new: Tensor, behaviour: Tensor | None, A: Tensor, m: Tensor,
 
 @torch.no_grad()
 def entropy_keep(entropy: Tensor, m: Tensor, quantile: float, threshold: float | Tensor | None) -> Tensor:
-    """Where the entropy is at least its ``1 - quantile`` quantile over unmasked tokens (or ``threshold``)."""
+    """Bool: the entropy is at least ``threshold``, by default its ``1 - quantile`` quantile over unmasked tokens."""
     if threshold is None:
         values = entropy[m].sort().values
         if values.numel() == 0:
@@ -187,7 +187,7 @@ def entropy_keep(entropy: Tensor, m: Tensor, quantile: float, threshold: float |
 
 
 def reduce_loss(l: Tensor, m: Tensor, config: LossConfig, num_items: float | Tensor | None) -> Tensor:
-    """Sum of the token losses over the divisor of the loss type; ``l`` is 0 where the mask is."""
+    """Divide the sum of the token losses by the divisor of the loss type; ``l`` must be 0 at masked positions."""
     B = max(l.shape[0], 1)
     tokens = m.sum().clamp(min=1)
     if config.loss_type in ("grpo", "sapo"):
@@ -195,7 +195,7 @@ def reduce_loss(l: Tensor, m: Tensor, config: LossConfig, num_items: float | Ten
     if config.loss_type == "bnpo":
         return l.sum() / tokens
     if config.loss_type == "dr_grpo":
-        assert config.max_completion_length is not None  # LossConfig sees to it
+        assert config.max_completion_length is not None  # checked by LossConfig
         return l.sum() / (B * config.max_completion_length)
     if config.loss_type == "luspo":
         return l.sum() / B
@@ -230,18 +230,18 @@ def policy_loss(
     Args:
         logps: ``(B, T)`` log probabilities with gradient, or ``(N,)``: one sequence of N tokens.
         advantages: ``(B,)`` or ``(B, T)``; ``(N,)`` with ``(N,)`` log probabilities.
-        completion_mask: shape of ``logps``; bool, int or float, not 0 = the token counts.
-        config: the loss.
+        completion_mask: shape of ``logps``; bool, int or float; 0 = masked.
+        config: loss type and constants.
         old_logps, ref_logps, sampling_logps: shape of ``logps`` or None.
-        importance_weights: ``(B,)``, ``(B, 1)`` or ``(B, T)``; None: formed from ``sampling_logps`` where
-            those are given and the config has the correction on.
+        importance_weights: ``(B,)``, ``(B, 1)`` or ``(B, T)``; None: computed from ``sampling_logps`` if
+            those are given and ``config.vllm_importance_sampling_correction`` is True.
         num_items_in_batch: divisor of dapo, cispo and vespo; None = unmasked tokens of this call.
         grad_scale: factor on the gradient, not on the value.
         entropy: shape of ``logps``; needed for ``entropy_coef`` and ``top_entropy_quantile``.
-        entropy_threshold: replaces the quantile of this call's entropies where ``top_entropy_quantile < 1``.
+        entropy_threshold: replaces the quantile of this call's entropies if ``top_entropy_quantile < 1``.
 
     Raises:
-        ValueError: where shapes disagree or an input that the config needs is missing.
+        ValueError: for different shapes, or if an input that the config needs is missing.
     """
     if logps.dim() not in (1, 2):
         raise ValueError(f"logps has shape {tuple(logps.shape)}: pass (B, T), or (N,) for one sequence")
@@ -252,7 +252,7 @@ def policy_loss(
     dtype = upcast(logps).dtype
 
     def tokens(name: str, tensor: Tensor | None) -> Tensor | None:
-        """``(B, T)`` of the working dtype, 0 where the mask is."""
+        """Convert to ``(B, T)`` with the working dtype and 0 at masked positions."""
         if tensor is None:
             return None
         require_shape(name, tensor, shape)
@@ -301,7 +301,7 @@ def policy_loss(
         kl = torch.where(m, kl, 0.0)
     l = policy_term(new, d, r, A, isw, config)
 
-    # Step 4. A factor of 0 removes the term, infinite or not.
+    # Step 4. A factor of 0 removes the term, even an infinite one.
     keep = torch.ones_like(A, dtype=torch.bool)
     if config.off_policy_mask_threshold is not None:
         behaviour = old if sampling is None else sampling
@@ -318,7 +318,7 @@ def policy_loss(
         l = l + config.beta * kl
     if config.entropy_coef != 0 and H is not None:
         l = l - config.entropy_coef * H
-    l = torch.where(new.isnan(), new, l)  # a NaN logit shows, whatever the factors
+    l = torch.where(new.isnan(), new, l)  # a NaN logit gives a NaN loss even if the factor is 0
 
     loss = ScaleGradient.apply(reduce_loss(l, m, config, num_items_in_batch), grad_scale)
     return GRPOLossOutput(
@@ -346,9 +346,9 @@ def grpo_loss(
     grad_scale: float = 1.0,
     entropy_threshold: float | Tensor | None = None,
 ) -> GRPOLossOutput:
-    """GRPO-family loss from ``(B, T, V)`` or ``(N, V)`` logits; the rest as in :func:`policy_loss`.
+    """GRPO-family loss from ``(B, T, V)`` or ``(N, V)`` logits; other arguments as in :func:`policy_loss`.
 
-    ``inplace`` is accepted and has no effect: it is a promise about memory, not about values.
+    ``inplace`` is accepted and ignored: it affects memory, not values.
     """
     require_shape("completion_mask", completion_mask, completion_ids.shape)
     m = completion_mask != 0
@@ -389,8 +389,8 @@ def linear_selective_log_softmax(
 
     Args:
         hidden: ``(..., H)``. weight: ``(V, H)``. bias: ``(V,)`` or None.
-        mask: shape of ``ids``; where it is 0 the results are 0. None = all rows count.
-        logits_dtype: round the logits to this dtype, None = leave them as the product gives them.
+        mask: shape of ``ids``; masked positions (0) give 0. None = no position is masked.
+        logits_dtype: round the logits to this dtype; None = keep the dtype of the product.
     """
     require_whole_vocabulary(process_group)
     m, right = (torch.ones_like(ids, dtype=torch.bool), None) if mask is None else checked_mask("mask", mask)
@@ -446,10 +446,10 @@ def _metrics(
     m: Tensor,
     config: LossConfig,
 ) -> dict[str, Tensor]:
-    """The values of ``METRIC_NAMES``; see ``GRPOLossOutput``."""
+    """Compute the metrics of ``METRIC_NAMES``; see ``GRPOLossOutput``."""
     none = torch.zeros_like(new)
     sequences = m.any(dim=1, keepdim=True)
-    counted = sequences if config.importance_sampling_level == "sequence" else m  # where ratios are counted
+    counted = sequences if config.importance_sampling_level == "sequence" else m  # one ratio per sequence or token
 
     low = high = torch.zeros_like(m)
     if config.loss_type in CLIPPED_LOSS_TYPES:
