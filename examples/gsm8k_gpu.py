@@ -1,4 +1,4 @@
-"""LoRA on a hub model with a hub dataset, on one GPU; pip install 'grpo-ext[train]'."""
+"""Train LoRA on a hub model with a hub dataset, on one GPU; pip install 'grpo-ext[train]'."""
 
 from datasets import load_dataset
 from peft import LoraConfig

@@ -1,4 +1,4 @@
-"""Liger's GRPO loss with these kernels: change the import."""
+"""Compute Liger's GRPO loss with this package's kernels: change one import."""
 
 import torch
 

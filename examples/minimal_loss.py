@@ -1,4 +1,4 @@
-"""The loss alone: logits of a policy in, a loss with its gradient out."""
+"""Compute a GRPO-family loss and its gradient from the logits of a model, without a trainer."""
 
 import torch
 

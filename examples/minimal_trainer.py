@@ -1,4 +1,4 @@
-"""The trainer on the small packaged model: it learns to answer in few characters."""
+"""Train the small packaged model to give short answers."""
 
 from datasets import Dataset
 from peft import LoraConfig

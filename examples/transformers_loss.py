@@ -1,4 +1,4 @@
-"""Fine-tuning with transformers and this package's cross entropy: one line after the model is made."""
+"""Fine-tune a transformers model with this package's cross entropy: one line after creating the model."""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM

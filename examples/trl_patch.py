@@ -1,4 +1,4 @@
-"""TRL's GRPO trainer on these kernels; pip install 'grpo-ext[trl]'."""
+"""Run TRL's GRPO trainer with this package's kernels; pip install 'grpo-ext[trl]'."""
 
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer

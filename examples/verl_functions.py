@@ -1,4 +1,4 @@
-"""What verl calls after ``model.external_lib=grpo_ext.integrations.verl``, without a cluster."""
+"""Call the functions that verl uses with ``model.external_lib=grpo_ext.integrations.verl``, without a cluster."""
 
 from types import SimpleNamespace
 

@@ -1,5 +1,5 @@
-"""One line in somebody else's trainer: TRL, Liger, verl, Unsloth, transformers.
+"""Integrations with other trainers, one line each: TRL, Liger, verl, Unsloth, transformers.
 
-Nothing is imported from here by the rest of the package, and a module of this package asks for the library it is named
-after only when it is imported or used.
+The rest of the package does not import these modules. Each module requires the library that it is named after only when
+the module is imported or used.
 """

@@ -1,4 +1,4 @@
-"""Log probabilities from logits whose memory becomes the gradient's in backward: what drop-ins on logits share."""
+"""Log probabilities from logits, with an optional backward that overwrites the logits; used by the logits drop-ins."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ class _RowLogps(torch.autograd.Function):
         kernels.row_gradient_(result[:, :length], ids, mask, logps, None, lse, coef, None, ctx.transform)
         result[:, length:].zero_()
         if ctx.overwrite:
-            # Whoever kept these logits for a backward of its own gets autograd's error instead of a gradient.
+            # Another backward that saved these logits then raises autograd's in-place error.
             torch.autograd.graph.increment_version(logits)
         return result, None, None, None, None
 
 
 def row_logps(logits: Tensor, ids: Tensor, mask: Tensor, *, temperature: float = 1.0, overwrite: bool) -> Tensor:
-    """Log probabilities ``(B,T)`` of ``ids``, fp32 (fp64 for fp64), 0 where the mask is; with gradient.
+    """Log probabilities of ``ids`` with gradient: ``(B,T)``, fp32 (fp64 for fp64 logits), 0 at masked positions.
 
     Args:
-        logits: ``(B, T or more, V)``; row t predicts id t, further rows are not read and get gradient 0.
-        ids: int64 ``(B,T)``. mask: bool ``(B,T)``; where it is 0 nothing is read, the id included.
+        logits: ``(B, T or more, V)``; row t predicts id t; rows from T on are not read and get gradient 0.
+        ids: int64 ``(B,T)``. mask: bool ``(B,T)``; logits and ids at masked positions are not read.
         overwrite: backward writes the gradient over the logits, unless they are a leaf or not contiguous.
     """
     check_logits(logits[:, : ids.shape[1]], ids, "ids")

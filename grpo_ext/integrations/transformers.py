@@ -1,7 +1,7 @@
-"""Cross entropy for models of transformers: ``model.loss_function = causal_lm_loss``.
+"""Cross entropy for transformers models: ``model.loss_function = causal_lm_loss``.
 
-The loss is the negative log probability of each label, our kernel with advantage 1. Two passes over the logits in their
-own dtype and none of their copies: transformers converts them to fp32 and keeps a log-softmax of them for backward.
+The loss is the negative log probability of each label, computed by this package's row kernels. They read the logits
+twice, in their own dtype, and copy nothing. transformers converts the logits to fp32 and saves a log-softmax of them.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ def causal_lm_loss(
     inplace: bool = True,
     **kwargs: Any,
 ) -> Tensor:
-    """What ``transformers.loss.loss_utils.ForCausalLMLoss`` computes.
+    """Drop-in for ``transformers.loss.loss_utils.ForCausalLMLoss``.
 
     Args:
         logits: ``(..., T, V)``, fp32, bf16 or fp16.
-        labels: ``(..., T)``; row t of the logits predicts label t + 1. Not read where ``shift_labels`` are given.
+        labels: ``(..., T)``; row t of the logits predicts label t + 1. Ignored if ``shift_labels`` are given.
         vocab_size: V.
-        num_items_in_batch: divisor of the sum; None: the number of labels that count.
-        ignore_index: label of positions that do not count.
+        num_items_in_batch: divisor of the sum; None: the number of labels other than ``ignore_index``.
+        ignore_index: label of masked positions.
         shift_labels: ``(..., T)`` or flat; row t predicts label t.
-        inplace: backward writes the gradient over the logits. The model's output then holds it, and no longer logits;
-            ``functools.partial(causal_lm_loss, inplace=False)`` leaves them alone.
-        kwargs: what a model passes on; not used, as in transformers.
+        inplace: backward writes the gradient over the logits, so that the model's output holds the gradient instead of
+            logits. ``functools.partial(causal_lm_loss, inplace=False)`` keeps the logits.
+        kwargs: further arguments from the model; ignored, as in transformers.
 
     Returns:
-        0-d fp32. Without a single label that counts it is 0, where transformers gives NaN.
+        0-d fp32. If every label is ``ignore_index``, the loss is 0; transformers gives NaN.
 
     Raises:
-        ValueError: V is not ``vocab_size``, or the labels have another shape. IndexError: a label outside [0, V), on
-        the CPU.
+        ValueError: if V is not ``vocab_size``, or the labels have another shape. IndexError: for a label outside
+        [0, V), on the CPU.
     """
     if logits.shape[-1] != vocab_size:
         raise ValueError(f"logits {tuple(logits.shape)} do not end in vocab_size={vocab_size}: pass those of the head")

@@ -1,12 +1,14 @@
-"""Unsloth on this package's kernels: ``import grpo_ext.integrations.unsloth as u; u.patch()`` before making a trainer.
+"""Unsloth with this package's kernels: ``import grpo_ext.integrations.unsloth as u; u.patch()``.
 
-Unsloth writes its GRPO trainer as source text. That text imports one function from ``unsloth_zoo.rl_replacements`` for
-hidden states and head, when it runs: ``chunked_hidden_states_selective_log_softmax``, in later versions also
-``grpo_chunked_hidden_states_logprobs``. `patch` replaces these names in that module. Calls with options that are not
-ours (scoring over a truncated vocabulary, a head in fp32) are handed back to Unsloth and counted.
+Call `patch` before you create a trainer.
 
-``tests/integrations/unsloth_check.py`` runs Unsloth's functions and ours beside each other, on the CPU in
-``make test-all`` (Unsloth from October 2026 can be imported without a GPU; its GRPO trainer needs one).
+Unsloth generates its GRPO trainer as source text. At run time the generated code imports one function for hidden states
+and head from ``unsloth_zoo.rl_replacements``: ``chunked_hidden_states_selective_log_softmax``, in later versions also
+``grpo_chunked_hidden_states_logprobs``. `patch` replaces these names in that module. Calls with unsupported options
+(scoring over a truncated vocabulary, a head in fp32) fall back to Unsloth's code and are counted.
+
+``tests/integrations/unsloth_check.py`` compares Unsloth's functions with ours on the CPU in ``make test-all``. Unsloth
+from October 2026 can be imported without a GPU; its GRPO trainer needs one.
 """
 
 from __future__ import annotations
@@ -21,14 +23,13 @@ from torch import Tensor
 
 from grpo_ext.linear import linear_selective_log_softmax
 
-#: What carries the vocabulary; the first is in every version that is served.
+#: Functions that multiply by the head; every supported version has the first.
 SYMBOLS = ("chunked_hidden_states_selective_log_softmax", "grpo_chunked_hidden_states_logprobs")
 
-#: Options of Unsloth's that ask for nothing at these values. Its own defaults are no measure: some come from the
-#: environment.
+#: Values at which Unsloth's options have no effect. Its own defaults cannot serve here: some come from the environment.
 NEUTRAL = {"support_top_k": 0, "support_top_p": 1.0, "support_min_p": 0.0, "fp32_lm_head": False}
-#: Options that choose a way, not a result.
-WAYS = {"fused_linear", "support_triton_sampler"}
+#: Options that choose an implementation and do not change the result.
+IGNORED = {"fused_linear", "support_triton_sampler"}
 
 _originals: dict[str, Any] = {}
 _counts: Counter[str] = Counter()
@@ -49,14 +50,14 @@ def hidden_states_logps(
     """Log probability of ``index`` for each hidden state.
 
     Args:
-        hidden_states: ``(B,T,H)``; they take the dtype of the head. lm_head: ``(V,H)``, lm_head_bias ``(V,)``.
+        hidden_states: ``(B,T,H)``; cast to the dtype of the head. lm_head: ``(V,H)``, lm_head_bias ``(V,)``.
         index: int64 ``(B,T)``.
-        chunks, max_rows_per_chunk: accepted; `grpo_ext.linear` chooses its own.
-        logit_scale_multiply, logit_scale_divide, logit_softcapping: 0 is off; applied in this order.
-        temperature: 1 is off.
+        chunks, max_rows_per_chunk: accepted and ignored; `grpo_ext.linear` chooses the chunk size.
+        logit_scale_multiply, logit_scale_divide, logit_softcapping: applied in this order; 0 = not applied.
+        temperature: divides the processed logits.
 
     Returns:
-        fp32 ``(B,T)``, with gradient for whatever requires one.
+        fp32 ``(B,T)``, with gradient for the inputs that require one.
     """
     scale = (logit_scale_multiply or 1.0) / (logit_scale_divide or 1.0)
     logps = linear_selective_log_softmax(
@@ -67,22 +68,22 @@ def hidden_states_logps(
     return logps
 
 
-def _in_place_of(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Ours, or the original for calls with other options; signature and source text stay the original's."""
+def _replacement(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``original``: call `hidden_states_logps` if it supports the options, else ``original``."""
     own = set(hidden_states_logps.__annotations__)
     signature = inspect.signature(original)
-    further = [p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
+    keyword_parameters = [p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
 
     @functools.wraps(original)
     def function(*arguments: Any, **options: Any) -> Any:
         call = signature.bind(*arguments, **options)
         call.apply_defaults()
         values = dict(call.arguments)
-        for name in further:
+        for name in keyword_parameters:
             values |= values.pop(name)
-        foreign = sorted(name for name, value in values.items() if name not in own and _asks_for_more(name, value))
-        if foreign:
-            _counts["handed back: " + ", ".join(foreign)] += 1
+        unsupported = sorted(name for name, value in values.items() if name not in own and _unsupported(name, value))
+        if unsupported:
+            _counts["handed back: " + ", ".join(unsupported)] += 1
             return original(*arguments, **options)
         _counts["served"] += 1
         return hidden_states_logps(**{name: value for name, value in values.items() if name in own})
@@ -90,18 +91,18 @@ def _in_place_of(original: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def _asks_for_more(name: str, value: Any) -> bool:
-    if name in WAYS:
+def _unsupported(name: str, value: Any) -> bool:
+    if name in IGNORED:
         return False
     return isinstance(value, Tensor) or value not in (None, False, "", NEUTRAL.get(name))
 
 
 def patch() -> None:
-    """Replaces `SYMBOLS` in ``unsloth_zoo.rl_replacements``.
+    """Replace `SYMBOLS` in ``unsloth_zoo.rl_replacements``.
 
     Raises:
-        ImportError: Unsloth is missing or cannot be imported here (older ones need a GPU), or its version has no such
-            function.
+        ImportError: if Unsloth is missing or cannot be imported (older versions need a GPU), or if its version lacks
+            the function.
     """
     if _originals:
         return
@@ -121,11 +122,11 @@ def patch() -> None:
     for name in SYMBOLS:
         if hasattr(replacements, name):
             _originals[name] = getattr(replacements, name)
-            setattr(replacements, name, _in_place_of(_originals[name]))
+            setattr(replacements, name, _replacement(_originals[name]))
 
 
 def unpatch() -> None:
-    """Unsloth's own functions again."""
+    """Restore Unsloth's own functions."""
     if not _originals:
         return
     import unsloth_zoo.rl_replacements as replacements
@@ -136,5 +137,5 @@ def unpatch() -> None:
 
 
 def status() -> dict[str, int | bool]:
-    """``patched``; ``served``, calls that ran here; ``handed back: <options>``, calls that Unsloth's own code ran."""
+    """``patched``; ``served``: calls by our kernels; ``handed back: <options>``: calls by Unsloth's own code."""
     return {"patched": bool(_originals), **_counts}

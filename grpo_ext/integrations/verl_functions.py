@@ -1,4 +1,4 @@
-"""What `grpo_ext.integrations.verl` registers with verl; importable without it."""
+"""Policy loss and fused heads for `grpo_ext.integrations.verl`; importable without verl."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from grpo_ext.policy import policy_loss
 AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
 
 
-def _of(config: Any, name: str, default: Any) -> Any:
-    """A field of verl's config, an object or a mapping."""
+def _field(config: Any, name: str, default: Any) -> Any:
+    """Field of verl's config, which is an object or a mapping; ``default`` if it is missing or None."""
     get = getattr(config, "get", None)
     value = get(name, default) if get is not None else getattr(config, name, default)
     return default if value is None else value
@@ -30,7 +30,7 @@ def _loss_config(low: float, high: float, dual: float) -> LossConfig:
             f"clip_ratio_c={dual} is below 1 + clip_ratio_high = {1 + high:g}: the dual clip would cut ratios that the "
             "ordinary clip allows; raise clip_ratio_c, or use loss_mode='vanilla'"
         )
-    # For A < 0 both are |A| * min(c, max(r, 1 - low)); for A > 0 the bound is beyond the clip.
+    # For A < 0 verl's dual clip and delta both give |A| * min(c, max(r, 1 - low)); for A > 0 delta exceeds the clip.
     delta = None if dual == 1 + high else dual
     return LossConfig(loss_type="dapo", epsilon=low, epsilon_high=high, delta=delta)
 
@@ -44,31 +44,31 @@ def grpo_ext_policy_loss(
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """verl's clipped policy loss (its ``vanilla``), dual clip included, in one call of this package's kernels.
+    """verl's clipped policy loss ``vanilla``, with dual clip, in one call of this package's kernels.
 
     Args:
         old_log_prob, log_prob, advantages, response_mask: ``(batch, response length)``.
         loss_agg_mode: one of `AGGREGATIONS`.
         config: verl's ActorConfig: ``clip_ratio``, ``clip_ratio_low``, ``clip_ratio_high``, ``clip_ratio_c`` and
             ``global_batch_info`` (``dp_size``, ``batch_num_tokens``, ``global_batch_size``, ``loss_scale_factor``).
-        rollout_is_weights: weight of each token against the rollout engine, or None.
+        rollout_is_weights: importance weight of each token for the rollout engine, or None.
 
     Returns:
-        The loss with its gradient, and ``actor/pg_clipfrac``, ``actor/ppo_kl``, ``actor/pg_clipfrac_lower`` as numbers.
-        A batch without a token that counts gives 0, where verl divides by 0.
+        The loss with gradient, and ``actor/pg_clipfrac``, ``actor/ppo_kl``, ``actor/pg_clipfrac_lower`` as numbers.
+        An empty mask gives 0; verl divides by 0.
 
     Raises:
-        ValueError: an unknown aggregation, a missing global count with several ranks, or ``clip_ratio_c`` inside the
-            clip.
+        ValueError: for an unknown aggregation, a missing global count with several ranks, or a ``clip_ratio_c`` inside
+            the clip range.
     """
     if config is None:
         raise ValueError("verl's ActorConfig is needed for the clip ratios: pass config=")
-    clip = _of(config, "clip_ratio", 0.2)
-    low, high = _of(config, "clip_ratio_low", clip), _of(config, "clip_ratio_high", clip)
-    dual = _of(config, "clip_ratio_c", 3.0)
+    clip = _field(config, "clip_ratio", 0.2)
+    low, high = _field(config, "clip_ratio_low", clip), _field(config, "clip_ratio_high", clip)
+    dual = _field(config, "clip_ratio_c", 3.0)
     mask, right = checked_mask("response_mask", response_mask)
     weighted, divisor = _aggregation(
-        poisoned(right, advantages), mask, loss_agg_mode, _of(config, "global_batch_info", {})
+        poisoned(right, advantages), mask, loss_agg_mode, _field(config, "global_batch_info", {})
     )
     if rollout_is_weights is not None:
         rollout_is_weights = rollout_is_weights.expand(mask.shape)
@@ -80,7 +80,7 @@ def grpo_ext_policy_loss(
 
 
 def _aggregation(advantages: Tensor, mask: Tensor, mode: str, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Advantages (B,T) and the divisor of the sum over tokens; the loss of a token is linear in its advantage."""
+    """Return advantages (B,T) scaled for the mode, and the divisor; the loss is linear in the advantages."""
     ranks = batch.get("dp_size") or 1
     sequences = batch.get("global_batch_size")
     tokens = batch.get("batch_num_tokens")
@@ -110,7 +110,7 @@ def _aggregation(advantages: Tensor, mask: Tensor, mode: str, batch: dict[str, A
 def _metrics(
     old: Tensor, new: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float, dual: float
 ) -> dict[str, float]:
-    """verl's three means over tokens, with one wait for the device."""
+    """Compute verl's three means over tokens with a single host sync."""
     difference = torch.where(mask, new.float() - old.float(), 0.0).clamp(-20.0, 20.0)
     ratio = difference.exp()
     cut = ((ratio > 1 + high) & (advantages > 0)) | ((ratio < 1 - low) & (advantages < 0))
@@ -131,9 +131,9 @@ def linear_cross_entropy(
     """verl's fused head: log probabilities and entropies, both with gradient, without the logits.
 
     Args:
-        hidden: ``(batch, tokens, H)`` or ``(N,H)``. weight: ``(V,H)``, or this rank's shard of it.
-        labels: int64 ``(batch, tokens)`` or ``(N,)``, of the whole vocabulary.
-        reduction: of the log probabilities: ``"none"``, ``"sum"`` or ``"mean"``.
+        hidden: ``(batch, tokens, H)`` or ``(N,H)``. weight: ``(V,H)``, or this rank's shard.
+        labels: int64 ``(batch, tokens)`` or ``(N,)``, ids of the whole vocabulary.
+        reduction: reduction of the log probabilities: ``"none"``, ``"sum"`` or ``"mean"``.
         dist_process_group: ranks that hold equal consecutive shards of the vocabulary.
 
     Returns:
@@ -155,14 +155,14 @@ def linear_cross_entropy(
 def fused_linear_for_ppo(
     self: Any, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """The forward of verl's ``FusedLinearForPPO``: log probabilities and entropies, both with gradient.
+    """Forward of verl's ``FusedLinearForPPO``: log probabilities and entropies, both with gradient.
 
     Args:
-        self: the module; its chunk size and backend are not looked at.
+        self: the module; its chunk size and backend are ignored.
         hidden_states: ``(..., H)``. vocab_weights: ``(V,H)``. input_ids: integers ``(...)``, the labels.
 
     Returns:
-        Both ``(...)`` and fp32; verl's entropies have the dtype of ``hidden_states``.
+        Two fp32 tensors ``(...)``; verl's entropies have the dtype of ``hidden_states``.
     """
     logps, entropy = linear_cross_entropy(hidden_states, vocab_weights, input_ids.long(), temperature)
     return logps.view(input_ids.shape), entropy.view(input_ids.shape)

@@ -149,7 +149,7 @@ def test_outputs_that_are_not_ours_go_to_trl(outputs: tuple[str, ...]) -> None:
         assert (a is None) == (b is None)
         assert a is None or torch.equal(a, b)
     (reason,) = ours.status().handed_back
-    assert reason == "asks for " + ", ".join(sorted(set(outputs) - seam.OURS))
+    assert reason == "asks for " + ", ".join(sorted(set(outputs) - seam.SUPPORTED_OUTPUTS))
     assert not ours.status().served
 
 

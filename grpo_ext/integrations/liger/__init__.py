@@ -1,9 +1,11 @@
 """Drop-ins for the GRPO losses of Liger-Kernel 0.8, with its signatures, defaults and return values.
 
-Liger-Kernel is not needed. What differs on purpose: ``luspo`` is TRL's sum over a completion's tokens and not that
-divided by its padded length; ``cispo``, ``sapo`` and ``vespo`` take ratios of whole sequences too; without
-``num_items_in_batch`` the divisor is the local number of tokens, and no collective is called; nothing is compiled for a
-length, and any number of positions is served.
+Liger-Kernel itself is not needed. Intended differences:
+
+- ``luspo`` sums over a completion's tokens, as TRL does; Liger divides that sum by the padded length.
+- ``cispo``, ``sapo`` and ``vespo`` also support ratios of whole sequences.
+- Without ``num_items_in_batch`` the divisor is the local number of tokens, and no collective is called.
+- Nothing is compiled for a length; any number of positions works.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`LigerFusedLinearGRPOLoss` of Liger-Kernel, on `grpo_ext.linear_grpo_loss`."""
+"""Liger-Kernel's `LigerFusedLinearGRPOLoss`, computed by `grpo_ext.linear_grpo_loss`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from grpo_ext.linear import linear_grpo_loss, linear_selective_log_softmax
 
 
 class LigerFusedLinearGRPOLoss(nn.Module):
-    """The language-model head and the GRPO loss together.
+    """Language-model head and GRPO loss in one module.
 
     Args:
-        beta: weight of the KL term. use_ref_model: whether the call brings a reference model; without one the KL term
-            is 0, as in Liger.
-        compiled, chunk_size: accepted; nothing is compiled here, and `grpo_ext.linear` chooses its chunks.
-        epsilon_low, epsilon_high: clip distances; for ``cispo`` the latter is the cap of the ratio.
+        beta: weight of the KL term.
+        use_ref_model: whether calls pass a reference model; if False the KL term is 0, as in Liger.
+        compiled, chunk_size: accepted and ignored; `grpo_ext.linear` chooses its chunk size.
+        epsilon_low, epsilon_high: clip distances; for ``cispo`` ``epsilon_high`` is the cap of the ratio.
         loss_type, importance_sampling_level, delta, ...: as in `grpo_ext.LossConfig`.
-        max_completion_length: divisor of ``dr_grpo``, which needs it.
+        max_completion_length: divisor of ``dr_grpo``; required for ``dr_grpo``.
     """
 
     def __init__(
@@ -84,19 +84,19 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         vllm_is_ratio: Tensor | None = None,
         num_items_in_batch: Number | Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The loss and its metrics.
+        """Return the loss and its metrics.
 
         Args:
-            _input: hidden states ``(B,T,H)``. lin_weight: ``(V,H)``, bias ``(V,)``; another dtype is cast to that of
+            _input: hidden states ``(B,T,H)``. lin_weight: ``(V,H)``, bias ``(V,)``; both are cast to the dtype of
                 the hidden states.
             selected_token_ids, attention_mask: ``(B,T)``. advantages: ``(B,)``.
             ref_per_token_logps, old_per_token_logps: ``(B,T)`` or None.
-            ref_input, ref_weight, ref_bias: the reference model's; not read, with a warning, beside
-                ``ref_per_token_logps``.
+            ref_input, ref_weight, ref_bias: hidden states and head of the reference model; ignored, with a warning, if
+                ``ref_per_token_logps`` are given.
             vllm_is_ratio: ``(B,)``, ``(B,1)`` or ``(B,T)``.
 
         Returns:
-            ``(loss, (kl mean, clip ratio))``, without the first where beta is 0; means over the tokens that count.
+            ``(loss, (kl mean, clip ratio))``, without the kl mean if beta is 0. Means are over unmasked tokens.
         """
         config = self.config
         mask, right = checked_mask("attention_mask", attention_mask)
@@ -106,7 +106,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
             _input, selected_token_ids, mask, ref_per_token_logps, ref_input, ref_weight, ref_bias
         )
         without_kl = config.beta != 0 and ref is None
-        weight, bias = _like(_input, lin_weight), _like(_input, bias)
+        weight, bias = _cast_like(_input, lin_weight), _cast_like(_input, bias)
         assert weight is not None
         out = linear_grpo_loss(
             _input,
@@ -142,7 +142,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         if given is not None:
             if ref_input is not None:
                 warnings.warn(
-                    "Using ref_per_token_logps; ref_input is not read: pass one of them", UserWarning, stacklevel=5
+                    "Using ref_per_token_logps and ignoring ref_input: pass one of them", UserWarning, stacklevel=5
                 )
             return given
         if ref_input is None or ref_weight is None:
@@ -151,7 +151,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
                 "ref_weight: pass one of them, or use_ref_model=False"
             )
         with torch.no_grad():
-            weight, bias = _like(ref_input, ref_weight), _like(ref_input, ref_bias)
+            weight, bias = _cast_like(ref_input, ref_weight), _cast_like(ref_input, ref_bias)
             assert weight is not None
             logps = linear_selective_log_softmax(
                 ref_input, weight, ids, bias=bias, mask=mask, temperature=self.config.temperature
@@ -160,8 +160,8 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         return logps
 
 
-def _like(hidden: Tensor, tensor: Tensor | None) -> Tensor | None:
-    """In the dtype of the hidden states, where autocast does not say otherwise."""
+def _cast_like(hidden: Tensor, tensor: Tensor | None) -> Tensor | None:
+    """Cast a tensor to the dtype of the hidden states, unless autocast is on and decides the dtype."""
     if tensor is None or torch.is_autocast_enabled(hidden.device.type):
         return tensor
     return tensor.to(hidden.dtype)

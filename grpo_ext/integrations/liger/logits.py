@@ -1,4 +1,4 @@
-"""`triton_grpo_loss` and `fused_selective_log_softmax` of Liger-Kernel, on this package's row kernels."""
+"""Liger-Kernel's `triton_grpo_loss` and `fused_selective_log_softmax`, computed by this package's row kernels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from grpo_ext.policy import policy_loss
 def _logps(
     logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float, inplace: bool
 ) -> tuple[Tensor, Tensor]:
-    """Log probabilities ``(B,L)``, 0 where the mask is, and the mask as bool."""
+    """Return log probabilities ``(B,L)``, 0 at masked positions, and the mask as bool."""
     if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[1] < 1:
         raise ValueError(
             f"logits must be (B, L+1, V), one row more than there are ids, got {tuple(getattr(logits, 'shape', ()))}"
@@ -42,7 +42,7 @@ def fused_selective_log_softmax(
 
     Args:
         logits: ``(B, L+1, V)``; the last row of each completion predicts nothing and is not read.
-        input_ids: int64 ``(B, >= L)``; the last L are scored. mask: of the same shape or None; 0 there gives 0.
+        input_ids: int64 ``(B, >= L)``; the last L are scored. mask: the same shape or None; masked positions give 0.
 
     Returns:
         fp32 ``(B, L)``.
@@ -84,16 +84,16 @@ def triton_grpo_loss(
 
     Args:
         logits: ``(B, L+1, V)``, fp32, bf16 or fp16. old_logp, ref_logp: ``(B, L)`` or None. advantages: ``(B,)``.
-        completion_ids, completion_mask: ``(B, L)``; where the mask is 0 nothing is read, ids included.
-        inplace: backward writes the gradient over ``logits``, and marks them as changed. Leaves are left alone.
+        completion_ids, completion_mask: ``(B, L)``; logits and ids at masked positions are not read.
+        inplace: backward writes the gradient over ``logits`` and marks them as changed; leaves are not overwritten.
         max_completion_length: divisor of ``dr_grpo``; None: L.
-        reduce: whether to reduce, see below.
+        reduce: whether to return the reduced loss instead of one value per token.
         vllm_is_ratio: ``(B,)``, ``(B, 1)`` or ``(B, L)``.
         num_items_in_batch: tokens of the generation batch on all ranks, for dapo, cispo and vespo.
 
     Returns:
-        ``reduce=False``: loss (with gradient), KL term (None where beta is 0) and clipping flag of each token, fp32
-        ``(B, L)``, 0 where the mask is. ``reduce=True``: ``(loss, [kl mean, clip ratio])``, without the first where
+        ``reduce=False``: loss (with gradient), KL term (None if beta is 0) and clipping flag of each token, fp32
+        ``(B, L)``, 0 at masked positions. ``reduce=True``: ``(loss, [kl mean, clip ratio])``, without the kl mean if
         beta is 0.
     """
     logps, mask = _logps(logits, completion_ids, completion_mask, temperature, inplace)

@@ -1,4 +1,4 @@
-"""What both of Liger's losses share: the config of a call, the divisor, clipping flags, the loss of each token."""
+"""Helpers of both Liger drop-ins: config of a call, divisor, clipping flags, loss of each token."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from grpo_ext.config import CLIPPED_LOSS_TYPES, LossConfig
 
 @functools.lru_cache(maxsize=256)
 def config_of(**fields: Any) -> LossConfig:
-    """A validated config; the same one for the same fields, so that it warns once."""
+    """Build a validated config, cached by its fields so that its warnings appear once."""
     if fields["delta"] is not None and fields["loss_type"] not in CLIPPED_LOSS_TYPES:
         raise ValueError(
             f"delta={fields['delta']} bounds the ratio of a clipped loss, and loss_type={fields['loss_type']!r} is not "
@@ -25,7 +25,7 @@ def config_of(**fields: Any) -> LossConfig:
 
 
 def divisor(num_items_in_batch: Number | Tensor | None) -> Number | Tensor | None:
-    """Liger's ``max(num_items / ranks, 1)``; None: the tokens of this call."""
+    """Liger's divisor ``max(num_items / ranks, 1)``; None if ``num_items_in_batch`` is None."""
     if num_items_in_batch is None:
         return None
     ranks = 1
@@ -37,7 +37,7 @@ def divisor(num_items_in_batch: Number | Tensor | None) -> Number | Tensor | Non
 
 
 def per_token(name: str, weights: Tensor | None, shape: torch.Size) -> Tensor | None:
-    """``(B,)``, ``(B,1)`` or ``(B,L)`` as ``(B,1)`` or ``(B,L)``."""
+    """Convert ``(B,)``, ``(B,1)`` or ``(B,L)`` to ``(B,1)`` or ``(B,L)``."""
     if weights is None:
         return None
     if weights.shape == shape[:1]:
@@ -51,14 +51,14 @@ def per_token(name: str, weights: Tensor | None, shape: torch.Size) -> Tensor | 
 
 
 def ratios(new: Tensor, old: Tensor | None, mask: Tensor, config: LossConfig) -> Tensor:
-    """``(B,L)``, or ``(B,1)`` at sequence level; differentiable."""
+    """Importance ratios ``(B,L)``, or ``(B,1)`` at sequence level; differentiable."""
     difference = reference.log_ratio(new, None if old is None else torch.where(mask, old.detach().float(), 0.0))
     return reference.ratio_exponent(difference, mask, config.importance_sampling_level).exp()
 
 
 @torch.no_grad()
 def clipped(new: Tensor, old: Tensor | None, advantages: Tensor, mask: Tensor, config: LossConfig) -> Tensor:
-    """``(B,L)`` fp32, 1 where the clip has taken the gradient; a sequence's flag stands at each of its tokens."""
+    """``(B,L)`` fp32: 1 if the clip or cap is active; a sequence's flag is repeated for each of its tokens."""
     ratio, A = ratios(new, old, mask, config), advantages.unsqueeze(1)
     if config.loss_type in CLIPPED_LOSS_TYPES:
         flags = ((ratio < 1 - config.epsilon) & (A < 0)) | ((ratio > 1 + config.clip_high) & (A > 0))
@@ -78,7 +78,7 @@ def token_losses(
     mask: Tensor,
     config: LossConfig,
 ) -> tuple[Tensor, Tensor | None]:
-    """Loss and KL term of each token, ``(B,L)``, 0 where the mask is; the loss has the gradient of ``new``."""
+    """Loss and KL term of each token, ``(B,L)``, 0 at masked positions; the loss is differentiable by ``new``."""
     A = advantages.detach().float().unsqueeze(1)
     exact_old = None if old is None else torch.where(mask, old.detach().float(), 0.0)
     ratio = ratios(new, old, mask, config)
@@ -102,5 +102,5 @@ def token_losses(
 
 
 def token_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean where the mask is 1; 0 for an empty one."""
+    """Mean over unmasked positions; 0 for an empty mask."""
     return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)

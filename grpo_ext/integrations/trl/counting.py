@@ -1,4 +1,4 @@
-"""Who served which call: this package, or TRL's own code and why."""
+"""Count the calls computed by this package, and the fallbacks to TRL's own code by reason."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from collections import Counter
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-    """What `status()` returns; counts since the last `patch()` that found nothing patched.
+    """Result of `status()`; counts start at a `patch()` call that finds TRL unpatched.
 
     Attributes:
-        patched: whether TRL's symbol is ours now.
-        fuse_loss: whether the loss of TRL's GRPO trainer is ours too.
-        served: calls to the vocabulary that ran here, ``{"with gradient": n, "without gradient": n}``.
-        handed_back: calls that TRL's own class ran, by reason.
-        losses_served: whole losses that ran here.
-        losses_handed_back: losses that TRL's own code ran, by reason. Its calls to the vocabulary are counted above.
+        patched: whether TRL's log-probability class is replaced.
+        fuse_loss: whether the loss of TRL's GRPO trainer is replaced too.
+        served: log-probability calls by our kernels, ``{"with gradient": n, "without gradient": n}``.
+        handed_back: log-probability calls by TRL's own class, by reason.
+        losses_served: whole losses by our kernels.
+        losses_handed_back: losses by TRL's own code, by reason; their log-probability calls count in ``served`` or
+            ``handed_back``.
     """
 
     patched: bool
@@ -42,7 +43,7 @@ class Status:
 
 
 class Counts:
-    """The running counts behind `Status`."""
+    """Running counts, from which `status()` builds a `Status`."""
 
     def __init__(self) -> None:
         self.reset()

@@ -1,8 +1,8 @@
-"""The loss of TRL's GRPO trainer by `grpo_ext.linear_grpo_loss`, inside the model's forward.
+"""Compute the loss of TRL's GRPO trainer with `grpo_ext.linear_grpo_loss`, inside the model's forward.
 
-TRL's own method runs the model, takes the log probabilities out of its output and computes the loss from them. Here the
-loss is computed where the head would be multiplied, and travels out of the model as the first of the log probabilities,
-so that FSDP, DDP and ZeRO see an output with a gradient, as always.
+TRL's own method takes log probabilities from the model's output and computes the loss from them. Here the loss is
+computed in place of the product with the head. The model returns the loss as the first of its log probabilities: FSDP,
+DDP and ZeRO still see a model output with a gradient.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from torch import Tensor
 from grpo_ext.config import LEVELS, LOSS_TYPES, LossConfig
 from grpo_ext.integrations.trl.counting import counts
 from grpo_ext.integrations.trl.metrics import log_metrics
-from grpo_ext.integrations.trl.seam import Outputs, Projection, gather_head, reason_to_hand_back, taking
+from grpo_ext.integrations.trl.seam import Outputs, Projection, gather_head, overriding_head, reason_to_hand_back
 from grpo_ext.linear import linear_grpo_loss
 from grpo_ext.linear.arguments import Gather
 from grpo_ext.output import GRPOLossOutput
 
-#: Divided by the tokens of the whole generation batch; the others by the accumulation steps afterwards.
+#: Loss types divided by the tokens of the whole generation batch; TRL divides the others by the accumulation steps.
 DIVIDED_BY_ITEMS = ("dapo", "cispo", "vespo")
 
 
 def reason_to_keep_trl(trainer: Any, inputs: dict[str, Any]) -> str | None:
-    """Why TRL's own method has to compute this loss; None: it does not."""
+    """Reason to fall back to TRL's own loss, or None."""
     if trainer._entropy_bonus_enabled:
-        return "entropy bonus: TRL averages it apart from the loss"
+        return "entropy bonus: TRL averages it separately from the loss"
     if trainer.top_entropy_quantile < 1.0:
         return "top_entropy_quantile: the quantile is over all ranks and needs every entropy first"
     if trainer.aux_loss_enabled:
@@ -46,7 +46,7 @@ def reason_to_keep_trl(trainer: Any, inputs: dict[str, Any]) -> str | None:
 
 
 def loss_config(trainer: Any) -> LossConfig:
-    """The trainer's settings; temperature, softcap and scale are filled in where the head is met."""
+    """Convert the trainer's settings; `HeadCall` adds temperature, softcap and scale."""
     args = trainer.args
     return LossConfig(
         loss_type=trainer.loss_type,
@@ -68,12 +68,12 @@ def loss_config(trainer: Any) -> LossConfig:
 
 
 class HeadCall:
-    """Waits for the model's forward to reach the head, and computes the loss there.
+    """Compute the loss when the model's forward calls TRL's log-probability class.
 
     Args:
-        positions: (B,T) bool, the completion positions whose hidden states arrive, row after row.
-        mask: (B,T), those of them that count in the loss.
-        policy: keyword arguments of `linear_grpo_loss` that are tensors.
+        positions: (B,T) bool, the completion positions whose hidden states the model passes, in row-major order.
+        mask: (B,T), the positions that count in the loss, a subset of ``positions``.
+        policy: tensor keyword arguments of `linear_grpo_loss`.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class HeadCall:
         weight, bias = p.weight, p.bias
         gather: Gather | None = gather_head
         if weight.dtype != p.compute_dtype and not torch.is_autocast_enabled(p.hidden.device.type):
-            # What TRL does block by block: a copy of the head in the dtype of the hidden states.
+            # Cast the head to the dtype of the hidden states, as TRL does block by block.
             weight, bias, gather = weight.to(p.compute_dtype), None if bias is None else bias.to(p.compute_dtype), None
         config = dataclasses.replace(
             self.config, temperature=p.temperature, logit_softcap=p.logit_softcap, logit_scale=p.logit_scale
@@ -112,7 +112,7 @@ class HeadCall:
             memory_budget=p.memory_budget, **others,
         )  # fmt: skip
         self.output = out
-        if not rows:  # 0, and connected to the model
+        if not rows:  # empty outputs, still connected to the graph of the model
             nothing = p.hidden.sum(dim=1, dtype=torch.float32)
             return nothing, nothing.detach(), None, None, None
         carrier = torch.cat([-out.loss.reshape(1), out.loss.new_zeros(rows - 1)])
@@ -121,7 +121,7 @@ class HeadCall:
 
 
 def divisor_of(trainer: Any, inputs: dict[str, Any]) -> Tensor | None:
-    """TRL's normaliser of dapo, cispo and vespo."""
+    """TRL's divisor of dapo, cispo and vespo; None for the other loss types."""
     if trainer.loss_type not in DIVIDED_BY_ITEMS:
         return None
     divisor: Tensor = inputs["num_items_in_batch"].clamp(min=1.0) / trainer.accelerator.num_processes
@@ -133,7 +133,7 @@ def divisor_of(trainer: Any, inputs: dict[str, Any]) -> Tensor | None:
 def compute_loss(
     trainer: Any, model: Any, inputs: dict[str, Any], original: Callable[[Any, Any, dict[str, Any]], Tensor]
 ) -> Tensor:
-    """``GRPOTrainer._compute_loss``: the same loss and metrics, or TRL's own method and a count of why."""
+    """Replacement of ``GRPOTrainer._compute_loss``: same loss and metrics; counts fallbacks to TRL's method."""
     reason = reason_to_keep_trl(trainer, inputs)
     if reason is not None:
         counts.losses_handed_back[reason] += 1
@@ -158,7 +158,7 @@ def compute_loss(
         "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
         "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
     )  # fmt: skip
-    with taking(call):
+    with overriding_head(call):
         carrier, _, _ = trainer._get_per_token_logps_and_entropies(
             model,
             torch.cat([inputs["prompt_ids"], ids], dim=1),

@@ -1,4 +1,4 @@
-"""TRL's own metrics of a GRPO loss, from what `linear_grpo_loss` leaves: ``(B,T)`` numbers, no vocabulary."""
+"""TRL's metrics of a GRPO loss, computed from the ``(B,T)`` outputs of `linear_grpo_loss`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from grpo_ext.output import GRPOLossOutput
 
 @torch.no_grad()
 def log_metrics(trainer: Any, out: GRPOLossOutput, inputs: dict[str, Any], mask: Tensor) -> None:
-    """Appends to ``trainer._metrics`` under the names and with the definitions of TRL 1.16."""
+    """Append to ``trainer._metrics`` with the names and definitions of TRL 1.16."""
     log = trainer._metrics["train" if trainer.model.training else "eval"]
     advantages = inputs["advantages"]
     if advantages.dim() == 1:
@@ -28,7 +28,7 @@ def log_metrics(trainer: Any, out: GRPOLossOutput, inputs: dict[str, Any], mask:
     ratio = exponent.exp()
 
     def over_ranks(values: Tensor) -> float:
-        """Mean over the tokens of all ranks that count, or over all completions for one value each."""
+        """Mean over unmasked tokens of all ranks, or over all completions if there is one value per completion."""
         if values.shape[1] == 1:
             total, count = values.sum(), values.new_tensor(float(values.shape[0]))
         else:
@@ -37,7 +37,7 @@ def log_metrics(trainer: Any, out: GRPOLossOutput, inputs: dict[str, Any], mask:
         return float(sums[0] / sums[1].clamp(min=1.0))
 
     def of_sequences(values: Tensor) -> Tensor:
-        """One mean per completion on all ranks; NaN where nothing counts."""
+        """Gather one mean per completion from all ranks; NaN for a fully masked completion."""
         own = values.squeeze(1) if values.shape[1] == 1 else (values * mask).sum(dim=1) / mask.sum(dim=1)
         gathered: Tensor = trainer.accelerator.gather(own)
         return gathered
@@ -75,6 +75,6 @@ def log_metrics(trainer: Any, out: GRPOLossOutput, inputs: dict[str, Any], mask:
 
 
 def _extreme(values: Tensor, of: Any) -> float:
-    """Of the values that are not NaN; NaN where there are none."""
+    """Apply ``of`` to the values other than NaN; NaN if every value is NaN."""
     known = values[~values.isnan()]
     return float(of(known)) if known.numel() else float("nan")

@@ -1,4 +1,4 @@
-"""Putting our class in the place of TRL's, and taking it out again."""
+"""Replace TRL's log-probability class and GRPO loss, and restore them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from grpo_ext.integrations.trl.counting import Status, counts
 from grpo_ext.integrations.trl.fused_loss import compute_loss
 from grpo_ext.integrations.trl.seam import LogProbabilities
 
-#: First version that is served, first one that is not.
+#: First supported version, first unsupported version after it.
 VERSIONS = ((1, 15), (1, 17))
 
 _originals: dict[tuple[Any, str], Any] = {}
 
 
 def _utils() -> Any:
-    """``trl.trainer.utils`` of a version that has the seam."""
+    """Return ``trl.trainer.utils`` of a supported version."""
     try:
         import trl
     except ImportError as error:
@@ -40,18 +40,18 @@ def _replace(owner: Any, name: str, value: Any) -> None:
 
 
 def patch(*, fuse_loss: bool = False) -> None:
-    """Has TRL's trainers compute log probabilities and entropies with this package's kernels.
+    """Make TRL's trainers compute log probabilities and entropies with this package's kernels.
 
-    GRPO, RLOO, SFT, DPO and KTO trainers are served, whether they are made before or after this call. On the CPU TRL
-    projects every position of the batch; patched, only those that count. Calling it again changes ``fuse_loss`` and
-    nothing else.
+    Affects GRPO, RLOO, SFT, DPO and KTO trainers created before or after this call. On the CPU unpatched TRL multiplies
+    every position of the batch by the head; patched TRL only unmasked positions. A second call changes only
+    ``fuse_loss``.
 
     Args:
         fuse_loss: also compute the loss of ``trl.GRPOTrainer`` with `grpo_ext.linear_grpo_loss`, inside the model's
-            forward: a token-level loss then makes its logits once. Losses that it cannot compute run as before.
+            forward; a token-level loss then computes its logits once. Unsupported losses fall back to TRL.
 
     Raises:
-        ImportError: TRL is missing, or not 1.15 or 1.16; or TRL 1.15 cannot find its own function here.
+        ImportError: if TRL is missing, is not 1.15 or 1.16, or is 1.15 without Triton.
     """
     utils = _utils()
     if not status().patched:
@@ -83,14 +83,14 @@ def patch(*, fuse_loss: bool = False) -> None:
 
 
 def unpatch() -> None:
-    """TRL as it was. The counts stay readable."""
+    """Restore TRL's own code; `status` keeps its counts."""
     for (owner, name), original in _originals.items():
         setattr(owner, name, original)
     _originals.clear()
 
 
 def status() -> Status:
-    """Calls served here and calls handed back to TRL, with the reasons."""
+    """Return the counts of calls by our kernels, and of fallbacks to TRL with their reasons."""
     names = {name for _, name in _originals}
     return Status(
         patched="_ChunkedLogProbFunction" in names,

@@ -1,7 +1,7 @@
-"""The class that stands in for TRL's ``_ChunkedLogProbFunction``.
+"""Replacement of TRL's ``_ChunkedLogProbFunction``.
 
-TRL's trainers call ``.apply`` on it inside the model's forward, with the hidden states of the positions to score and
-the head. What a call brings that the kernels here do not serve goes to TRL's own class, and is counted.
+TRL's trainers call its ``.apply`` inside the model's forward, with the head and the hidden states of the positions to
+score. Calls that our kernels do not support fall back to TRL's own class and are counted.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from grpo_ext.linear.arguments import wanted_gradients
 from grpo_ext.linear.logps import Request, linear_logps
 from grpo_ext.linear.plan import TRAINER_BUDGET, Numerics
 
-#: (logps fp32 (N,), entropy, log_sum_sq_probs, mean_logits, is_top1); None for what was not asked for.
+#: (logps fp32 (N,), entropy, log_sum_sq_probs, mean_logits, is_top1); None for outputs not requested.
 Outputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
-#: What TRL's class computes beside the log probabilities when nobody says otherwise.
+#: Outputs that TRL's class computes by default, besides the log probabilities.
 ALL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-OURS = frozenset({"log_probs", "entropy", "mean_logits"})
+SUPPORTED_OUTPUTS = frozenset({"log_probs", "entropy", "mean_logits"})
 
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
-    """The arguments of one call.
+    """Arguments of one call.
 
     Attributes:
-        hidden: (N,H). weight: (V,H), maybe of another dtype. bias: (V,) or None. targets: (N,) int64.
-        compute_dtype: the dtype of the products: autocast's, else that of ``hidden``.
+        hidden: (N,H). weight: (V,H), of any floating-point dtype. bias: (V,) or None. targets: (N,) int64.
+        compute_dtype: dtype of the products: the autocast dtype if autocast is on, else the dtype of ``hidden``.
     """
 
     hidden: Tensor
@@ -51,26 +51,26 @@ class Projection:
 
     @property
     def memory_budget(self) -> int | None:
-        """For the linear losses; None: their default."""
+        """Memory budget of the linear losses in bytes; None: their default."""
         return TRAINER_BUDGET.get(self.hidden.device.type)
 
 
-#: Set while `fused_loss` waits for the model's forward to reach the head: takes over the call.
-taker: ContextVar[Callable[[Projection], Outputs] | None] = ContextVar("grpo_ext_trl_loss", default=None)
+#: Function that `fused_loss` sets during the model's forward; it handles the call instead of `log_probabilities`.
+head_override: ContextVar[Callable[[Projection], Outputs] | None] = ContextVar("grpo_ext_trl_loss", default=None)
 
 
 @contextlib.contextmanager
-def taking(function: Callable[[Projection], Outputs]) -> Iterator[None]:
-    """Inside, calls go to ``function``."""
-    token = taker.set(function)
+def overriding_head(function: Callable[[Projection], Outputs]) -> Iterator[None]:
+    """Route calls inside this context to ``function``."""
+    token = head_override.set(function)
     try:
         yield
     finally:
-        taker.reset(token)
+        head_override.reset(token)
 
 
 def gather_head(weight: Tensor, bias: Tensor | None) -> AbstractContextManager[Any]:
-    """TRL's own context in which a head that DeepSpeed ZeRO-3 has sharded is whole; looked up at call time."""
+    """TRL's context that gathers a head sharded by DeepSpeed ZeRO-3; looked up at call time."""
     from trl.trainer import utils
 
     context: AbstractContextManager[Any] = utils.maybe_gather_lm_head_ctx(weight, bias)
@@ -78,10 +78,10 @@ def gather_head(weight: Tensor, bias: Tensor | None) -> AbstractContextManager[A
 
 
 def reason_to_hand_back(projection: Projection, outputs: tuple[str, ...]) -> str | None:
-    """Why TRL's class has to run this call; None: it does not."""
-    foreign = sorted(set(outputs) - OURS)
-    if foreign:
-        return "asks for " + ", ".join(foreign)
+    """Reason to fall back to TRL's class for this call, or None."""
+    unsupported = sorted(set(outputs) - SUPPORTED_OUTPUTS)
+    if unsupported:
+        return "asks for " + ", ".join(unsupported)
     hidden = projection.hidden
     if hidden.device.type == "cuda" and not _C.CUDA_VERSION:
         return "grpo_ext was built without CUDA"
@@ -100,7 +100,7 @@ def reason_to_hand_back(projection: Projection, outputs: tuple[str, ...]) -> str
 
 @torch.no_grad()
 def mean_logits(projection: Projection) -> Tensor:
-    """Mean over the vocabulary of each row's processed logits, fp32 (N,): linear, so the head's mean row gives it."""
+    """Mean of each row's processed logits over the vocabulary, fp32 (N,), from the mean row of the head."""
     p = projection
     with gather_head(p.weight, p.bias):
         row = p.weight.to(p.compute_dtype).mean(0, dtype=torch.float32)
@@ -111,7 +111,7 @@ def mean_logits(projection: Projection) -> Tensor:
 
 
 def log_probabilities(projection: Projection, outputs: tuple[str, ...]) -> Outputs:
-    """The call on this package's kernels."""
+    """Compute the outputs with this package's kernels."""
     p = projection
     numerics = Numerics(
         logit_transform(p.temperature, p.logit_softcap, p.logit_scale),
@@ -130,7 +130,7 @@ def log_probabilities(projection: Projection, outputs: tuple[str, ...]) -> Outpu
 
 
 class LogProbabilities:
-    """In place of ``trl.trainer.utils._ChunkedLogProbFunction``; ``original`` is that class."""
+    """Replacement of ``trl.trainer.utils._ChunkedLogProbFunction``; ``original`` is the replaced class."""
 
     original: Any = None
 
@@ -147,16 +147,16 @@ class LogProbabilities:
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = ALL_OUTPUTS,
     ) -> Outputs:
-        """TRL's arguments and results: see `Projection` and `Outputs`. ``chunk_size`` is left to `grpo_ext.linear`."""
+        """Take TRL's arguments, return `Outputs`; ignore ``chunk_size``, which `grpo_ext.linear` chooses."""
         kind = hidden.device.type
         autocast = torch.is_autocast_enabled(kind)
         projection = Projection(
             hidden, weight, bias, targets, temperature, final_logit_softcapping, logit_scale,
             torch.get_autocast_dtype(kind) if autocast else hidden.dtype,
         )  # fmt: skip
-        take = taker.get()
-        if take is not None:
-            return take(projection)
+        override = head_override.get()
+        if override is not None:
+            return override(projection)
         reason = reason_to_hand_back(projection, tuple(outputs))
         if reason is None:
             return log_probabilities(projection, tuple(outputs))
