@@ -1,9 +1,9 @@
-"""Cross entropy of a causal model, transformers' against `causal_lm_loss`: time and peak memory beyond the logits.
+"""Compare transformers' cross entropy with `causal_lm_loss`: time, and peak memory beyond the logits.
 
     python bench/bench_causal_lm.py
     python bench/bench_causal_lm.py --device cuda --tokens 8192 --vocab 151936
 
-Forward and backward from logits that are made anew for each run, outside the measurement; one label in eight is -100.
+Measures forward and backward. New logits are computed before each run, unmeasured; one label in eight is -100.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> None:
         def prepare() -> Callable[[], Any]:
             leaf = torch.zeros(1, device=device, dtype=dtype, requires_grad=True)
             noise = torch.randn(1, options.tokens, options.vocab, device=device, dtype=dtype)
-            logits = noise + leaf  # what a head leaves: not a leaf, and its own memory is not needed in backward
+            logits = noise + leaf  # like a head's output: not a leaf, and not saved for backward
             return lambda: torch.autograd.grad(loss(logits=logits, labels=labels, vocab_size=options.vocab), logits)
 
         return prepare

@@ -1,8 +1,9 @@
-"""Completions per second of the example's generation: transformers and vLLM in one process, block by block.
+"""Measure completions per second of the generation of `make train`, with transformers and vLLM in one process.
 
-python bench/bench_generation.py --blocks 5 writes bench/results/generation_cpu.csv. A block is one generation batch of
-`make train` (32 completions of up to 24 tokens) by each engine in turn, so that other load on the machine meets both.
-vLLM's time includes what an update costs: handing over the weights, emptying the cache, the check.
+    python bench/bench_generation.py --blocks 5        # writes bench/results/generation_cpu.csv
+
+A block is one generation batch (32 completions of up to 24 tokens) by each engine in turn, so that background load
+affects both. vLLM's time includes the cost of an update: weight transfer, cache reset and weight check.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from grpo_ext.trainer import GRPOConfig, GRPOTrainer
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--blocks", type=int, default=5)
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the weights")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="dtype of the weights")
     parser.add_argument("--output", type=Path, default=common.RESULTS / "generation_cpu.csv")
     options = parser.parse_args()
     dtype = fast_dtype("cpu")[0] if options.dtype == "auto" else options.dtype
@@ -52,7 +53,7 @@ def main() -> None:
     ]
     with trainer.faster_layers.attached():  # as in training
         for block, name, chosen in turns:
-            with torch.no_grad():  # an update: the engine has to take over the weights
+            with torch.no_grad():  # an update, after which the engine must load the weights
                 next(p for p in trainer.model.parameters() if p.requires_grad).add_(1e-4)
             start = time.perf_counter()
             done = chosen.generate(trainer.model, prompts, sampling)

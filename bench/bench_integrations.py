@@ -1,32 +1,33 @@
-"""What one line in somebody else's trainer changes: each peer's own code beside ours in its place, time and memory.
+"""Compare each peer's own code with our replacement: time and memory.
 
     PYTHONPATH=.venv/peers python bench/bench_integrations.py --compiled
     python bench/bench_integrations.py --candidates kto,dpo --layers 4 --runs 3
     python bench/bench_integrations.py --device cuda --batch 16 --completion 1024 --tokens 1024 --policy 64x4096
 
-`make peers` installs Liger-Kernel and verl into .venv/peers; TRL comes with `make setup`. What cannot be imported, or
-does not run on the device, is named in a line and left out. The candidates:
+`make peers` installs Liger-Kernel and verl into .venv/peers; TRL comes with `make setup`. Candidates that cannot be
+imported, or do not run on the device, are skipped with a message. The candidates:
 
-kto, dpo      One step of TRL's trainer, loss and backward, on a fixed batch of random texts: as it is, and after
-              `grpo_ext.integrations.trl.patch()`. A random Llama of the given sizes, by default SmolLM2-135M's, with
-              LoRA on every linear layer but the head (the policy without its adapter is the reference model), and
-              trained whole beside a second model. Data loading and the optimizer are left out. Every patched step must
-              have been served here as `integration_cases.SERVED` says.
+kto, dpo      One step of TRL's trainer, loss and backward, on a fixed batch of random texts: unpatched, and after
+              `grpo_ext.integrations.trl.patch()`. The model is a random Llama of the given sizes, by default
+              SmolLM2-135M's. `lora` trains LoRA on every linear layer but the head, and the model without adapter is
+              the reference model. `full` trains all weights and has a second model as reference. Data loading and the
+              optimizer are not measured. Our kernels must serve every patched step as `integration_cases.SERVED` lists.
 liger_linear  `LigerFusedLinearGRPOLoss` from hidden states and head, with old and reference log probabilities, forward
-              and backward; Liger's by ``compiled=False``, and with ``--compiled`` by torch.compile too, its default.
+              and backward. Liger's runs with ``compiled=False``; ``--compiled`` adds its default, torch.compile.
 liger_logits  `triton_grpo_loss`, which overwrites the logits, forward and backward. Triton: GPU only.
 liger_logps   `fused_selective_log_softmax`, which has no backward. Triton: GPU only.
-verl_head     `FusedLinearForPPO`, verl's fused head in torch (chunks of 512 rows, its default), and on a GPU its Triton
-              `linear_cross_entropy`, beside our `linear_cross_entropy`: log probabilities and entropies; backward from
-              the log probabilities, as verl trains without an entropy bonus.
-verl_policy   The policy loss ``vanilla`` of verl and ours by the name ``grpo_ext``, with its metrics, on fp32 (B,T).
+verl_head     `FusedLinearForPPO`, verl's fused head in torch (chunks of 512 rows, its default), on a GPU also verl's
+              Triton `linear_cross_entropy`, against our `linear_cross_entropy`: log probabilities and entropies, and
+              backward from the log probabilities, as verl trains without an entropy bonus.
+verl_policy   verl's policy loss ``vanilla`` and our ``grpo_ext``, with their metrics, on fp32 (B,T).
 
-``--trained`` takes lora and full for the steps, ``--heads`` frozen and trained for the two with a head. The peer always
-comes first, and before a clock starts everyone's values and gradients must be its, within `TOLERANCE` of their norm
-(`difference` is the largest of these). Columns: ms_median, ms_min and cpu_ms_median are milliseconds of one call, by
-the clock and of the processor time of all threads, in which others' work on the machine is not; of_peer is the median
-over the peer's; peak_mb is memory during one call above what was there before it (`common.peak_extra_bytes`), gradients
-included.
+``--trained`` takes lora and full for kto and dpo; ``--heads`` takes frozen and trained for liger_linear and verl_head.
+The peer runs first. Before timing, values and gradients of every candidate must agree with the peer's, within
+`TOLERANCE` of their norm; `difference` is the largest difference.
+
+Columns: ms_median and ms_min are wall-clock milliseconds of one call. cpu_ms_median is the processor time of all
+threads, which excludes other load on the machine. of_peer is the median divided by the peer's. peak_mb is the memory
+during one call above the memory before it (`common.peak_extra_bytes`), gradients included.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from grpo_ext.bench.common import RESULTS, interleaved, machine, peak_extra_byte
 
 def release(device: torch.device) -> None:
     gc.collect()
-    if device.type == "cpu":  # freed memory that malloc keeps would hide what the next one takes
+    if device.type == "cpu":  # freed memory kept by malloc would hide allocations of the next call
         ctypes.CDLL(None).malloc_trim(0)
     else:
         torch.cuda.empty_cache()
@@ -118,15 +119,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--vocab", type=int, default=49152)
     parser.add_argument("--hidden", type=int, default=576)
     parser.add_argument("--batch", type=int, default=4, help="texts (an even number: dpo pairs them), completions")
-    parser.add_argument("--layers", type=int, default=30, help="of kto's and dpo's model")
-    parser.add_argument("--prompt", type=int, default=32, help="of kto and dpo")
-    parser.add_argument("--completion", type=int, default=96, help="the longest of kto and dpo")
-    parser.add_argument("--trained", default="lora,full", type=names, help="of kto and dpo")
-    parser.add_argument("--checkpointing", action="store_true", help="in kto and dpo")
-    parser.add_argument("--tokens", type=int, default=256, help="T of the linear losses, heads and logits")
+    parser.add_argument("--layers", type=int, default=30, help="layers of the model of kto and dpo")
+    parser.add_argument("--prompt", type=int, default=32, help="prompt tokens of kto and dpo")
+    parser.add_argument("--completion", type=int, default=96, help="longest completion of kto and dpo")
+    parser.add_argument("--trained", default="lora,full", type=names, help="lora, full: weights of kto and dpo")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing in kto and dpo")
+    parser.add_argument("--tokens", type=int, default=256, help="T of the liger and verl_head candidates")
     parser.add_argument("--heads", default="frozen,trained", type=names)
-    parser.add_argument("--equal", action="store_true", help="completions of one length, nothing is padding")
-    parser.add_argument("--compiled", action="store_true", help="Liger's by torch.compile too; needs a C++ compiler")
+    parser.add_argument("--equal", action="store_true", help="completions of equal length, without padding")
+    parser.add_argument("--compiled", action="store_true", help="also Liger with torch.compile; needs a C++ compiler")
     parser.add_argument("--policy", type=pair, default=(64, 1024), help="BxT of verl's policy loss")
     parser.add_argument("--aggregation", default="token-mean", help="of verl's policy loss")
     parser.add_argument("--runs", type=int, default=5)
@@ -136,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--append", action="store_true", help="keep the lines already in the CSV")
     options = parser.parse_args(arguments)
     if unknown := set(options.candidates) - set(CANDIDATES):
-        parser.error(f"no such candidates: {', '.join(sorted(unknown))}; there are {', '.join(CANDIDATES)}")
+        parser.error(f"no such candidates: {', '.join(sorted(unknown))}; choose from {', '.join(CANDIDATES)}")
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     without_progress_bars()

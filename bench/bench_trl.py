@@ -1,13 +1,13 @@
-"""One training step of TRL's GRPO trainer, as it is, patched, and with the whole loss patched: time and peak memory.
+"""Time a training step of TRL's GRPO trainer unpatched, patched, and patched with the whole loss; peak memory.
 
     python bench/bench_trl.py
     python bench/bench_trl.py --device cuda --vocab 151936 --hidden 2048 --layers 16 --batch 16 --prompt 256 \
         --completion 1024
 
-A step here is TRL's loss and its backward on a fixed batch of random completions: generation, rewards and the optimizer
-are left out, for they are the same code in all three. Without ``--vocab`` the model is SmolLM2-135M, else a random
-Llama of the given sizes; ``--full`` trains all of it, the default is LoRA on every linear layer but the head. A
-candidate's memory is the peak of one step beyond what was there before it.
+A step is TRL's loss and its backward on a fixed batch of random completions. Generation, rewards and the optimizer are
+not measured: they are the same code in all three cases. Without ``--vocab`` the model is SmolLM2-135M, else a random
+Llama of the given sizes. ``--full`` trains all weights; the default is LoRA on every linear layer but the head. Memory
+is the peak during one step above the memory before it.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def build_trainer(options: argparse.Namespace) -> Any:
 
 
 def batch(options: argparse.Namespace, vocab: int) -> dict[str, Any]:
-    """Completions of random lengths, half full on average at least, all advantages not 0."""
+    """Random completions: lengths from a quarter of the longest upwards, advantages not 0."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(options.completion // 4, options.completion + 1, (options.batch,), generator=generator)
     lengths[0] = options.completion
@@ -111,7 +111,7 @@ def as_candidate(fuse: bool | None) -> Iterator[None]:
         status = ours.status()
         ours.unpatch()
         if fuse is not None and (status.handed_back or status.losses_handed_back or not str(status).count("served")):
-            raise RuntimeError(f"not ours: {status}")
+            raise RuntimeError(f"TRL's own code ran a part of the patched step: {status}")
 
 
 def main() -> None:
@@ -154,7 +154,7 @@ def main() -> None:
     busy: dict[str, list[float]] = {name: [] for name in candidates}
 
     def with_cpu_time(name: str) -> Callable[[], Callable[[], Any]]:
-        """The same step, which also notes the processor time of all threads: others' work is not in it."""
+        """Record the processor time of all threads of the step too; it excludes other load on the machine."""
 
         def step() -> None:
             begin = time.process_time()
@@ -175,7 +175,7 @@ def main() -> None:
     peaks = {}
     for name, candidate in candidates.items():
         gc.collect()
-        if device.type == "cpu":  # freed memory that malloc keeps would hide what the next one takes
+        if device.type == "cpu":  # freed memory kept by malloc would hide allocations of the next step
             ctypes.CDLL(None).malloc_trim(0)
         peaks[name] = peak_extra_bytes(candidate, device)
     rows = []

@@ -1,9 +1,9 @@
-"""Unsloth's GRPO trainer on the completions of ``grpo_ext.bench.training phase``: seconds of the training phase.
+"""Time the training phase of Unsloth's GRPO trainer on the completions of ``grpo_ext.bench.training phase``.
 
     python bench/bench_unsloth.py --model 0.6b --lengths spread
 
-Needs a GPU and unsloth (2026.10.9 was measured, on TRL 1.15). LoRA r=16, bf16, its own gradient checkpointing; 64
-completions, 8 a micro-batch; median of the steps after the first. The last line is JSON.
+Needs a GPU and unsloth (measured: 2026.10.9 with TRL 1.15). LoRA r=16, bf16, Unsloth's gradient checkpointing; 64
+completions, 8 per micro-batch; median of the steps after the first. The last line of the output is JSON.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.update(HF_HUB_OFFLINE="1", UNSLOTH_DISABLE_STATISTICS="1", TOKENIZERS_PARALLELISM="false")
-import unsloth  # isort: skip  # before everything that it patches
+import unsloth  # isort: skip  # must precede the packages that it patches
 import torch
 import trl
 from datasets import Dataset
@@ -31,7 +31,7 @@ LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 
 def save_model(case: Case, workload: Workload, folder: Path) -> Any:
-    """Leave model and tokenizer in ``folder``, and the engine's log probabilities in the workload; the tokenizer."""
+    """Save model and tokenizer to ``folder``, attach log probabilities to the workload; return the tokenizer."""
     model = case.build()
     workload.attach_logps(model, torch.device("cuda"))
     model.save_pretrained(folder)
@@ -41,13 +41,13 @@ def save_model(case: Case, workload: Workload, folder: Path) -> Any:
 
 
 def measure(size: str, lengths: str, steps: int) -> dict[str, Any]:
-    """One run of Unsloth's trainer; tokens per second, seconds, peak memory, losses and gradient norms."""
+    """Run Unsloth's trainer once; return tokens per second, seconds, peak memory, losses and gradient norms."""
     device = torch.device("cuda")
     case = Case(model=size, trained="lora", micro_batch=8, steps=steps + 1, dtype="bf16", device="cuda")
     workload = Workload(case.shape.vocabulary, 8, 8, 1024, lengths == "spread")
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = save_model(case, workload, Path(folder))
-        training_setup.settle(device)
+        training_setup.release_memory(device)
         model, _ = unsloth.FastLanguageModel.from_pretrained(
             folder, max_seq_length=2048, dtype=torch.bfloat16, load_in_4bit=False, fast_inference=False
         )
@@ -56,19 +56,19 @@ def measure(size: str, lengths: str, steps: int) -> dict[str, Any]:
     )
 
     class Served(trl.GRPOTrainer):  # type: ignore[misc, name-defined]
-        """Hands out the prepared completions."""
+        """Returns the prepared completions instead of generating."""
 
         def _generate_single_turn(self, prompt_ids: Any, *arguments: Any, **options: Any) -> Any:
             return workload.serve(prompt_ids)
 
     known = {field.name for field in dataclasses.fields(trl.GRPOConfig)}
     config = trl.GRPOConfig(**{name: value for name, value in case.arguments(workload).items() if name in known})
-    config.mask_truncated_completions = False  # Unsloth sets it for dapo: nothing would be trained
+    config.mask_truncated_completions = False  # Unsloth sets True for dapo, which would mask all completions
     watch = training_setup.StepWatch(device)
     dataset = Dataset.from_list(workload.dataset())
     trainer = Served(model, workload.reward, config, dataset, None, tokenizer, callbacks=[watch])
-    trainer.use_vllm = True  # so that it corrects for the engine's log probabilities
-    trainer._generate = watch.aside(trainer._generate)
+    trainer.use_vllm = True  # so that the trainer corrects for the prepared log probabilities
+    trainer._generate = watch.as_rollout(trainer._generate)
     training_setup.start_adapter(trainer.model)
     torch.cuda.reset_peak_memory_stats()
     trainer.train()
@@ -93,6 +93,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(SHAPES), default="0.6b")
     parser.add_argument("--lengths", choices=("spread", "equal"), default="spread")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps; one more is taken first")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps, after one warm-up step")
     given = parser.parse_args()
     print(json.dumps(measure(given.model, given.lengths, given.steps)))

@@ -1,4 +1,4 @@
-"""What `bench_integrations.py` compares: a peer's own code and ours in its place, proven to give the same."""
+"""Comparisons of `bench_integrations.py`: a peer's own code and our replacement, checked for equal results."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from grpo_ext.bench.common import DTYPES
 
-#: Greatest distance of a value or gradient from the peer's, of its norm. In bf16 both are off by their own roundings.
+#: Largest difference of a value or gradient from the peer's, relative to its norm. In bf16 both have rounding errors.
 TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2}
 
-#: Calls of one patched step that ran here, and those that TRL's own class ran.
+#: Calls of one patched step by our kernels, and by TRL's own class.
 SERVED: dict[str, tuple[dict[str, int], dict[str, int]]] = {
-    # The policy's call; the reference model's and one of each for the estimate of the KL.
+    # The policy with gradient; without gradient the reference model, and both models again for the KL estimate.
     "kto": ({"with gradient": 1, "without gradient": 3}, {}),
     "dpo": ({"without gradient": 1}, {"asks for is_top1": 1}),
 }
@@ -31,28 +31,28 @@ SERVED: dict[str, tuple[dict[str, int], dict[str, int]]] = {
 def columns(
     options: argparse.Namespace, trained: str, rows: int, tokens: int, valid: int, layers: int = 0
 ) -> dict[str, Any]:
-    """What a line computed: ``tokens`` of each of the ``rows``, of which ``valid`` count in all."""
+    """Columns with the sizes: ``rows`` of ``tokens`` each, ``valid`` unmasked tokens in total."""
     sizes = {"vocab": options.vocab, "hidden": options.hidden, "layers": layers}
     return {"trained": trained, **sizes, "rows": rows, "tokens": tokens, "valid_tokens": valid}
 
 
 class LeftOut(Exception):
-    """Why a comparison cannot be made here."""
+    """Raised if a comparison cannot run here; the message is the reason."""
 
 
 @dataclasses.dataclass
 class Comparison:
-    """The same computation by several candidates, the peer first.
+    """One computation by several candidates, the peer first.
 
     Attributes:
-        peer: its name and version.
-        candidates: by name, what `call` is handed: a function, or whatever makes the difference.
-        call: what is measured; returns what is compared, the same tensors in the same order.
-        columns: what was computed, for the table.
-        dtype: of the inputs, for the tolerance.
-        before: precedes each call unmeasured, with the same argument.
-        more: further tensors to compare after a call.
-        after: undoes what the calls left behind.
+        peer: name and version of the peer.
+        candidates: argument of `call` by candidate name, for example a function.
+        call: measured function; returns the tensors to compare, in the same order for every candidate.
+        columns: columns of the table with the sizes.
+        dtype: dtype of the inputs, selects the tolerance.
+        before: unmeasured preparation of each call, with the same argument.
+        more: returns further tensors to compare after a call.
+        after: cleans up after all calls.
     """
 
     peer: str
@@ -69,7 +69,7 @@ class Comparison:
         return functools.partial(self.call, self.candidates[name])
 
     def prove(self) -> dict[str, float]:
-        """For each candidate its largest distance from the peer, of the norm of each tensor."""
+        """Check every candidate against the peer; return its largest difference relative to a tensor's norm."""
         wanted: list[Tensor] = []
         found = {}
         for name in self.candidates:
@@ -128,7 +128,7 @@ def build_model(options: argparse.Namespace, seed: int) -> Any:
 
 
 def lengths(longest: int, count: int, equal: bool = False) -> list[int]:
-    """A quarter of the longest at least; the first is the longest, or all are."""
+    """Draw lengths from a quarter of the longest upwards; the first is the longest, with ``equal`` all are."""
     if equal:
         return [longest] * count
     generator = torch.Generator().manual_seed(1)
@@ -137,7 +137,7 @@ def lengths(longest: int, count: int, equal: bool = False) -> list[int]:
 
 
 def dataset(kind: str, options: argparse.Namespace) -> Any:
-    """``options.batch`` texts: completions of kto, or half as many pairs of dpo."""
+    """Build ``options.batch`` texts: that many completions for kto, or half as many pairs for dpo."""
     from datasets import Dataset
 
     generator = torch.Generator().manual_seed(0)
@@ -146,7 +146,7 @@ def dataset(kind: str, options: argparse.Namespace) -> Any:
         return "".join(f" t{i}" for i in torch.randint(2, options.vocab, (count,), generator=generator).tolist())
 
     prompts, completions = [], []
-    for count in lengths(options.completion - 1, options.batch, options.equal):  # TRL appends the end
+    for count in lengths(options.completion - 1, options.batch, options.equal):  # TRL appends the end token
         prompts.append(words(options.prompt))
         completions.append(words(count))
     if kind == "kto":
@@ -171,7 +171,7 @@ def build_trainer(kind: str, trained: str, options: argparse.Namespace) -> Any:
         save_strategy="no",
         disable_tqdm=True,
         use_cpu=options.device == "cpu",
-        bf16=False,  # the weights have the dtype
+        bf16=False,  # the weights already have the dtype
     )
     full = trained == "full"
     lora = None if full else LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -185,14 +185,16 @@ def build_trainer(kind: str, trained: str, options: argparse.Namespace) -> Any:
     )
     trainer.model.train()
     for name, parameter in trainer.model.named_parameters():
-        if "lora_B" in name:  # zero until the first step: then policy and reference are the same
+        if "lora_B" in name:  # zero at first, which would make policy and reference equal
             torch.nn.init.normal_(parameter, std=0.02)
     return trainer
 
 
 def trl_step(kind: str, trained: str, options: argparse.Namespace) -> Comparison:
     if (kind, trained) == ("dpo", "lora"):
-        raise LeftOut("its reference is the policy without the adapter, and asks for token accuracy too: all is TRL's")
+        raise LeftOut(
+            "its reference is the policy without the adapter, and TRL's own code runs every call (token accuracy)"
+        )
     trainer = build_trainer(kind, trained, options)
     import grpo_ext.integrations.trl as ours
 
@@ -210,7 +212,7 @@ def trl_step(kind: str, trained: str, options: argparse.Namespace) -> Comparison
         loss.backward()
         status = ours.status()
         if status.patched and (status.served, status.handed_back) != SERVED[kind]:
-            raise RuntimeError(f"not what was to be served: {status}")
+            raise RuntimeError(f"the patched step did not make the expected calls: {status}")
         return [loss]
 
     rows, tokens = inputs["input_ids"].shape
@@ -230,8 +232,10 @@ def trl_step(kind: str, trained: str, options: argparse.Namespace) -> Comparison
 
 
 def head_inputs(options: argparse.Namespace, head: str) -> dict[str, Tensor]:
-    """Hidden states (B,T,H) and head (V,H) with logits of about the spread of a model's, and what a loss needs. Log
-    ratios keep away from the clip, where a rounding would switch a token's gradient."""
+    """Random hidden states (B,T,H), head (V,H) and loss inputs; logits spread like a language model's.
+
+    Log ratios are far from the clip limits, where rounding would switch a token's gradient on or off.
+    """
     generator = torch.Generator().manual_seed(2)
     B, T, H, V = options.batch, options.tokens, options.hidden, options.vocab
     dtype, device = DTYPES[options.dtype], options.device
@@ -279,7 +283,7 @@ def liger_linear(head: str, options: argparse.Namespace) -> Comparison:
 
 
 def liger_from_logits(options: argparse.Namespace) -> tuple[Any, dict[str, Tensor]]:
-    """Liger's Triton functions, and logits (B,T+1,V) with what goes with them."""
+    """Return Liger's module of Triton functions, and inputs with logits (B,T+1,V)."""
     if options.device != "cuda":
         raise LeftOut("Liger's Triton kernels need a GPU")
     theirs = peer_module("liger_kernel.transformers.grpo_loss")
@@ -294,7 +298,7 @@ def liger_logits(options: argparse.Namespace) -> Comparison:
     theirs, t = liger_from_logits(options)
     import grpo_ext.integrations.liger as ours
 
-    # Overwritten by each call: made anew from `t["logits"]`, in the same memory. No leaf, which none may overwrite.
+    # Each call overwrites its logits; `before` refills the same memory. A view, because leaves cannot be overwritten.
     leaf = torch.empty_like(t["logits"]).requires_grad_()
     work: list[Tensor] = []
 
@@ -344,7 +348,7 @@ def verl_head(head: str, options: argparse.Namespace) -> Comparison:
         logps, entropy = logps.flatten(), entropy.flatten()
         return [logps, entropy, *torch.autograd.grad(logps, leaves, upstream)]
 
-    size = columns(options, head, options.batch, options.tokens, t["ids"].numel())  # verl hands over packed tokens
+    size = columns(options, head, options.batch, options.tokens, t["ids"].numel())  # verl packs its tokens
     return Comparison(version("verl"), functions, call, size, options.dtype)
 
 
@@ -377,7 +381,7 @@ def verl_policy(options: argparse.Namespace) -> Comparison:
 
 
 def comparisons(options: argparse.Namespace) -> Iterator[tuple[str, str, Callable[[], Comparison]]]:
-    """The candidate's name, the words of the table, and what builds it."""
+    """Yield each candidate's name, its subject in the table, and a function that builds the comparison."""
     for kind in ("kto", "dpo"):
         for trained in options.trained:
             yield kind, f"{kind}, {trained}", functools.partial(trl_step, kind, trained, options)

@@ -1,8 +1,8 @@
-"""Draws the README's chart: tokens per second of a training phase, ours beside TRL and Unsloth.
+"""Draw the README's chart: tokens per second of the training phase of grpo_ext, TRL and Unsloth.
 
     python bench/plot_readme.py        # results/training_phase_h200.csv -> plots/training_phase_h200.svg
 
-The background is transparent and the text grey, so that the picture can be read on light and dark pages.
+Transparent background and grey text are readable on light and dark pages.
 """
 
 from __future__ import annotations

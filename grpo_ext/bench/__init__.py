@@ -1,1 +1,1 @@
-"""Measurements, each a module that runs alone: ``python -m grpo_ext.bench.linear --help``."""
+"""Benchmarks, one runnable module each: ``python -m grpo_ext.bench.linear --help``."""

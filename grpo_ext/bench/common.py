@@ -1,4 +1,4 @@
-"""What every benchmark shares: the machine in words, medians, peak memory, the copy rate, CSV and a short table."""
+"""Helpers of all benchmarks: machine description, timing, peak memory, copy rate, CSV files and tables."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ import torch
 
 import grpo_ext
 
-#: bench/results of the source tree; of an installed package the working directory.
+#: Folder for results: bench/results in the source tree; the working directory for an installed package.
 SOURCE_TREE = Path(grpo_ext.__file__).parents[1] / "bench"
 RESULTS = SOURCE_TREE / "results" if (SOURCE_TREE / "results").is_dir() else Path()
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def cpu_model() -> str:
-    """The processor's own name, e.g. from /proc/cpuinfo."""
+    """Name of the processor, from /proc/cpuinfo if there is one."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -34,7 +34,7 @@ def cpu_model() -> str:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Columns that say where and with what a row was measured."""
+    """Columns with the machine and the versions of a measurement."""
     info = grpo_ext.build_info()
     on_gpu = device.type == "cuda"
     return {
@@ -69,11 +69,11 @@ def synchronize(device: torch.device) -> None:
 
 
 def milliseconds(measured: Callable[[], Any], device: torch.device) -> float:
-    """One call: wall clock on the CPU, device events on the GPU."""
+    """Time one call: wall clock on the CPU, device events on the GPU."""
     if device.type == "cuda":
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
-        torch.cuda._sleep(8_000_000)  # 4 ms: the host gets ahead, its own time is not the device's
+        torch.cuda._sleep(8_000_000)  # 4 ms: queues the work before the clock starts, so host time is not measured
         start.record()
         measured()
         stop.record()
@@ -87,12 +87,13 @@ def milliseconds(measured: Callable[[], Any], device: torch.device) -> float:
 def interleaved(
     prepared: Mapping[str, Callable[[], Callable[[], Any]]], device: torch.device, *, warmup: int, runs: int
 ) -> dict[str, Timing]:
-    """Times several candidates in turn, so that a busy moment of the machine meets all of them; in another order each
-    time, since a GPU at its power limit is slower right behind a long product.
+    """Time several candidates in rounds of one run each, so that background load affects all of them.
+
+    Each round has a different order: a GPU at its power limit is slower right after a long product.
 
     Args:
-        prepared: for each name a function that does the unmeasured preparation and returns the measured call.
-        warmup: rounds that are not counted. runs: rounds that are.
+        prepared: maps a name to a function that does the unmeasured preparation and returns the call to measure.
+        warmup: discarded rounds. runs: measured rounds.
     """
     samples: dict[str, list[float]] = {name: [] for name in prepared}
     for round_number in range(warmup + runs):
@@ -106,11 +107,10 @@ def interleaved(
 
 
 def peak_extra_bytes(prepare: Callable[[], Callable[[], Any]], device: torch.device) -> float:
-    """Highest memory during one call above what was in use before it.
+    """Peak memory during one call, in bytes above the memory in use before it.
 
     GPU: torch's allocator. CPU: the kernel's high-water mark of resident memory (VmHWM of /proc/self/status, reset
-    through /proc/self/clear_refs), so it counts pages touched by anyone in the process, in steps of a page; NaN where
-    the system has no such mark.
+    through /proc/self/clear_refs). The mark counts all pages touched by the process; NaN if the system has no mark.
     """
     measured = prepare()
     if device.type == "cuda":
@@ -137,7 +137,7 @@ def _status_bytes(field: str) -> float:
 
 
 def copy_rate(nbytes: int, device: torch.device, *, runs: int = 11) -> float:
-    """GB/s of copying `nbytes` between two touched buffers, bytes read plus bytes written: the ceiling."""
+    """GB/s (bytes read plus bytes written) of copying `nbytes` between two touched buffers: the bandwidth ceiling."""
     source = torch.ones(nbytes // 4, device=device)
     target = torch.empty_like(source).copy_(source)
     timing = interleaved({"copy": lambda: lambda: target.copy_(source)}, device, warmup=2, runs=runs)
@@ -145,17 +145,17 @@ def copy_rate(nbytes: int, device: torch.device, *, runs: int = 11) -> float:
 
 
 def read_rate(nbytes: int, device: torch.device, *, runs: int = 11) -> float:
-    """GB/s of torch's sum over `nbytes`: what a kernel that only reads is held against."""
+    """GB/s of torch's sum over `nbytes`: the ceiling of a read-only kernel."""
     source = torch.ones(nbytes // 4, device=device)
     timing = interleaved({"sum": lambda: lambda: source.sum()}, device, warmup=2, runs=runs)
     return nbytes / timing["sum"].median / 1e6
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]], *, append: bool = False) -> None:
-    """One line per row, the keys of the first row as header. Appending keeps what is there.
+    """Write one line per row; the header is the keys of the first row. ``append`` keeps existing lines.
 
     Raises:
-        ValueError: lines of other columns are there already.
+        ValueError: if ``append`` meets a file with other columns.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = not (append and path.exists())
@@ -171,7 +171,7 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]], *, append: bool = Fals
 
 
 def print_table(rows: Sequence[dict[str, Any]], columns: Iterable[str]) -> None:
-    """The given columns, aligned."""
+    """Print the given columns, aligned."""
     columns = list(columns)
     cells = [columns, *([str(_short(row[c])) for c in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]

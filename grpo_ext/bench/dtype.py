@@ -1,4 +1,4 @@
-"""Times a product in bf16 and in fp32, beside the choice of ``dtype: auto``: ``python -m grpo_ext.bench.dtype``."""
+"""Time a product in bf16 and in fp32, and print what ``dtype: auto`` chooses: ``python -m grpo_ext.bench.dtype``."""
 
 from __future__ import annotations
 

@@ -1,35 +1,35 @@
-"""GRPO loss from hidden states and the LM head, forward + backward, against the bare matrix products.
+"""Time the GRPO loss from hidden states and LM head, forward and backward, against the bare matrix products.
 
     python -m grpo_ext.bench.linear                                        # CPU: 1024 rows, H 576, V 49152, fp32
     python -m grpo_ext.bench.linear --device cuda                          # the four shapes of docs/benchmarks.md, bf16
     python -m grpo_ext.bench.linear --device cuda --masked 0.27 --shapes 2048x151936
     python -m grpo_ext.bench.linear --device cuda --improbable 1           # one token below e^-44, recentred
 
-F = 2 * rows * H * V operations. A frozen head needs two products of F each (logits, gradient of the hidden states), a
-trained one three. `bare` is those products by themselves, whole and without anything between them, in the same run,
-candidates taken in turn: `ratio` is the median time over the median of `bare`.
+F = 2 * rows * H * V operations. A frozen head needs two products of F each (logits, gradient of the hidden states); a
+trained head needs three. `bare` runs only these products, unchunked, in the same run and interleaved with the
+candidates. `ratio` is the median time divided by the median of `bare`.
 
 Loss: dapo (token level, clip 0.2/0.28) with old log probabilities, mask and advantages. Candidates:
 
-    loss       linear_grpo_loss, told how many rows are valid (valid_rows=), as the trainer tells it
-    loss_asks  the same without: on a GPU the call then waits for the device to count them
-    loss_fp32  the same with logits_dtype="float32"
-    loss_512   the same with a memory budget of 512 MiB
-    sequence   loss_asks at sequence level, whose coefficients are known only after the last token: a trained head wants
-               whole completions in a chunk and asks for their lengths
-    sequence_told  loss at sequence level
-    logps      linear_selective_log_softmax, then the loss in torch: an upstream gradient that it cannot know
+    loss       linear_grpo_loss with the number of valid rows (valid_rows=), as the trainer passes it
+    loss_asks  loss without valid_rows=: on a GPU the call synchronizes to count the valid rows
+    loss_fp32  loss with logits_dtype="float32"
+    loss_512   loss with a memory budget of 512 MiB
+    sequence   loss_asks at sequence level: a row's coefficient depends on the whole sequence. A trained head then needs
+               whole completions in a chunk, and the call synchronizes to read their lengths
+    sequence_told  sequence with valid_rows=
+    logps      linear_selective_log_softmax, then the loss in torch: the upstream gradient is unknown in forward
     forward    log probabilities without gradient; its ratio is to one bare product
-    trl        ChunkedLogProb of TRL (1.16) in the place of `logps`, where TRL is installed
-    liger      LigerFusedLinearGRPOLoss of Liger-Kernel, where that is installed (CUDA)
-    quack      chunked_linear_cross_entropy of QuACK, where that is installed (Hopper): plain cross entropy of all rows,
-               another loss and less to do
+    trl        logps with TRL's (1.16) ChunkedLogProb, if TRL is installed
+    liger      LigerFusedLinearGRPOLoss of Liger-Kernel, if installed (CUDA)
+    quack      chunked_linear_cross_entropy of QuACK, if installed (Hopper): plain cross entropy of all rows, a
+               different loss with less work
 
-On a Hopper GPU ours take the probability route (docs/inside/probabilities.md). A name with ``:logits`` behind it
-goes by way of logits there too: ``--candidates loss,loss:logits``.
+On a Hopper GPU our candidates use the probability route (docs/inside/probabilities.md). The suffix ``:logits`` selects
+the logits route: ``--candidates loss,loss:logits``.
 
-Columns: extra_mb is the peak memory above what lay there before, outputs included (`common.peak_extra_bytes`);
-logp_error the greatest difference of a log probability from fp64, over 64 rows.
+Columns: extra_mb is the peak memory above the memory in use before, outputs included (`common.peak_extra_bytes`);
+logp_error is the largest difference of a log probability from fp64, over 64 rows.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ def torch_loss(logps: Tensor, inputs: Inputs) -> Tensor:
     return (loss * inputs["mask"]).sum() / inputs["mask"].sum().clamp(min=1)
 
 
-def our_loss(config: grpo_ext.LossConfig = CONFIG, told: bool = True, **options: Any) -> Loss:
+def our_loss(config: grpo_ext.LossConfig = CONFIG, pass_valid_rows: bool = True, **options: Any) -> Loss:
     def loss(hidden: Tensor, weight: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         out = grpo_ext.linear_grpo_loss(
             hidden, weight, inputs["ids"], inputs["advantages"], inputs["mask"], config, old_logps=inputs["old"],
-            valid_rows=int(inputs["valid"]) if told else None, **options,
+            valid_rows=int(inputs["valid"]) if pass_valid_rows else None, **options,
         )  # fmt: skip
         return out.loss, out.logps
 
@@ -137,10 +137,10 @@ def liger_loss() -> Loss:
 
 KNOWN: dict[str, Callable[[], Loss]] = {
     "loss": our_loss,
-    "loss_asks": lambda: our_loss(told=False),
+    "loss_asks": lambda: our_loss(pass_valid_rows=False),
     "loss_fp32": lambda: our_loss(logits_dtype="float32"),
     "loss_512": lambda: our_loss(memory_budget=512 << 20),
-    "sequence": lambda: our_loss(CONFIG.replace(importance_sampling_level="sequence"), told=False),
+    "sequence": lambda: our_loss(CONFIG.replace(importance_sampling_level="sequence"), pass_valid_rows=False),
     "sequence_told": lambda: our_loss(CONFIG.replace(importance_sampling_level="sequence")),
     "logps": lambda: our_logps,
     "forward": lambda: our_forward,
@@ -148,20 +148,20 @@ KNOWN: dict[str, Callable[[], Loss]] = {
     "liger": liger_loss,
     "quack": quack_loss,
 }
-OTHERS = ("bare", "bare_one", "trl", "liger", "quack")
-#: On a GPU by way of logits as well.
+WITHOUT_ROUTE = ("bare", "bare_one", "trl", "liger", "quack")
+#: Candidates that a GPU also measures on the logits route.
 BOTH_ROUTES = ("loss", "loss_512", "sequence", "logps", "forward")
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """(candidate, route) of ``candidate[:route]``."""
+    """Split ``candidate[:route]`` into (candidate, route)."""
     candidate, _, route = name.partition(":")
     return candidate, route or "auto"
 
 
 @contextlib.contextmanager
 def variant(name: str) -> Iterator[None]:
-    """The route that a candidate's name asks for."""
+    """Select the route in a candidate's name."""
     select_route(split_name(name)[1])
     try:
         yield
@@ -170,9 +170,9 @@ def variant(name: str) -> Iterator[None]:
 
 
 def route_of(name: str, size: int, vocab: int, dtype: torch.dtype, device: torch.device) -> str:
-    """What a candidate of ours goes by way of; empty for others."""
+    """Route of one of our candidates; empty for the bare products and peers."""
     candidate = split_name(name)[0]
-    if candidate in OTHERS:
+    if candidate in WITHOUT_ROUTE:
         return ""
     logits_dtype = torch.float32 if candidate == "loss_fp32" else dtype
     numerics = Numerics([1.0, 0.0, 1.0], dtype, logits_dtype, None, None)
@@ -184,8 +184,10 @@ def route_of(name: str, size: int, vocab: int, dtype: torch.dtype, device: torch
 def make_inputs(
     rows: int, size: int, vocab: int, dtype: torch.dtype, masked: float, improbable: int, device: torch.device
 ) -> Inputs:
-    """Hidden states and a head whose logits spread like a language model's, of the first `improbable` tokens 30 times
-    as wide; ratios around 1."""
+    """Random hidden states, head and loss inputs; logits spread like a language model's, ratios are around 1.
+
+    The first `improbable` tokens have hidden states, and so logits, 30 times as large.
+    """
     g = torch.Generator(device=device).manual_seed(0)
     batch = next(b for b in (8, 4, 2, 1) if rows % b == 0)
     shape = (batch, rows // batch)
@@ -193,7 +195,7 @@ def make_inputs(
     hidden.view(rows, size)[:improbable] *= 30
     weight = torch.randn(vocab, size, generator=g, device=device).mul_(2 / math.sqrt(size)).to(dtype)
     ids = torch.randint(0, vocab, shape, generator=g, device=device)
-    # Right padding: as many masked rows as asked for, in sequences of different lengths.
+    # Right padding in sequences of different lengths, `masked` of the rows in all.
     lengths = torch.linspace(1 - 2 * masked, 1, batch, device=device) if masked else torch.ones(batch, device=device)
     position = torch.arange(shape[1], device=device).expand(shape)
     mask = position < (lengths * shape[1]).round().unsqueeze(1)
@@ -211,7 +213,7 @@ def make_inputs(
 
 
 def bare_products(inputs: Inputs, count: int) -> Callable[[], None]:
-    """The first `count` of: logits, gradient of the hidden states, gradient of the head; all rows, buffers at hand."""
+    """First `count` products of: logits, hidden gradient, head gradient; all rows, preallocated buffers."""
     hidden, weight = inputs["hidden"].flatten(0, 1), inputs["weight"]
     logits = hidden.new_zeros((hidden.shape[0], weight.shape[0]))
     dhidden = torch.zeros_like(hidden)
@@ -240,13 +242,13 @@ def logp_error(logps: Tensor | None, inputs: Inputs) -> float:
 
 
 def check_gradients(results: dict[str, Tensor]) -> None:
-    """Every candidate must give the gradient of the first, or the comparison means nothing."""
+    """Raise an error if a candidate's gradient differs from the first candidate's: it computes another loss."""
     first = next(iter(results.values()))
     for name, grad in results.items():
         if split_name(name)[0] in ("sequence", "sequence_told", "quack"):
-            continue  # another loss
+            continue  # a different loss
         error = (grad.float() - first.float()).norm() / first.float().norm()
-        # On random data a clip limit decides differently for a few rows when logits are rounded differently.
+        # The bound is loose in bf16: on random data rounding moves a few rows across a clip limit.
         if error > (1e-3 if first.dtype == torch.float32 else 0.1):
             raise AssertionError(f"{name}: the gradient of the hidden states is off by {error:.3g}")
 
@@ -335,7 +337,7 @@ def main() -> None:
     parser.add_argument("--heads", default="frozen,trained")
     parser.add_argument("--dtype", choices=tuple(common.DTYPES), default=None, help="default fp32 (CPU), bf16 (GPU)")
     parser.add_argument("--masked", type=float, default=0.0, help="share of masked rows, below 0.5")
-    parser.add_argument("--improbable", type=int, default=0, help="tokens of probabilities around e^-250")
+    parser.add_argument("--improbable", type=int, default=0, help="number of tokens with probabilities around e^-250")
     parser.add_argument("--candidates", default=None, help="default: all; without loss_fp32 and loss_512 on the CPU")
     parser.add_argument("--runs", type=int, default=None, help="default 5 on the CPU, 20 on the GPU")
     parser.add_argument("--warmup", type=int, default=None, help="default 1 on the CPU, 5 on the GPU")

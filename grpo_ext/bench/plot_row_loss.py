@@ -1,9 +1,9 @@
-"""Draws bench/plots/row_loss_cuda.png from bench/results/row_loss_cuda.csv: bytes that must move, over time.
+"""Plot bandwidth over vocabulary: bench/results/row_loss_cuda.csv to bench/plots/row_loss_cuda.png.
 
     python -m grpo_ext.bench.plot_row_loss
 
-The dashed line is the rate of a plain copy measured in the same run, the roof of a kernel that does nothing but move
-its bytes.
+Bandwidth is the bytes that must move, divided by the time. The dashed line is the rate of a plain copy in the same run:
+the ceiling of a kernel limited by memory bandwidth.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Draws what `grpo_ext.bench.training` has left in a folder: PNG beside the CSV, or in ``--plots``.
+"""Plot the CSVs that `grpo_ext.bench.training` wrote to a folder: PNGs go to the same folder, or to ``--plots``.
 
-Folders in it that hold a run's ``metrics_seed0.jsonl`` (or that of another seed) are drawn together: a step with
-generation each.
+Subfolders with a run's ``metrics_seed0.jsonl`` (or that of another seed) become one plot: one bar per run with the
+parts of a step, generation included.
 
 python -m grpo_ext.bench.plot_training bench/results --plots bench/plots
 """
@@ -38,7 +38,7 @@ def label(name: str) -> str:
 
 
 def phase(rows: Rows, path: Path) -> None:
-    """Tokens per second of the training phase; over each bar how many times TRL's it is."""
+    """Plot tokens per second of the training phase; the number over a bar is its ratio to TRL."""
     keys = ("model", "trained", "lengths", "micro_batch")
     cases = list(dict.fromkeys(tuple(row[key] for key in keys) for row in rows))
     names = list(dict.fromkeys(row["candidate"] for row in rows))
@@ -64,7 +64,7 @@ def phase(rows: Rows, path: Path) -> None:
 
 
 def trace(rows: Rows, path: Path) -> None:
-    """Seconds of a step's parts, one on the other."""
+    """Plot the seconds of a step's parts as stacked bars."""
     parts = list(rows[0])[list(rows[0]).index("lengths") + 1 : list(rows[0]).index("sum")]
     figure, axes = plt.subplots(figsize=(9, 2 + 0.6 * len(rows)))
     names = [f"{label(row['candidate'])}\n{row['model']} {row['trained']}" for row in rows]
@@ -75,13 +75,13 @@ def trace(rows: Rows, path: Path) -> None:
         left = [a + b for a, b in zip(left, values, strict=True)]
     axes.set_yticks(range(len(rows)), names, fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel("seconds of a step, the device waited for at each boundary")
+    axes.set_xlabel("seconds of a step, synchronized at each boundary")
     axes.set_title(f"{rows[0]['completions']} completions, {rows[0]['device']}", fontsize=10)
     finish(figure, axes, path, below=True)
 
 
 def comparable(rows: Rows) -> Rows:
-    """The runs whose times compare: seeds that all trainers ran in company of the same number. Where none is, all."""
+    """Select runs with comparable times: seeds that all trainers ran with the same ``--together``, if any."""
     names = {row["candidate"] for row in rows}
     runs = [{(row["seed"], row["together"]) for row in rows if row["candidate"] == name} for name in names]
     shared = set.intersection(*runs)
@@ -93,7 +93,7 @@ def is_of(row: dict[str, str], name: str, step: int) -> bool:
 
 
 def learn(rows: Rows, path: Path) -> None:
-    """Mean held-out reward of the seeds and their range, against time and against samples."""
+    """Plot mean and range over seeds of the held-out reward, against time and against samples."""
     figure, both = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     timed = comparable(rows)
     for number, name in enumerate(dict.fromkeys(row["candidate"] for row in rows)):
@@ -117,7 +117,7 @@ def learn(rows: Rows, path: Path) -> None:
 
 
 def two(rows: Rows, path: Path) -> None:
-    """Tokens per second by processes."""
+    """Plot tokens per second by number of processes."""
     figure, axes = plt.subplots(figsize=(6, 4))
     for number, row in enumerate(rows):
         axes.bar(number, float(row["tokens_per_s"]), color=f"C{int(row['processes']) - 1}")
@@ -131,7 +131,7 @@ def two(rows: Rows, path: Path) -> None:
     plt.close(figure)
 
 
-#: Parts of a step with generation, by what the trainer calls them in its log.
+#: Parts of a step with generation, and their metrics in the trainer's log.
 LOGGED_PARTS = {
     "generation": "time/generation",
     "weights to vLLM": "time/vllm_weights",
@@ -144,17 +144,17 @@ LOGGED_PARTS = {
 
 
 def engine_parts(log: Path) -> dict[str, float]:
-    """Mean seconds of a step's parts, the first step left out, from a run's metrics."""
+    """Mean seconds of a step's parts from a run's metrics, without the first step."""
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     steps = [line for line in lines if "step_time" in line][1:]
     parts = {name: statistics.fmean(step.get(key, 0.0) for step in steps) for name, key in LOGGED_PARTS.items()}
-    parts["generation"] -= parts["weights to vLLM"] + parts["check of its weights"]  # the call holds all three
+    parts["generation"] -= parts["weights to vLLM"] + parts["check of its weights"]  # time/generation includes both
     parts["optimizer and other"] = statistics.fmean(step["step_time"] for step in steps) - sum(parts.values())
     return parts
 
 
 def engine(logs: Sequence[Path], path: Path) -> None:
-    """Seconds of a step's parts with generation, a bar for each run."""
+    """Plot the seconds of a step's parts, generation included, with one bar per run."""
     figure, axes = plt.subplots(figsize=(9, 2 + 0.6 * len(logs)))
     left = [0.0] * len(logs)
     found = [engine_parts(log) for log in logs]
@@ -189,7 +189,7 @@ KINDS = {
 
 
 def draw(folder: Path, plots: Path) -> list[Path]:
-    """One picture for each CSV of a known kind, and one of all runs with generation."""
+    """Draw one plot per CSV of a known kind, and one for all runs with generation; return their paths."""
     drawn = []
     plots.mkdir(parents=True, exist_ok=True)
     for path in sorted(folder.glob("training_*.csv")):

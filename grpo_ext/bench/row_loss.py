@@ -1,32 +1,32 @@
-"""GRPO loss from logits, forward + backward: the compiled loss against plain torch and torch.compile of the same.
+"""Time the GRPO loss from logits, forward and backward, against plain torch and torch.compile.
 
     python -m grpo_ext.bench.row_loss --device cpu --threads 2
     python -m grpo_ext.bench.row_loss --device cuda --rows 8192 --vocab 32000,49152,128256,151936,262144 --dtypes bf16 \
         --masked 0 --candidates inplace,fresh,op_inplace,op_fresh,op_stats,sequence,eager,liger,liger_sequence
 
-What is measured: the loss on `rows x V` logits that came out of another operation, and its backward up to the moment
-the gradient reaches that operation. The operation itself is a stand-in that hands out a buffer and drops the gradient:
-it costs nothing, for every candidate alike. Refilling the buffer is outside of the clock.
+The clock covers the loss on `rows x V` logits and its backward, until the gradient reaches the operation that produced
+the logits. That operation is a stub: it returns a buffer, ignores the gradient, and costs the same for every candidate.
+Refilling the buffer is not measured.
 
-On the GPU a short wait is enqueued before the clock starts, so that the host is ahead of the device and its own time
-stays out; `--host` measures that time alone. `op_*` are the operators without autograd: loss and gradient in place
-(`op_inplace`) or not (`op_fresh`), log probabilities and entropies only (`op_stats`). `sequence` is the sequence level
-off-policy: statistics, policy, gradient. `liger` is liger-kernel's Triton loss, in place; it wants one position more
-per sequence, which it does not read.
+On the GPU a short wait is enqueued before the clock starts, so that the host runs ahead and host time is not measured.
+`--host` measures only host time. `op_*` are the operators without autograd: loss and gradient in place (`op_inplace`)
+or allocated (`op_fresh`), or only log probabilities and entropies (`op_stats`). `sequence` is the off-policy loss at
+sequence level: statistics, policy loss, gradient. `liger` is liger-kernel's Triton loss, in place; it needs one extra
+position per sequence, which it does not read.
 
-Loss: dapo (token level, clip 0.2/0.28, one normaliser) with old log probabilities, mask and advantages. The peers
-compute that and nothing else; ours also returns entropies and the metrics.
+Loss: dapo (token level, clip 0.2/0.28, one divisor) with old log probabilities, mask and advantages. The peers compute
+only the loss; ours also returns entropies and metrics.
 
-Modes of ours: `inplace` writes the gradient over the logits. `fresh` allocates it: on the CPU every page of a new
-`rows x V` tensor is handed out by the kernel on first touch (a large allocation goes back to the system when it is
-freed, so this is paid in each step), and that takes longer than the arithmetic. The peers allocate several such
-tensors and pay the same for each of them; nothing is subtracted.
+Our modes: `inplace` writes the gradient over the logits; `fresh` allocates the gradient. On the CPU a new `rows x V`
+tensor costs page faults on first touch, which take longer than the arithmetic. Every step pays them, because the
+allocator returns large freed blocks to the system. The peers allocate several such tensors and pay for each of them;
+nothing is subtracted.
 
-Columns: ms is the median over the runs, candidates taken in turn. gbps counts the bytes that must move: V * itemsize
-for each read of an unmasked row (one; two for `sequence`) and for each row of gradient written, whoever does it.
-copy_gbps is the rate of a plain copy of the logits in the same process, of_copy the share of it; of_read, for a
-candidate that writes nothing of that size, is the share of the rate at which torch.sum reads as many bytes. extra_mb is
-the peak memory above the logits (see `common.peak_extra_bytes`).
+Columns: ms is the median over the runs, candidates interleaved. gbps counts the bytes that must move: V * itemsize for
+each read of an unmasked row (one read; two for `sequence`) and for each row of gradient written. copy_gbps is the rate
+of a plain copy of the logits in the same process, and of_copy is gbps / copy_gbps. of_read, for `op_stats`, is gbps
+divided by the rate at which torch.sum reads the same bytes. extra_mb is the peak memory above the logits
+(`common.peak_extra_bytes`).
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ Loss = Callable[[Tensor, dict[str, Tensor]], Tensor]
 
 
 class Producer(torch.autograd.Function):
-    """The operation before the loss: gives out a buffer as its result, takes the gradient and drops it."""
+    """Stub of the operation before the loss: returns a buffer as its result and ignores the gradient."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, buffer: Tensor, keep: list[Tensor] | None) -> Tensor:
         ctx.keep = keep
-        # A tensor of its own on the buffer's memory: neither a view nor an input, like the result of a real operation.
+        # A new tensor on the buffer's memory: neither a view nor an input, like the result of a real operation.
         return buffer.new_empty(0).set_(buffer.untyped_storage(), 0, buffer.shape, buffer.stride())
 
     @staticmethod
@@ -68,7 +68,7 @@ class Producer(torch.autograd.Function):
 
 
 def torch_loss(logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-    """The same loss as one writes it in torch: log-softmax, gather, clip, normalise."""
+    """The same loss in plain torch: log-softmax, gather, clip, divide."""
     logps = torch.log_softmax(logits.float(), dim=-1).gather(-1, inputs["ids"].unsqueeze(-1)).squeeze(-1)
     ratio = torch.exp(logps - inputs["old"])
     advantages = inputs["advantages"].unsqueeze(1)
@@ -120,7 +120,7 @@ def liger_loss(level: str) -> Loss:
 
 @dataclasses.dataclass
 class Candidate:
-    """A way to compute the loss. `reads`: how often an unmasked row has to be read."""
+    """A way to compute the loss. `reads`, `writes`: how often an unmasked row must be read, a row written."""
 
     loss: Loss | None
     level: str = "token"
@@ -131,7 +131,7 @@ class Candidate:
 
 
 def candidates(wanted: list[str]) -> dict[str, Candidate]:
-    """Losses by name. A peer that is not installed is left out, with a line that says so."""
+    """Build losses by name; print a line for a peer that is not installed and skip it."""
     known: dict[str, Callable[[], Candidate]] = {
         "inplace": lambda: Candidate(our_loss(inplace=True)),
         "fresh": lambda: Candidate(our_loss(inplace=False)),
@@ -154,7 +154,7 @@ def candidates(wanted: list[str]) -> dict[str, Candidate]:
 
 
 def make_inputs(rows: int, vocab: int, masked: float, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-    """fp32 logits `(B,T,V)` of the spread of a language model's, and what goes with them; ratios around 1."""
+    """Random fp32 logits `(B,T,V)`, spread like a language model's, and loss inputs with ratios around 1."""
     generator = torch.Generator(device=device).manual_seed(0)
     batch = next(b for b in (8, 4, 2, 1) if rows % b == 0)
     shape = (batch, rows // batch)
@@ -171,7 +171,7 @@ def make_inputs(rows: int, vocab: int, masked: float, device: torch.device) -> t
 def check_gradients(
     prepare: dict[str, Callable[..., Callable[[], Any]]], chosen: dict[str, Candidate], dtype: torch.dtype
 ) -> None:
-    """Every candidate must give the gradient of the first peer of its level, or the comparison means nothing."""
+    """Raise an error if a candidate's gradient differs from `eager` (or the first candidate) of its level."""
     rows: dict[str, dict[str, Tensor]] = {}
     for name, prepared in prepare.items():
         kept: list[Tensor] = []
@@ -233,7 +233,7 @@ def measure(name_of_dtype: str, vocab: int, args: argparse.Namespace, device: to
             else:
                 buffer.copy_(source)
                 logits = [Producer.apply(anchor, buffer, keep)]
-            # The list lets go of the logits, as a model's forward does when it returns.
+            # Popping drops the reference to the logits, as a model's forward does when it returns.
             return lambda: loss(logits.pop(), inputs).backward()
 
         return prepare
@@ -275,7 +275,7 @@ def measure(name_of_dtype: str, vocab: int, args: argparse.Namespace, device: to
 
 
 def host_cost(device: torch.device, rows: int = 8, vocab: int = 1024, runs: int = 300) -> None:
-    """Microseconds of the host for one forward and backward, best of several bursts; the device is not waited for."""
+    """Host microseconds of one forward and backward, without synchronization: minimum over several bursts."""
     exact, inputs = make_inputs(rows, vocab, 0.0, device)
     leaf = exact.requires_grad_()
     loss = our_loss(inplace=False)
@@ -284,7 +284,7 @@ def host_cost(device: torch.device, rows: int = 8, vocab: int = 1024, runs: int 
         leaf.grad = None
         loss(leaf, inputs).backward()
 
-    def shortest() -> None:  # what torch itself takes for a multiplication, a sum and their backward
+    def shortest() -> None:  # baseline: a multiplication, a sum and their backward in torch
         leaf.grad = None
         (leaf * 1.0).sum().backward()
 
@@ -306,7 +306,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1024, help="tokens")
     parser.add_argument("--vocab", default="49152", help="vocabularies, e.g. 32000,49152; 49,152 is SmolLM2's")
     parser.add_argument("--masked", type=float, default=0.1, help="share of rows with mask 0")
-    parser.add_argument("--host", action="store_true", help="only the host's time for a call with 8 rows")
+    parser.add_argument("--host", action="store_true", help="measure only the host time of a call with 8 rows")
     parser.add_argument("--dtypes", default="fp32,bf16")
     parser.add_argument("--candidates", default="inplace,fresh,eager,compile")
     parser.add_argument("--runs", type=int, default=15)

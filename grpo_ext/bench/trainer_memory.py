@@ -1,13 +1,13 @@
-"""Peak memory of one training step of `GRPOTrainer`, fused head against logits path.
+"""Measure the peak memory of a `GRPOTrainer` step with the fused head and with the logits path.
 
-    python -m grpo_ext.bench.trainer_memory --layers 4                          # CPU, SmolLM2-135M cut short
+    python -m grpo_ext.bench.trainer_memory --layers 4                          # CPU, first 4 layers of SmolLM2-135M
     python -m grpo_ext.bench.trainer_memory --device cuda --model qwen3-0.6b --rows 32 --tokens 1024
 
-Each path trains in a process of its own: LoRA (or --full), gradient checkpointing, completions of equal length
-that are made up instead of generated, one warm-up step and --steps measured ones. Memory is what the process took at
-most beyond what it held before the first step: on the CPU its resident set (VmHWM), on a GPU
-``torch.cuda.max_memory_allocated``. Weights are in the type that `dtype: auto` stands for on the device, or --dtype.
-``qwen3-0.6b`` and ``qwen3-1.7b`` are random weights of those models' shapes.
+Each path trains in a separate process: LoRA (or --full), gradient checkpointing, random completions of equal length
+instead of generated ones, one warm-up step and --steps measured steps. Memory is the process's peak above its memory
+before the first step: on the CPU the resident set (VmHWM), on a GPU ``torch.cuda.max_memory_allocated``. The dtype of
+the weights is the choice of `dtype: auto` for the device, or --dtype. ``qwen3-0.6b`` and ``qwen3-1.7b`` have these
+models' shapes and random weights.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from grpo_ext.tasks.dtype import fast_dtype
 from grpo_ext.tasks.models import load_model
 from grpo_ext.trainer import GRPOConfig, GRPOTrainer
 
-#: hidden size, layers, inner size of the random models.
+#: Hidden size, layers and inner size of the random models.
 SHAPES = {"qwen3-0.6b": (1024, 28, 3072), "qwen3-1.7b": (2048, 28, 6144)}
 PATHS = {"fused head": True, "logits": False}
 
 
-class MadeUp:
-    """Completions of a fixed length from a seeded generator."""
+class RandomCompletions:
+    """Generation engine that returns random completions of a fixed length, from a seeded generator."""
 
     def __init__(self, tokens: int, vocabulary: int) -> None:
         self.tokens, self.vocabulary = tokens, vocabulary
@@ -55,7 +55,7 @@ class MadeUp:
 
 
 class Clock(TrainerCallback):
-    """Seconds of every optimizer step."""
+    """Record the seconds of every optimizer step."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -91,13 +91,13 @@ def build(name: str, layers: int | None, dtype: str, device: torch.device) -> tu
 
 
 def resident(field: str) -> int:
-    """VmRSS or VmHWM of this process in bytes."""
+    """Read VmRSS or VmHWM of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
 def train(arguments: argparse.Namespace) -> dict[str, Any]:
-    """One path in this process."""
+    """Train with one path in this process and return its row of the CSV."""
     device = torch.device(arguments.device)
     if device.type == "cpu":
         torch.set_num_threads(arguments.threads)
@@ -129,14 +129,14 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         peft_config=None if arguments.full else lora,
         callbacks=[clock],
     )
-    engine: Any = MadeUp(arguments.tokens, vocabulary)
+    engine: Any = RandomCompletions(arguments.tokens, vocabulary)
     trainer.rollouts.engine = engine
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         before = resident("VmRSS")
     trainer.train()
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident("VmHWM")
@@ -161,12 +161,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--model", default="smollm2-135m", choices=("smollm2-135m", *SHAPES))
     parser.add_argument("--rows", type=int, default=32, help="completions of the micro-batch")
-    parser.add_argument("--tokens", type=int, default=256, help="tokens of each")
-    parser.add_argument("--layers", type=int, help="keep only the first layers of the model; the head stays whole")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens of each completion")
+    parser.add_argument("--layers", type=int, help="keep only the first layers of the model, and the whole head")
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the weights")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="dtype of the weights")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--full", action="store_true", help="train all weights, the head too")
+    parser.add_argument("--full", action="store_true", help="train all weights, including the head")
     parser.add_argument("--path", choices=tuple(PATHS), help="run one path in this process and print it")
     parser.add_argument("--csv", type=Path, help="default: results/trainer_memory_<device>.csv")
     arguments = parser.parse_args()

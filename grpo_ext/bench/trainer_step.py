@@ -1,13 +1,13 @@
-"""Seconds per training step of the CPU main job: this package's trainer against TRL's, same settings, same machine.
+"""Time a CPU training step of `make train`: this package's trainer or TRL's, with the same settings.
 
     python -m grpo_ext.bench.trainer_step --trainer ours --steps 10
     python -m grpo_ext.bench.trainer_step --trainer trl --steps 10      # needs trl==1.16.0
 
 SmolLM2-135M, LoRA r=16 on all linear layers, learning rate 2e-4 constant, 32 completions a step in groups of 8, 24 new
-tokens, one-digit products; weights in the type that `dtype: auto` stands for on this processor, or --dtype. The two
-trainers run in processes of their own and in turn, so that neither warms or disturbs the other. The first step is left
-out: it pays for lazy initialisation. Longer completions cost more, so the mean completion length of the measured steps
-stands beside the time.
+tokens, one-digit products. The dtype of the weights is the choice of `dtype: auto` for this processor, or --dtype. Run
+the two trainers in separate processes, one after the other, so that neither warms up or slows down the other. The first
+step is not counted: it includes lazy initialization. Longer completions take more time, so the CSV also has the mean
+completion length of the measured steps.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RESULTS = common.RESULTS / "trainer_step_cpu.csv"
 
 
 class StepClock(TrainerCallback):
-    """Wall-clock seconds of every optimizer step, and the completion length that the trainer logged for it."""
+    """Record wall-clock seconds, logged completion length and reward of every optimizer step."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -98,8 +98,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the weights")
-    parser.add_argument("--csv", type=Path, default=RESULTS, help="lines are added to it")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="dtype of the weights")
+    parser.add_argument("--csv", type=Path, default=RESULTS, help="file to which a line is appended")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     dtype = fast_dtype("cpu")[0] if arguments.dtype == "auto" else arguments.dtype

@@ -1,14 +1,14 @@
-"""Whole training steps, this package's trainer and TRL's side by side.
+"""Compare whole training steps of this package's trainer and TRL's.
 
     python -m grpo_ext.bench.training phase --device cuda --cases 0.6b:lora:8,1.7b:lora:8 --output results
     python -m grpo_ext.bench.training longest --device cuda --cases 8b:lora:8 --tokens 2048
     python -m grpo_ext.bench.training phase --device cpu --cases tiny:lora:4 --prompts 2 --group 4 --tokens 16
 
-A case is model:lora|full:completions of a micro-batch, and maybe :spread or :equal, the lengths. Models are shapes of
-Qwen3 with random weights. `phase`, `longest` and `trace` hand the same prepared completions to both trainers
-(`training_workload.py`), with the log probabilities that an engine would report: both correct for them
-(``token_truncate`` at 2), as with vLLM. Neither trainer may skip a completion in these runs. Everything writes CSV into
-``--output``, and pictures of it beside them (of `results/` into `plots/`).
+A case is ``model:lora|full:completions per micro-batch``, optionally with ``:spread`` or ``:equal`` for the lengths.
+Models have Qwen3 shapes and random weights. `phase`, `longest` and `trace` give both trainers the same prepared
+completions (`training_workload.py`) and the log probabilities that an engine would report. Both trainers correct for
+those (``token_truncate`` at 2), as with vLLM. No completion can be skipped in these runs, because every advantage is
+nonzero. All commands write CSVs to ``--output`` and plots to the same folder; plots of `results/` go to `plots/`.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ PLOTS = common.SOURCE_TREE / "plots"
 
 
 def case(text: str) -> tuple[str, str, int, str]:
-    """``0.6b:lora:8`` or ``0.6b:lora:8:equal``."""
+    """Parse ``0.6b:lora:8`` or ``0.6b:lora:8:equal``."""
     model, trained, micro_batch, lengths = (*text.split(":"), "")[:4]
     if model not in training_case.SHAPES or trained not in ("lora", "full") or lengths not in ("", "spread", "equal"):
-        raise argparse.ArgumentTypeError(f"{text}: models are {', '.join(training_case.SHAPES)}, then lora or full")
+        raise argparse.ArgumentTypeError(f"{text}: pass one of {', '.join(training_case.SHAPES)}, then lora or full")
     return model, trained, int(micro_batch), lengths
 
 
@@ -50,7 +50,7 @@ def names(allowed: tuple[str, ...]) -> Callable[[str], list[str]]:
         found = text.split(",")
         for name in found:
             if name not in allowed:
-                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(allowed)}")
+                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(allowed)}")
         return found
 
     return parse
@@ -62,15 +62,15 @@ def add_common(parser: argparse.ArgumentParser, cases: str, candidates: str) -> 
     parser.add_argument("--cases", type=lambda text: [case(part) for part in text.split(",")], default=cases)
     parser.add_argument("--candidates", type=names(tuple(training_setup.CANDIDATES)), default=candidates)
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--beta", type=float, default=0.0, help="with a reference model (lora only)")
-    parser.add_argument("--layers", type=int, help="cut the model to so many layers")
-    parser.add_argument("--vocabulary", type=int, help="of the model, instead of its own")
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--beta", type=float, default=0.0, help="of the KL term, with a reference model (lora only)")
+    parser.add_argument("--layers", type=int, help="keep only this many layers of the model")
+    parser.add_argument("--vocabulary", type=int, help="vocabulary size of the model, instead of its own")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
 
 
 def add_workload(parser: argparse.ArgumentParser, prompts: int) -> None:
     parser.add_argument("--prompts", type=int, default=prompts)
-    parser.add_argument("--group", type=int, default=8, help="completions of a prompt")
+    parser.add_argument("--group", type=int, default=8, help="completions per prompt")
     parser.add_argument("--tokens", type=int, default=1024, help="longest completion")
 
 
@@ -80,15 +80,15 @@ def add_learn(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--candidates", type=names(("ours", "trl")), default="ours,trl")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each trainer")
     parser.add_argument("--first_seed", type=int, default=0)
-    parser.add_argument("--parts", action="store_true", help="where the time of a step goes instead")
+    parser.add_argument("--parts", action="store_true", help="measure parts of a step, not the held-out reward")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--every", type=int, default=5, help="steps between two measurements of the held-out reward")
     parser.add_argument("--samples", type=int, default=8, help="answers to each held-out question")
     parser.add_argument("--batch", type=int, default=32, help="completions of a step")
     parser.add_argument("--tokens", type=int, default=24, help="longest completion")
     parser.add_argument("--engine", choices=("auto", "transformers", "vllm"), default="auto")
-    parser.add_argument("--vllm_memory", type=float, default=0.15, help="share of the GPU for each engine")
-    parser.add_argument("--together", type=int, default=1, help="runs of one trainer at a time")
+    parser.add_argument("--vllm_memory", type=float, default=0.15, help="share of GPU memory for each engine")
+    parser.add_argument("--together", type=int, default=1, help="concurrent runs of one trainer")
     parser.add_argument("--model", default="smollm2-135m-instruct", help="packaged name, .gguf file or folder")
     parser.add_argument("--questions", type=Path, help="JSON of [question, answer] pairs, instead of reasoning-gym")
     parser.add_argument("--threads", type=int, default=2)
@@ -105,11 +105,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     phase.add_argument("--steps", type=int, default=3)
     longest = parts.add_parser("longest", help="the longest completion that fits")
     add_common(longest, "8b:lora:8", "ours,trl")
-    longest.add_argument("--tokens", type=int, default=2048, help="the first probe; the second is twice that")
-    longest.add_argument("--probes", type=int, default=3, help="near the end")
-    longest.add_argument("--capacity", type=float, help="GiB; default: the GPU's")
+    longest.add_argument("--tokens", type=int, default=2048, help="length of the first probe; the second is twice that")
+    longest.add_argument("--probes", type=int, default=3, help="number of probes near the limit")
+    longest.add_argument("--capacity", type=float, help="memory limit in GiB; default: memory of the GPU")
     longest.set_defaults(warmup=0, steps=1)
-    trace = parts.add_parser("trace", help="where the time of a step goes")
+    trace = parts.add_parser("trace", help="seconds of a step's parts and of its kernels")
     add_common(trace, "0.6b:lora:8,8b:lora:8", "ours,trl")
     add_workload(trace, prompts=2)
     trace.set_defaults(warmup=0, steps=3)
@@ -123,9 +123,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     two.add_argument("--steps", type=int, default=2)
     two.add_argument("--rows", type=int, default=8192, help="tokens of the vocabulary-parallel loss")
     two.add_argument("--hidden", type=int, default=2048)
-    two.add_argument("--wide", type=int, default=262144, help="its vocabulary")
+    two.add_argument("--wide", type=int, default=262144, help="vocabulary of the vocabulary-parallel loss")
     two.add_argument("--runs", type=int, default=5)
-    two.add_argument("--worker", choices=training_two.KINDS, help="for the processes that this command starts")
+    two.add_argument("--worker", choices=training_two.KINDS, help="internal: set for the processes of this command")
     return parser.parse_args(arguments)
 
 
@@ -141,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
         "trace": training_trace.trace,
         "two": training_two.two,
     }
-    if args.part == "learn":  # needs packages that the others do not
+    if args.part == "learn":  # needs packages that the other parts do not
         from grpo_ext.bench import training_learn
 
         parts["learn"] = training_learn.learn

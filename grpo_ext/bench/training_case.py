@@ -1,5 +1,4 @@
-"""What the measurements of whole training steps train: models of known shapes with random weights, and the arguments
-that this package's and TRL's trainer know by the same name."""
+"""Cases of the training benchmarks: models with random weights, and arguments common to both trainers."""
 
 from __future__ import annotations
 
@@ -35,8 +34,8 @@ SHAPES = {
     "8b": Shape(4096, 36, 12288, 32, 8, 128, False),
 }
 
-#: TRL's ``vllm_importance_sampling_*`` and ours, so that both form the same weights: each token's ratio of trainer to
-#: engine, cut at 2. TRL needs a forward of its own for it, whatever the mode.
+#: Settings with which both trainers compute the same importance weights: each token's ratio of trainer to engine,
+#: truncated at 2. TRL runs an extra forward for these weights in every mode.
 CORRECTION = {
     "vllm_importance_sampling_correction": True,
     "vllm_importance_sampling_mode": "token_truncate",
@@ -48,7 +47,7 @@ CORRECTION = {
 def build_model(
     shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0, layers: int | None = None
 ) -> Any:
-    """A model with the same random weights at every call on the same device."""
+    """Build a model; every call on the same device gives the same random weights."""
     config = Qwen3Config(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
@@ -70,7 +69,7 @@ def build_model(
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is trained, and how: the same for every candidate."""
+    """Model and training settings, the same for every candidate."""
 
     model: str = "0.6b"
     trained: str = "lora"
@@ -93,7 +92,7 @@ class Case:
         return build_model(self.shape, torch.device(self.device), common.DTYPES[self.dtype], layers=self.layers)
 
     def arguments(self, workload: Workload, world: int = 1) -> dict[str, Any]:
-        """Arguments that both trainers know by the same name; the workload is one optimizer step of all processes."""
+        """Arguments with the same names in both trainers; the workload is one optimizer step of all processes."""
         return {
             "output_dir": tempfile.mkdtemp(prefix="bench_training_"),
             "per_device_train_batch_size": self.micro_batch,

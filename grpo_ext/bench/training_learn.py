@@ -1,10 +1,10 @@
-"""Held-out reward against wall clock and samples: SmolLM2-135M learns one-digit products, in both trainers.
+"""Measure held-out reward against wall clock and samples: SmolLM2-135M learns one-digit products in both trainers.
 
-With ``--parts`` where the time of a step goes instead, generation and the hand-over of the weights included: every part
-waits for the device at its beginning and end, from the third step on, and nothing is measured on held-out questions.
+``--parts`` measures the seconds of a step's parts instead, including generation and the weight transfer to the engine.
+From the third step on, each part synchronizes at its start and end. The held-out reward is not measured.
 
-Each run is a process; those of one trainer run side by side when ``--together`` is more than 1, so that every trainer
-meets the same company. The clock stands still while the held-out questions are answered.
+Each run is a process. ``--together`` sets how many runs of one trainer are concurrent, so that both trainers run under
+the same load. The clock is paused while the held-out questions are answered.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from grpo_ext.bench.training_case import CORRECTION
 from grpo_ext.bench.training_trace import (
     ENGINE_PARTS,
     PARTS,
-    Booker,
     Parts,
+    StepTimer,
     head_replaced,
     instrument,
     instrument_engine,
@@ -49,14 +49,14 @@ HELDOUT = 24
 
 
 def questions(path: Path | None) -> list[tuple[str, str]]:
-    """The pool of (question, answer), from a file where reasoning-gym is not at hand."""
+    """Load (question, answer) pairs from a JSON file, or generate them with reasoning-gym."""
     if path is None:
         return arithmetic_questions("products")
     return [(question, answer) for question, answer in json.loads(path.read_text())]
 
 
 def datasets(pairs: list[tuple[str, str]], seed: int) -> tuple[Dataset, Dataset]:
-    """(train, held out), without a common question; the split of `grpo_ext.tasks.arithmetic`."""
+    """Split into disjoint (train, held out) datasets, as `grpo_ext.tasks.arithmetic` does."""
     pairs = list(pairs)
     random.Random(seed).shuffle(pairs)
     rows = [
@@ -67,44 +67,44 @@ def datasets(pairs: list[tuple[str, str]], seed: int) -> tuple[Dataset, Dataset]
 
 
 class HeldOut(TrainerCallback):
-    """Measures the held-out reward before the first step and after every so many."""
+    """Measure the held-out reward before the first step and after every ``args.every`` steps."""
 
     def __init__(self, data: Any, tokenizer: Any, args: Any, device: torch.device) -> None:
         self.data, self.tokenizer, self.args, self.device = data, tokenizer, args, device
         self.points: list[dict[str, float]] = []
-        self.spent = 0.0
-        self._since = 0.0
+        self.elapsed = 0.0
+        self._resumed_at = 0.0
         self._sampling = SamplingParams(args.tokens, 1.0)
 
     def _pause(self) -> None:
         common.synchronize(self.device)
-        self.spent += time.perf_counter() - self._since
+        self.elapsed += time.perf_counter() - self._resumed_at
 
-    def _go_on(self) -> None:
+    def _resume(self) -> None:
         common.synchronize(self.device)
-        self._since = time.perf_counter()
+        self._resumed_at = time.perf_counter()
 
     def _measure(self, model: Any, step: int) -> None:
         found = heldout_reward(
             model, self.tokenizer, self.data, number_reward, self._sampling, samples=self.args.samples, batch_size=256
         )
         samples = step * self.args.batch
-        self.points.append({"step": step, "samples": samples, "seconds": self.spent, "reward": found.reward})
-        print(f"step {step}: {self.spent:.1f} s, held-out reward {found.reward:.3f}", flush=True)
+        self.points.append({"step": step, "samples": samples, "seconds": self.elapsed, "reward": found.reward})
+        print(f"step {step}: {self.elapsed:.1f} s, held-out reward {found.reward:.3f}", flush=True)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         self._measure(model, 0)
-        self._go_on()
+        self._resume()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if state.global_step % self.args.every == 0 or state.global_step == self.args.steps:
             self._pause()
             self._measure(model, state.global_step)
-            self._go_on()
+            self._resume()
 
 
 def model_folder(args: Any) -> Path:
-    """The model as a folder that every loader knows; made once."""
+    """Return a folder with the model in transformers' format; write it if it is missing."""
     folder = Path(args.model)
     if folder.is_dir() and (folder / "config.json").is_file():
         return folder
@@ -117,16 +117,19 @@ def model_folder(args: Any) -> Path:
 
 
 @dataclass
-class Company:
-    """What the processes of one trainer share: engines start in turn, since one that frees memory stops another that
-    measures it, and the training starts in all of them at once."""
+class Coordination:
+    """Synchronization of the concurrent runs of one trainer.
 
-    turn: Any
-    start: Any
+    Engines start one at a time: an engine that frees memory makes another engine's memory measurement fail. Training
+    starts in all runs at once.
+    """
+
+    engine_lock: Any
+    start_barrier: Any
 
 
-def run(args: Any, kind: str, seed: int, company: Company) -> list[dict[str, Any]]:
-    """One trainer, one seed, in this process."""
+def run(args: Any, kind: str, seed: int, coordination: Coordination) -> list[dict[str, Any]]:
+    """Train with one trainer and one seed in this process; return rows of the CSV."""
     from peft import LoraConfig
 
     device = torch.device(args.device)
@@ -134,8 +137,8 @@ def run(args: Any, kind: str, seed: int, company: Company) -> list[dict[str, Any
     model, tokenizer = load_model(folder, dtype="bfloat16")
     train, heldout = datasets(questions(args.questions), seed)
     watch = HeldOut(heldout, tokenizer, args, device)
-    booker = Booker(Parts(device))
-    callbacks = [booker if args.parts else watch]
+    timer = StepTimer(Parts(device))
+    callbacks = [timer if args.parts else watch]
     shared: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(prefix="bench_learn_"),
         "per_device_train_batch_size": args.batch,
@@ -162,8 +165,8 @@ def run(args: Any, kind: str, seed: int, company: Company) -> list[dict[str, Any
     kwargs: dict[str, Any] = {"train_dataset": train, "processing_class": tokenizer, "peft_config": lora}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with company.turn:
-            # For TRL's engine, which opens a process group; ours takes a port of its own.
+        with coordination.engine_lock:
+            # TRL's engine opens a process group at this port; our engine chooses its port itself.
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
             if kind == "ours":
                 from grpo_ext.trainer import GRPOConfig, GRPOTrainer
@@ -177,41 +180,41 @@ def run(args: Any, kind: str, seed: int, company: Company) -> list[dict[str, Any
                 trainer = trl.GRPOTrainer(model, number_reward, config, callbacks=callbacks, **kwargs)
         trainer.remove_callback(PrinterCallback)
         if args.parts:
-            instrument(trainer, kind, booker.parts)
-            instrument_engine(trainer, kind, booker.parts)
-        company.start.wait()
-        with head_replaced(kind, booker.parts) if args.parts else contextlib.nullcontext():
+            instrument(trainer, kind, timer.parts)
+            instrument_engine(trainer, kind, timer.parts)
+        coordination.start_barrier.wait()
+        with head_replaced(kind, timer.parts) if args.parts else contextlib.nullcontext():
             trainer.train()
     if args.parts:
-        return [parts_row(args, kind, seed, booker)]
+        return [parts_row(args, kind, seed, timer)]
     where = {"candidate": kind, "seed": seed, "engine": args.engine, "together": args.together}
     return [where | point | setup.versions(device) for point in watch.points]
 
 
-def parts_row(args: Any, kind: str, seed: int, booker: Booker) -> dict[str, Any]:
-    """Mean seconds of a step's parts."""
+def parts_row(args: Any, kind: str, seed: int, timer: StepTimer) -> dict[str, Any]:
+    """Row of the CSV with the mean seconds of a step's parts."""
     names = (PARTS[0], *ENGINE_PARTS, *PARTS[1:])
-    seconds = {name: booker.parts.seconds[name] / booker.steps for name in names}
+    seconds = {name: timer.parts.seconds[name] / timer.steps for name in names}
     where = {"candidate": kind, "seed": seed, "engine": args.engine, "together": args.together, "model": "smollm2-135m"}
-    rest = {"sum": sum(seconds.values()), "completions": args.batch, "steps": booker.steps}
-    return where | {"trained": "lora", "lengths": "as generated"} | seconds | rest | setup.versions(booker.parts.device)
+    rest = {"sum": sum(seconds.values()), "completions": args.batch, "steps": timer.steps}
+    return where | {"trained": "lora", "lengths": "as generated"} | seconds | rest | setup.versions(timer.parts.device)
 
 
 def learn(args: Any) -> bool:
-    """All trainers and seeds; one CSV."""
+    """Run all trainers and seeds, and write one CSV; False if a run failed."""
     if args.engine == "auto":
         args.engine = "vllm" if importlib.util.find_spec("vllm") is not None else "transformers"
-    args.model = str(model_folder(args))  # before several processes ask for it
+    args.model = str(model_folder(args))  # before several processes would write it at once
     context = get_context("spawn")
     good = True
     for kind in args.candidates:
         for first in range(0, args.seeds, args.together):
             seeds = seeds_of(args)[first : first + args.together]
-            company = Company(context.Lock(), context.Barrier(len(seeds)))
-            processes = [context.Process(target=work, args=(args, kind, seed, company)) for seed in seeds]
+            coordination = Coordination(context.Lock(), context.Barrier(len(seeds)))
+            processes = [context.Process(target=work, args=(args, kind, seed, coordination)) for seed in seeds]
             for process in processes:
                 process.start()
-            good &= all_end_well(processes)
+            good &= all_succeeded(processes)
     merge(Path(args.output), args)
     return good
 
@@ -220,8 +223,8 @@ def seeds_of(args: Any) -> range:
     return range(args.first_seed, args.first_seed + args.seeds)
 
 
-def all_end_well(processes: list[Any]) -> bool:
-    """Waits for them; where one fails the others end too, since their times would be those of another company."""
+def all_succeeded(processes: list[Any]) -> bool:
+    """Wait for all runs; if one fails, terminate the others: their times would be measured under less load."""
     running = list(processes)
     while running:
         wait([process.sentinel for process in running])
@@ -233,19 +236,19 @@ def all_end_well(processes: list[Any]) -> bool:
     return all(process.exitcode == 0 for process in processes)
 
 
-def work(args: Any, kind: str, seed: int, company: Company) -> None:
-    """A process of its own."""
+def work(args: Any, kind: str, seed: int, coordination: Coordination) -> None:
+    """Entry point of a run's process."""
     torch.set_num_threads(args.threads)
-    common.write_csv(Path(args.output) / f"{table(args)}_{kind}_{seed}.csv", run(args, kind, seed, company))
+    common.write_csv(Path(args.output) / f"{table(args)}_{kind}_{seed}.csv", run(args, kind, seed, coordination))
 
 
 def table(args: Any) -> str:
-    """The name of what is written, without the device."""
+    """Name of the CSV, without the device."""
     return "training_engine" if args.parts else "training_learn"
 
 
 def free_port() -> int:
-    """A port that nobody listens at, below those that the system gives to whoever asks for any."""
+    """Find an unused port below the range of ephemeral ports."""
     while True:
         port = random.SystemRandom().randrange(20000, 32768)
         with socket.socket() as free, contextlib.suppress(OSError):
@@ -254,7 +257,7 @@ def free_port() -> int:
 
 
 def merge(output: Path, args: Any) -> None:
-    """One CSV of all runs, and what it says in two lines."""
+    """Merge the CSVs of all runs into one, and print a summary."""
     import csv
 
     rows: list[dict[str, Any]] = []

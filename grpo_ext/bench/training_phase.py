@@ -1,4 +1,4 @@
-"""The training phase of one step with the same completions: seconds, tokens per second, memory, forwards, agreement."""
+"""Measure the training phase with the same completions: time, tokens per second, memory, forwards, agreement."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ GIB = 2**30
 
 
 def measure(case: Case, candidates: list[str], lengths: str, args: Any) -> list[dict[str, Any]]:
-    """One row for each candidate; the first one's loss and gradient norm are what the others must reach."""
+    """Measure each candidate; its loss and gradient norm must agree with those of the first candidate."""
     device = torch.device(case.device)
     workload = Workload(case.shape.vocabulary, args.prompts, args.group, args.tokens, lengths == "spread")
     tokenizer = build_tokenizer(case.shape.vocabulary)
     model = case.build()
     workload.attach_logps(model, device)
     del model
-    setup.settle(device)
+    setup.release_memory(device)
     rows: list[dict[str, Any]] = []
     first: Measured | None = None
     for name in candidates:
         try:
             found = setup.run_candidate(name, case, workload, tokenizer)
-        except Exception:  # the others are measured all the same
+        except Exception:  # the other candidates are still measured
             traceback.print_exc()
             found = None
         if found is None:
-            setup.settle(device)
+            setup.release_memory(device)
             args.failed.append(name)
             continue
         first = first or found
@@ -86,22 +86,22 @@ def row_of(
 
 
 def agree(found: Measured, first: Measured, dtype: str) -> bool:
-    """Whether the first step had the same loss and gradient norm, to the rounding of its arithmetic.
+    """Whether loss and gradient norm of the first step agree with those of the first candidate, up to rounding.
 
-    The loss is a mean of importance weights times advantages: 0.01 is about the noise of a bf16 log probability. The
-    norm sums bf16 gradients in another order and over other micro-batches.
+    The loss is a mean of importance weights times advantages: its bf16 bound, 0.01, is about the noise of a bf16 log
+    probability. The gradient norm also depends on the order of additions and on the micro-batches.
     """
     return close(found.losses[0], first.losses[0], found.grad_norms[0], first.grad_norms[0], dtype)
 
 
 def close(loss: float, other_loss: float, norm: float, other_norm: float, dtype: str) -> bool:
-    """See `agree`."""
+    """Compare losses and gradient norms with the bounds that `agree` explains."""
     loss_bound, norm_bound = (1e-2, 5e-2) if dtype == "bf16" else (1e-5, 1e-3)
     return abs(loss - other_loss) <= loss_bound and math.isclose(norm, other_norm, rel_tol=norm_bound)
 
 
 def phase(args: Any) -> bool:
-    """All cases; False when somebody disagreed or did not get through."""
+    """Measure all cases; False if a candidate failed or disagreed."""
     rows: list[dict[str, Any]] = []
     args.failed = []
     path = Path(args.output) / f"training_phase_{args.device}.csv"
@@ -110,7 +110,7 @@ def phase(args: Any) -> bool:
         for lengths in [only] if only else args.lengths:
             rows += measure(case, args.candidates, lengths, args)
             if rows:
-                common.write_csv(path, rows)  # again after each case: what is measured is kept
+                common.write_csv(path, rows)  # after each case, so that a later failure loses nothing
     print(f"\nwritten to {path}")
     common.print_table(with_ratio(rows), (*TABLE, "x_trl"))
     return not args.failed and all(row["agrees"] for row in rows)
@@ -131,17 +131,17 @@ def case_of(args: Any, model: str, trained: str, micro_batch: int) -> Case:
 
 
 def with_ratio(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with ``x_trl``: TRL's seconds over the candidate's, of the same case."""
+    """Add ``x_trl`` to the rows: TRL's seconds divided by the candidate's, for the same case."""
     same = ("model", "trained", "lengths", "micro_batch")
     trl = {tuple(r[k] for k in same): r["training_s"] for r in rows if r["candidate"] == "trl"}
     return [r | {"x_trl": trl.get(tuple(r[k] for k in same), math.nan) / r["training_s"]} for r in rows]
 
 
 def longest(args: Any) -> bool:
-    """The longest completion of which a micro-batch can be trained, for each candidate.
+    """Find the longest completion with which a micro-batch fits in memory, for each candidate.
 
-    Memory grows linearly with the length, so two short steps say where the end is; a step just below and one just above
-    prove it, and between those two it is halved as often as ``--probes`` allows.
+    Memory grows linearly with the length, so two short steps predict the limit. ``--probes`` further steps bracket the
+    limit and bisect.
     """
     rows: list[dict[str, Any]] = []
     path = Path(args.output) / f"training_longest_{args.device}.csv"
@@ -162,7 +162,7 @@ def find_longest(name: str, case: Case, capacity: float, args: Any) -> list[dict
     rows: list[dict[str, Any]] = []
 
     def probe(tokens: int) -> float | None:
-        """Peak GiB, None when it did not fit."""
+        """Peak GiB of a step, None if it does not fit."""
         workload = Workload(case.shape.vocabulary, 1, case.micro_batch, tokens, spread=False)
         workload.logps = [[[-12.0] * tokens for _ in range(case.micro_batch)]]
         peak, seconds = None, math.nan
@@ -173,7 +173,7 @@ def find_longest(name: str, case: Case, capacity: float, args: Any) -> list[dict
                 peak = None
         except torch.OutOfMemoryError:
             pass
-        setup.settle(torch.device(case.device))
+        setup.release_memory(torch.device(case.device))
         rows.append(
             {"candidate": name, "model": case.model, "trained": case.trained, "micro_batch": case.micro_batch,
              "tokens": tokens, "fits": peak is not None, "peak_gib": peak or math.nan, "seconds": seconds,
@@ -187,7 +187,7 @@ def find_longest(name: str, case: Case, capacity: float, args: Any) -> list[dict
     if low is None or high is None or math.isnan(low):
         return rows
     slope = (high - low) / start
-    # The allocator cannot use the last bit: fragments, the context, cuBLAS' workspace.
+    # 1.5 GiB are not usable: fragments, the CUDA context, the workspace of cuBLAS.
     guess = int((capacity - 1.5 - low) / slope + start) // 64 * 64
     fits, fails = 2 * start, None
     for number in range(args.probes):

@@ -1,7 +1,7 @@
-"""Runs a case with this package's trainer or TRL's, on completions prepared in advance, and times its steps.
+"""Run a case with this package's trainer or TRL's on prepared completions, and time its steps.
 
-Generation would blur the training phase, so both trainers are handed the same token ids, log probabilities and rewards
-where they would otherwise generate; everything after that is their own.
+Both trainers get the same token ids, log probabilities and rewards instead of generating, so that generation does not
+affect the measurement. The rest of a step is the trainer's own code.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from grpo_ext.bench.training_workload import Workload
 from grpo_ext.generation.engine import Completions
 from grpo_ext.trainer import GRPOConfig, GRPOTrainer
 
-#: Who trains, and with which settings of its own. ``patch`` is the argument of `grpo_ext.integrations.trl.patch`.
+#: Trainer and settings of each candidate; ``patch`` is the ``fuse_loss`` of `grpo_ext.integrations.trl.patch`.
 CANDIDATES: dict[str, dict[str, Any]] = {
     "ours": {"trainer": "ours", "fill_micro_batches": True},
     "ours_unfused": {"trainer": "ours", "fill_micro_batches": True, "use_fused_lora": False, "use_fused_norm": False},
@@ -37,7 +37,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "trl": {"trainer": "trl"},
     "trl_patch": {"trainer": "trl", "patch": False},
     "trl_fused": {"trainer": "trl", "patch": True},
-    # What a user of TRL can set to save the host the same work that this package's trainer saves by itself.
+    # Settings with which TRL saves the same host work that this package's trainer saves by default.
     "trl_reentrant": {
         "trainer": "trl",
         "gradient_checkpointing_kwargs": {"use_reentrant": True, "preserve_rng_state": False},
@@ -47,8 +47,10 @@ CANDIDATES: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass
 class Measured:
-    """One candidate's run: a list holds one value for each step. ``forwards`` are passes through the layers, those that
-    gradient checkpointing repeats left out."""
+    """Result of one candidate's run; lists have one value per step.
+
+    ``forwards`` counts passes through the layers, without the recomputation of gradient checkpointing.
+    """
 
     step_seconds: list[float]
     rollout_seconds: list[float]
@@ -61,13 +63,13 @@ class Measured:
     note: str = ""
 
     def training_seconds(self, warmup: int) -> list[float]:
-        """Steps without the part in which completions are handed out, decoded and tokenised."""
+        """Seconds of each step after warm-up, without handing out, decoding and tokenizing completions."""
         pairs = zip(self.step_seconds, self.rollout_seconds, strict=True)
         return [step - rollout for step, rollout in pairs][warmup:]
 
 
 class StepWatch(TrainerCallback):
-    """Seconds of every step, from its beginning to the end of its logging, and what was logged."""
+    """Record seconds and logged values of every step; a step ends after its logging."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -98,8 +100,8 @@ class StepWatch(TrainerCallback):
         """Forward hook of the model's layers."""
         self._forwards += 1
 
-    def aside(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function``, its time booked as rollout. The device is idle then, so the host's clock tells all of it."""
+    def as_rollout(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap ``function`` and count its time as rollout; the device is idle then, so host time is enough."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
@@ -112,7 +114,7 @@ class StepWatch(TrainerCallback):
 
 
 class Prepared:
-    """Generation engine of this package's trainer that hands out a workload."""
+    """Generation engine for this package's trainer that returns the completions of a workload."""
 
     def __init__(self, workload: Workload) -> None:
         self.workload = workload
@@ -132,14 +134,14 @@ def build_ours(
     )  # fmt: skip
     rollouts: Any = trainer.rollouts
     rollouts.engine = Prepared(workload)
-    rollouts.generate = watch.aside(trainer.rollouts.generate)
+    rollouts.generate = watch.as_rollout(trainer.rollouts.generate)
     return trainer
 
 
 def build_trl(
     case: Case, workload: Workload, arguments: dict[str, Any], model: Any, tokenizer: Any, watch: StepWatch
 ) -> Any:
-    """TRL's trainer as with vLLM: it gets the engine's log probabilities and corrects for them."""
+    """Build TRL's trainer so that it treats the prepared log probabilities as reported by vLLM."""
     import trl
     from datasets import Dataset
 
@@ -152,20 +154,20 @@ def build_trl(
         model, workload.reward, config, Dataset.from_list(workload.dataset()), processing_class=tokenizer,
         peft_config=lora_config(case), callbacks=[watch],
     )  # fmt: skip
-    trainer.use_vllm = True  # from here on: the constructor would start an engine
-    trainer._generate = watch.aside(trainer._generate)
+    trainer.use_vllm = True  # set after construction, because the constructor would start an engine
+    trainer._generate = watch.as_rollout(trainer._generate)
     return trainer
 
 
 def backbone(model: Any) -> nn.Module:
-    """The layers under the head, inside PEFT's wrapper."""
+    """Return the layers below the head, without PEFT's wrapper."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return inner.model
 
 
 @torch.no_grad()
 def start_adapter(model: nn.Module) -> None:
-    """The same adapter for every candidate, however many random numbers its constructor has drawn."""
+    """Set the same adapter weights for every candidate; constructors draw different amounts of random numbers."""
     generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
         if ".lora_A." in name:
@@ -176,7 +178,7 @@ def start_adapter(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def patched(value: bool | None) -> Iterator[None]:
-    """TRL with this package's kernels, which must then have served."""
+    """Patch TRL inside this context, and raise an error if our kernels served no call; None does not patch."""
     if value is None:
         yield
         return
@@ -187,13 +189,13 @@ def patched(value: bool | None) -> Iterator[None]:
         yield
         status = integration.status()
         if not status.served and not status.losses_served:
-            raise RuntimeError(f"patch() was never asked: {status}")
+            raise RuntimeError(f"the patched TRL never called this package's kernels: {status}")
     finally:
         integration.unpatch()
 
 
-def settle(device: torch.device) -> None:
-    """Gives back what the candidate before has left."""
+def release_memory(device: torch.device) -> None:
+    """Release memory of the previous candidate and reset the peak."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -213,17 +215,17 @@ def run_candidate(
     world: int = 1,
     extra: dict[str, Any] | None = None,
 ) -> Measured:
-    """Trains ``case.steps`` steps.
+    """Train ``case.steps`` steps.
 
     Args:
-        instrument: called with the trainer and its kind before.
-        world: processes.
-        extra: more arguments for either trainer.
+        instrument: function called with the trainer and its kind before training.
+        world: number of processes.
+        extra: further arguments for either trainer.
     """
     device = torch.device(case.device)
     settings = dict(CANDIDATES[name])
     kind, patch = settings.pop("trainer"), settings.pop("patch", None)
-    settle(device)
+    release_memory(device)
     watch = StepWatch(device)
     with patched(patch), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -247,14 +249,14 @@ def run_candidate(
         micro_batches = trainer.args.gradient_accumulation_steps
     trainer.accelerator.free_memory()
     del trainer, model
-    settle(device)
+    release_memory(device)
     return Measured(
         watch.seconds, watch.rollout, watch.losses, watch.grad_norms, watch.forwards, micro_batches, peak, before, note
     )
 
 
 def versions(device: torch.device) -> dict[str, Any]:
-    """Machine and versions for a line of a CSV."""
+    """Columns of a CSV with the machine and the versions."""
     import transformers
 
     found = common.machine(device) | {"transformers": transformers.__version__}

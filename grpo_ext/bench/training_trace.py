@@ -1,7 +1,7 @@
-"""Where a step's time goes: seconds of its parts, and what the device ran meanwhile.
+"""Measure the seconds of a step's parts, and the kernels that the device runs.
 
-The first step warms up. In the second every part waits for the device at its beginning and end, so parts add up to the
-step (which takes a little longer than without waiting). The third runs under torch.profiler.
+The first step warms up. In the second step each part synchronizes at its start and end: the parts add up to the step,
+which takes slightly longer than without synchronization. The third step runs under torch.profiler.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ PARTS = (
     "head and loss, backward", "layers, backward", "clip and optimizer", "other",
 )  # fmt: skip
 
-#: Beside them, in a run that generates.
+#: Further parts in a run with generation by vLLM.
 ENGINE_PARTS = ("weights to the engine", "check of its weights")
 
-#: What a kernel is, by its name; the first that fits.
+#: Kinds of kernels, and a pattern of kernel names for each; the first match wins.
 KERNELS = (
     ("attention", r"flash|fmha|attention|sdpa"),
     ("matrix products", r"gemm|nvjet|xmma|wgmma|splitK|probability_product|tensor_product"),
@@ -46,7 +46,7 @@ KERNELS = (
 
 
 class Parts:
-    """Seconds of the named parts of a step; a part inside another one is not counted twice."""
+    """Seconds of the named parts of a step; the time of a nested part counts only for the nested part."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -55,7 +55,7 @@ class Parts:
         self._stack: list[str] = []
         self._since = 0.0
 
-    def _book(self) -> None:
+    def _record(self) -> None:
         common.synchronize(self.device)
         now = time.perf_counter()
         if self._stack:
@@ -70,7 +70,7 @@ class Parts:
 
     def stop(self) -> None:
         if self.running:
-            self._book()
+            self._record()
         self.running = False
         self._stack = []
 
@@ -79,18 +79,18 @@ class Parts:
         if not self.running:
             yield
             return
-        self._book()
+        self._record()
         self._stack.append(name)
         try:
             yield
         finally:
-            self._book()
+            self._record()
             self._stack.pop()
 
-    def become(self, name: str) -> None:
-        """The running part is over, and ``name`` goes on in its place."""
+    def switch_to(self, name: str) -> None:
+        """End the running part and start ``name`` in its place."""
         if self.running:
-            self._book()
+            self._record()
             self._stack[-1] = name
 
     def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -101,21 +101,21 @@ class Parts:
         return run
 
     def around_head(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A function whose first argument are the hidden states: its forward, and its backward until their gradient."""
+        """Time a function of hidden states: its forward, and its backward until the gradient of the hidden states."""
 
         def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
                 return function(hidden, *args, **kwargs)
             if hidden.requires_grad:
-                hidden.register_hook(lambda _: self.become("layers, backward"))
+                hidden.register_hook(lambda _: self.switch_to("layers, backward"))
             with self.part("head and loss, forward"):
                 return function(hidden, *args, **kwargs)
 
         return run
 
 
-class Booker(TrainerCallback):
-    """Books every step from the third on, and in it the optimizer."""
+class StepTimer(TrainerCallback):
+    """Time every step from the third on, with the optimizer as a part."""
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
@@ -127,17 +127,17 @@ class Booker(TrainerCallback):
             self.parts.start()
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        self.parts.become("clip and optimizer")
+        self.parts.switch_to("clip and optimizer")
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        self.parts.become("other")
+        self.parts.switch_to("other")
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.parts.stop()
 
 
-class Director(Booker):
-    """Turns the clock and the profiler on and off: the second step is booked, the third is profiled."""
+class TraceTimer(StepTimer):
+    """Time the second step and profile the third."""
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
@@ -166,7 +166,7 @@ class Director(Booker):
 
 @contextlib.contextmanager
 def head_replaced(kind: str, parts: Parts) -> Iterator[None]:
-    """The function that both trainers call at the head, timed."""
+    """Time the function with which a trainer multiplies by the head."""
     if kind == "ours":
         own = grpo_ext.linear_grpo_loss
         grpo_ext.linear_grpo_loss = parts.around_head(own)
@@ -190,7 +190,7 @@ def head_replaced(kind: str, parts: Parts) -> Iterator[None]:
 
 
 def instrument(trainer: Any, kind: str, parts: Parts) -> None:
-    """Books the parts of either trainer."""
+    """Time the parts of either trainer."""
     trainer.compute_loss = parts.around("layers, forward", trainer.compute_loss)
     trainer.accelerator.backward = parts.around("head and loss, backward", trainer.accelerator.backward)
     trainer.accelerator.clip_grad_norm_ = parts.around("clip and optimizer", trainer.accelerator.clip_grad_norm_)
@@ -213,7 +213,7 @@ def instrument(trainer: Any, kind: str, parts: Parts) -> None:
 
 
 def instrument_engine(trainer: Any, kind: str, parts: Parts) -> None:
-    """Books what comes with generation by vLLM: handing the weights over, and our check that they have arrived."""
+    """Time the weight transfer to vLLM, and our check that vLLM has the weights."""
     if not trainer.args.use_vllm:
         return
     if kind == "ours":
@@ -239,13 +239,13 @@ def trace(args: Any) -> bool:
         del plain
         for name in args.candidates:
             parts = Parts(device)
-            director = Director(parts)
+            timer = TraceTimer(parts)
             with contextlib.ExitStack() as stack:
 
-                def prepare(trainer: Any, kind: str, parts: Parts = parts, director: Director = director,
+                def prepare(trainer: Any, kind: str, parts: Parts = parts, timer: TraceTimer = timer,
                             stack: contextlib.ExitStack = stack) -> None:  # fmt: skip
                     instrument(trainer, kind, parts)
-                    trainer.add_callback(director)
+                    trainer.add_callback(timer)
                     stack.enter_context(head_replaced(kind, parts))
 
                 found = setup.run_candidate(name, case, workload, tokenizer, prepare)
@@ -256,7 +256,7 @@ def trace(args: Any) -> bool:
                 "completions": workload.rows, "micro_batch": micro_batch, "all_tokens": workload.all_tokens}
                 | setup.versions(device)
             )  # fmt: skip
-            kernels += [where | row for row in kernel_rows(director)]
+            kernels += [where | row for row in kernel_rows(timer)]
             print(name, {part: round(value, 4) for part, value in seconds.items()}, flush=True)
             for row in kernels[-len(KERNELS) - 3 :]:
                 print("   ", {k: common._short(v) for k, v in row.items() if k not in where}, flush=True)
@@ -265,14 +265,14 @@ def trace(args: Any) -> bool:
     return True
 
 
-def kernel_rows(director: Director, top: int = 20) -> list[dict[str, Any]]:
-    """Milliseconds and launches of the kernels of the profiled step: the greatest, then kinds, then all of them.
+def kernel_rows(timer: TraceTimer, top: int = 20) -> list[dict[str, Any]]:
+    """Milliseconds and launches in the profiled step: of the longest kernels, of each kind, and of all kernels.
 
-    Without a GPU the operators of the CPU stand for kernels.
+    Without a GPU the rows are CPU operators.
     """
-    on_gpu = director.parts.device.type == "cuda"
+    on_gpu = timer.parts.device.type == "cuda"
     events = []
-    for event in director.profiler.key_averages():
+    for event in timer.profiler.key_averages():
         if on_gpu:
             if event.device_type != torch.autograd.DeviceType.CUDA or event.is_user_annotation:
                 continue
@@ -289,5 +289,5 @@ def kernel_rows(director: Director, top: int = 20) -> list[dict[str, Any]]:
     rows += [{"what": "kind", "name": name, "ms": ms, "launches": int(n)} for name, (ms, n) in kinds.items()]
     total = sum(ms for _, ms, _ in events)
     rows.append({"what": "all", "name": "busy", "ms": total, "launches": sum(n for _, _, n in events)})
-    rows.append({"what": "all", "name": "wall clock", "ms": director.profiled_seconds * 1e3, "launches": 0})
+    rows.append({"what": "all", "name": "wall clock", "ms": timer.profiled_seconds * 1e3, "launches": 0})
     return rows

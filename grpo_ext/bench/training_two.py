@@ -1,6 +1,6 @@
-"""Two GPUs of one host against one: a training step under DDP and FSDP2, and the loss with the vocabulary in shards.
+"""Compare two GPUs with one: a training step under DDP and FSDP2, and the vocabulary-parallel loss.
 
-Each measurement is a `torch.distributed.run` of its own, with one process for each GPU.
+Each measurement is a separate `torch.distributed.run` with one process per GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from grpo_ext.bench.training_workload import Workload, build_tokenizer
 
 KINDS = ("ddp", "fsdp2", "vocabulary")
 
-#: Arguments of the trainers beyond those of one GPU.
+#: Further arguments of the trainers for FSDP2.
 SHARDED = {
     "fsdp": "full_shard auto_wrap",
     "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"]},
@@ -32,7 +32,7 @@ SHARDED = {
 
 
 def two(args: Any) -> bool:
-    """One process alone, then the others; a worker is told by ``--worker``."""
+    """Launch each kind with one process, then with ``--processes``; with ``--worker`` run as one of them."""
     if args.worker is not None:
         return worker(args)
     output = Path(args.output)
@@ -44,7 +44,7 @@ def two(args: Any) -> bool:
 
 
 def same_as_one(path: Path) -> bool:
-    """Whether all processes took the step of one, where the table has that."""
+    """Whether loss and gradient norm agree with the one-process row of the same case, if there is one."""
     if not path.is_file():
         return True
     with path.open(newline="") as file:
@@ -102,7 +102,7 @@ def worker(args: Any) -> bool:
 
 
 def step(args: Any, world: int) -> list[dict[str, Any]]:
-    """The same completions of an optimizer step, shared out among the processes."""
+    """Measure an optimizer step whose completions are divided among the processes."""
     device = torch.device(args.device)
     rows = []
     for model, trained, micro_batch, lengths in args.cases:
@@ -124,7 +124,7 @@ def step(args: Any, world: int) -> list[dict[str, Any]]:
 
 
 def vocabulary(args: Any, world: int) -> list[dict[str, Any]]:
-    """`linear_grpo_loss` with each process holding its share of the head: milliseconds, memory, the same gradient."""
+    """Measure `linear_grpo_loss` with the head sharded over the processes, and check its gradient."""
     device = torch.device(args.device)
     dtype = common.DTYPES[args.dtype]
     dist.init_process_group("nccl" if args.device == "cuda" else "gloo")

@@ -1,4 +1,4 @@
-"""Prompts and the completions that "generation" returns for them: the same for every trainer."""
+"""Workload of the training benchmarks: prompts with prepared completions, the same for every trainer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import grpo_ext
 
 
 def build_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """One word per id: ``t7`` is 7. Ids 0 and 1 are padding and the end."""
+    """Build a tokenizer with one word per id: ``t7`` is 7. Ids 0 and 1 are padding and end of text."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -29,18 +29,19 @@ def build_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 
 
 class Workload:
-    """Prompts, and for each the completions that "generation" returns: ids, log probabilities and rewards.
+    """Prompts with prepared completions: ids, log probabilities and rewards.
 
-    Half of each group is rewarded, so every completion has a gradient and nobody may skip one.
+    Half of each group has reward 1, so every completion has a nonzero advantage and no trainer can skip one.
 
     Args:
-        vocabulary: of the ids.
-        prompts, group: how many, and completions of each.
+        vocabulary: number of ids.
+        prompts: number of prompts.
+        group: completions per prompt.
         tokens: longest completion.
-        spread: lengths as reinforcement learning has them, log-normal with half of ``tokens`` as median and everything
-            beyond ``tokens`` cut there, and prompts of 64 to 192 tokens; False: all completions of ``tokens``, all
-            prompts of 128.
-        seed: of all of it.
+        spread: True draws completion lengths as in reinforcement learning, log-normal with median ``tokens / 2``,
+            truncated at ``tokens``, and prompts of 64 to 192 tokens. False makes every completion ``tokens`` long and
+            every prompt 128.
+        seed: seed of lengths and ids.
     """
 
     def __init__(self, vocabulary: int, prompts: int, group: int, tokens: int, spread: bool, seed: int = 0) -> None:
@@ -74,7 +75,7 @@ class Workload:
 
     @property
     def rows(self) -> int:
-        """Completions."""
+        """Number of completions."""
         return len(self.prompt_ids) * self.group
 
     @property
@@ -83,19 +84,19 @@ class Workload:
 
     @property
     def all_tokens(self) -> int:
-        """Tokens of prompts and completions, the prompt once for each completion; no padding."""
+        """Tokens of completions and prompts without padding; each completion counts its prompt again."""
         return self.completion_tokens + self.group * sum(map(len, self.prompt_ids))
 
     def dataset(self) -> list[dict[str, str]]:
         return [{"prompt": " ".join(f"t{i}" for i in ids)} for ids in self.prompt_ids]
 
     def reward(self, completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
-        """The reward function of both trainers."""
+        """Reward function of both trainers."""
         return [self._rewards[self._key(ids)] for ids in completion_ids]
 
     def serve(self, prompt_ids: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[list[float]]]:
-        """Ids and the engine's log probabilities, one completion for each prompt; equal prompts get the next one."""
-        assert self.logps is not None, "attach_logps comes first"
+        """Return ids and engine log probabilities, one completion per prompt; repeated prompts get successive ones."""
+        assert self.logps is not None, "call attach_logps first"
         seen: Counter[int] = Counter()
         ids, logps = [], []
         for prompt in prompt_ids:
@@ -108,7 +109,7 @@ class Workload:
 
     @torch.no_grad()
     def attach_logps(self, model: Any, device: torch.device, noise: float = 0.02) -> None:
-        """Log probabilities as an engine in other arithmetic would report them: the model's own with some noise."""
+        """Set the engine's log probabilities: those of the model plus noise, as if computed in other arithmetic."""
         generator = torch.Generator().manual_seed(1)
         self.logps = []
         for prompt, row in zip(self.prompt_ids, self.completions, strict=True):

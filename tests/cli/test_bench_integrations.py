@@ -68,7 +68,7 @@ def test_a_step_that_ran_elsewhere_is_an_error(
     from grpo_ext.integrations import trl as ours
 
     monkeypatch.setitem(cases.SERVED, "kto", ({"with gradient": 2}, {}))
-    with pytest.raises(RuntimeError, match=r"not what was to be served: .*patched; served: 3 without gradient"):
+    with pytest.raises(RuntimeError, match=r"did not make the expected calls: .*patched; served: 3 without gradient"):
         rows_of(bench, "kto", tmp_path)
     assert not ours.status().patched
 

@@ -108,7 +108,7 @@ def test_parts_add_up(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Non
         clock[0] += 2
         with parts.part("inner"):
             clock[0] += 4
-            parts.become("rest of inner")
+            parts.switch_to("rest of inner")
             clock[0] += 8
         clock[0] += 16
     parts.stop()
@@ -244,5 +244,5 @@ def test_one_learning_run_that_dies_ends_the_others(bench: ModuleType) -> None:
     processes = [context.Process(target=time.sleep, args=(1000,)), context.Process(target=os.abort)]
     for process in processes:
         process.start()
-    assert not training_learn.all_end_well(processes)
+    assert not training_learn.all_succeeded(processes)
     assert all(process.exitcode for process in processes)
