@@ -1,4 +1,4 @@
-"""Shared fixtures. `device` runs a test on the CPU and, where there is one, on the GPU."""
+"""Shared fixtures. `device` runs a test on the CPU and, if there is one, on the GPU."""
 
 from __future__ import annotations
 
@@ -22,21 +22,23 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _collect_only_what_is_new() -> None:
-    """Every end of a training run collects garbage over all objects there are. Those of imported modules, a million of
-    them, stay for good: left out, a short run takes a quarter of the time."""
+def _freeze_imported_objects() -> None:
+    """Exclude the objects of imported modules from garbage collection: about a million, which are never freed.
+
+    Every training run ends with a full collection. Without those objects a short run takes a quarter of the time.
+    """
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """The device a test runs on; the case `cuda` carries the marker `gpu`."""
+    """Device of a test; the case `cuda` has the marker `gpu`."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device, torch sees none")
     return torch.device(request.param)
 
 
 @pytest.fixture(autouse=True)
-def _same_random_numbers() -> None:
+def _seed() -> None:
     torch.manual_seed(1234)

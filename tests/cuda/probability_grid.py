@@ -1,10 +1,10 @@
-"""The probability route on small, awkward shapes, to be run under compute-sanitizer:
+"""Run the probability route on small, irregular shapes under compute-sanitizer:
 
     compute-sanitizer --tool memcheck python tests/cuda/probability_grid.py
 
-Odd vocabularies and row counts, with a bias and without, masked rows left out or among the others, frozen and trained
-head, by way of logits too (an entropy bonus), tokens so improbable that their tiles are recentred. Exits with an error
-where a gradient is not finite, or no log probability is below -100.
+Covers odd vocabularies and row counts, with and without bias, masked rows dropped or kept, frozen and trained heads,
+the logits route (an entropy bonus), and tokens so improbable that their tiles are recentred. Exits with an error if a
+gradient is not finite, or if no log probability is below -100.
 """
 
 from __future__ import annotations

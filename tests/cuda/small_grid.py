@@ -1,9 +1,9 @@
-"""Every CUDA kernel once on small, awkward shapes, to be run under compute-sanitizer:
+"""Run every CUDA kernel once on small, irregular shapes under compute-sanitizer:
 
     compute-sanitizer --tool memcheck python tests/cuda/small_grid.py
 
-Odd vocabularies (rows start between 16-byte blocks, one of them in several CTAs), masked rows, in place and not, all
-dtypes, all routes. Exits with an error where a gradient is not finite.
+Covers odd vocabularies (rows start between 16-byte blocks, one vocabulary needs several CTAs per row), masked rows, in
+place and allocated gradients, all dtypes and all routes. Exits with an error if a gradient is not finite.
 """
 
 from __future__ import annotations

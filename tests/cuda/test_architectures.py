@@ -1,4 +1,4 @@
-"""For which GPUs a source build compiles: those that nvidia-smi reports, by a stand-in for it."""
+"""A source build compiles for the GPUs that nvidia-smi reports; tested with a fake nvidia-smi."""
 
 from __future__ import annotations
 

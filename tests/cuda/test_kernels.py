@@ -1,6 +1,6 @@
-"""The CUDA kernels on the shapes that only a GPU is given: real vocabularies, huge batches, graphs, streams.
+"""CUDA kernels on GPU-only cases: real vocabularies, huge batches, CUDA graphs, streams.
 
-What they compute in general is tested with the CPU's in tests/losses, whose tests run on both devices.
+tests/losses runs on both devices and covers the values of the kernels in general.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which kernel serves a call, and how a row is divided: decided on the host, so no GPU is needed."""
+"""Choice of the kernel for a call, and of the division of a row; decided on the host, so no GPU is needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What nvcc makes of the products for Hopper, and what compute-sanitizer finds in them."""
+"""Compiled code of the Hopper products, and a compute-sanitizer run of the probability route."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The probability product and the kernels around it on a Hopper GPU: against their plain-torch twins, at full size.
+"""The probability product and its helper kernels on a Hopper GPU, against plain torch at full size.
 
-What the route computes in general is tested in tests/linear/test_linear_probabilities.py, on both devices.
+tests/linear/test_linear_probabilities.py runs on both devices and covers the values of the route in general.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The products of our own on a Hopper GPU: against fp64, bit for bit independent of the number of rows."""
+"""Our matrix products on a Hopper GPU: against fp64, and bitwise independent of the number of rows."""
 
 from __future__ import annotations
 

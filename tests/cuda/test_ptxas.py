@@ -1,4 +1,4 @@
-"""What nvcc makes of the kernels for sm_90: no spills, few enough registers, 16-byte accesses. Needs no GPU."""
+"""Compiled sm_90 kernels: no spills, few enough registers, 16-byte accesses. Needs nvcc, no GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""compute-sanitizer finds nothing in small_grid.py."""
+"""compute-sanitizer reports no error in small_grid.py."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""vLLM beside the trainer on one GPU: weights, adapter, sleep levels, memory share. Runs with vLLM 0.24 and later; not
-by `make test` of a machine without one.
+"""vLLM and the trainer on one GPU: weights, adapter, sleep levels, memory share. Skipped without a GPU or vLLM.
 
-Needs the package vllm in the same environment: python -m pytest -x -s tests/cuda/test_vllm_gpu.py
-Six engines and two servers start, one after the other, without compilation, each in a process of its own.
+Needs vLLM 0.24 or later in the same environment: python -m pytest -x -s tests/cuda/test_vllm_gpu.py
+Starts six engines and two servers one after the other, without compilation, each in its own process.
 """
 
 from __future__ import annotations

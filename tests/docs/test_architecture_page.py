@@ -1,4 +1,4 @@
-"""The architecture's page names files and folders that exist, and every package."""
+"""The architecture page names only existing files and folders, and every package."""
 
 from __future__ import annotations
 

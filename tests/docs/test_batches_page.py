@@ -1,4 +1,4 @@
-"""The drawings of the batches are what the schedule gives, and the page shows all of them."""
+"""The drawings of batches agree with the schedule, and the page shows all of them."""
 
 from __future__ import annotations
 

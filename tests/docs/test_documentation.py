@@ -1,4 +1,4 @@
-"""The documentation: links lead somewhere, examples run, names exist."""
+"""Documentation: links resolve, examples run, names exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every block of settings on the papers' page is a valid configuration that says what its section says."""
+"""Every block of settings on the papers page is a valid configuration and agrees with the text of its section."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""README and manual are short: lines of the README, words of a sentence and of a paragraph."""
+"""Length limits of README and manual: lines of the README, words per sentence and per paragraph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page of all settings is what the code says, complete, and right about TRL."""
+"""The page of all settings is generated from the code, complete, and correct about TRL."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The specification's page: every section that code cites exists, and its tables say what the code does."""
+"""Specification page: every section that code cites exists, and the tables agree with the code."""
 
 from __future__ import annotations
 

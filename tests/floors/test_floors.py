@@ -1,4 +1,4 @@
-"""The floors of the package: imports go downwards, on every line of every module."""
+"""Floors of the package: every import in every module goes to a lower floor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "grpo_ext"
 
-#: What each floor may import besides itself. The losses are the modules that lie directly in grpo_ext/.
+#: Floors that each floor may import besides itself. `losses` are the modules directly in grpo_ext/.
 KERNELS = {"_ops", "losses", "vocabulary"}
 UPDATES = KERNELS | {"linear", "modules", "update"}
 RUNS = UPDATES | {"generation", "rollouts", "trainer"}

@@ -1,4 +1,4 @@
-"""What the fuzz tests draw, build and compare: cases are small dictionaries, tensors come from their seed."""
+"""Draw, build and compare cases of the fuzz tests: a case is a small dictionary whose seed determines the tensors."""
 
 from __future__ import annotations
 

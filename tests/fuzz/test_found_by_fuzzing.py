@@ -1,4 +1,4 @@
-"""What the hunt has found, as plain tests: each of these once read memory that was not the tensor's."""
+"""Regression tests of bugs found by fuzzing: each case once read memory outside the tensor."""
 
 from __future__ import annotations
 

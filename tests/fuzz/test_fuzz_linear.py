@@ -1,4 +1,4 @@
-"""The losses from hidden states on drawn shapes, chunk sizes, dtypes and parameters, against the reference."""
+"""Losses from hidden states on random shapes, chunk sizes, dtypes and parameters, against the reference."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The compiled losses on drawn shapes, strides, dtypes, masks and parameters: exact, repeatable, one row at a time.
+"""Compiled losses on random shapes, strides, dtypes, masks and parameters: exact, repeatable, rows independent.
 
-`make test` tries the same cases every time; ``make fuzz`` (GRPO_EXT_FUZZ=20) new ones, twenty times as many.
+`make test` runs the same cases every time; ``make fuzz`` (GRPO_EXT_FUZZ=20) runs twenty times as many new cases.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The examples of the integrations run as they stand; TRL's on a tiny model in place of the packaged one."""
+"""The examples of the integrations run unchanged; TRL's with a tiny model instead of the packaged one."""
 
 from __future__ import annotations
 

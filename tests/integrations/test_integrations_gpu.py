@@ -1,4 +1,4 @@
-"""The integrations on a GPU: Liger's drop-ins against its Triton kernels, TRL's seam against its Triton class."""
+"""The integrations on a GPU: Liger's drop-ins against its Triton kernels, our TRL class against TRL's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Liger's drop-ins against the reference in fp64, and against Liger itself where it can be imported."""
+"""Liger's drop-ins against the reference in fp64, and against Liger itself if it can be imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`causal_lm_loss` against the loss that transformers would compute."""
+"""`causal_lm_loss` against the loss of transformers."""
 
 from __future__ import annotations
 

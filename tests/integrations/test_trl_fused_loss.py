@@ -1,4 +1,4 @@
-"""`patch(fuse_loss=True)` on batches made by hand: every input that TRL's loss knows, gradients, bf16, tool masks."""
+"""`patch(fuse_loss=True)` on hand-written batches: every input of TRL's loss, gradients, bf16, tool masks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TRL's GRPO trainer, as it is and patched: the same numbers at every step from the same seed, and ours ran."""
+"""TRL's GRPO trainer unpatched and patched: equal numbers at every step from one seed, computed by our kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The class in the place of TRL's `_ChunkedLogProbFunction`, against TRL's own class: values, gradients, duties."""
+"""Our replacement of TRL's `_ChunkedLogProbFunction` against TRL's class: values, gradients, fallbacks."""
 
 from __future__ import annotations
 

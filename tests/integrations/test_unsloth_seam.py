@@ -1,7 +1,7 @@
-"""Unsloth's function as ours: values, gradients; what is served and what handed back, on a stand-in for the module.
+"""Our replacement of Unsloth's function: values, gradients, and fallbacks, tested with a fake unsloth_zoo module.
 
-Where unsloth_zoo is installed (`make peers`) its own functions are compared with ours, in a process of their own: it
-changes transformers when it is imported.
+If unsloth_zoo is installed (`make peers`), its own functions are compared with ours in a separate process: importing
+unsloth_zoo changes transformers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""verl's policy loss and fused head as ours, against its formulas and, where it can be imported, verl itself."""
+"""Our policy loss and fused head for verl, against verl's formulas and, if it can be imported, verl itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Short runs of TRL's trainers on a tiny random model, their logged numbers, and the cases they are run for."""
+"""Short runs of TRL's trainers on a tiny random model: cases, and the logged numbers of a run."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Unsloth's own functions beside ours: ``python tests/integrations/unsloth_check.py [--device cuda]``.
+"""Compare Unsloth's own functions with ours: ``python tests/integrations/unsloth_check.py [--device cuda]``.
 
-For each function that `grpo_ext.integrations.unsloth.patch` replaces and each set of options: the largest error of the
-log probabilities, and of the gradients relative to their norm, against the fp64 reference, Unsloth's and ours. Exits
-with 1 where ours is more than twice Unsloth's (and above fp32 rounding), or where the count says that ours did not run.
-On a GPU milliseconds of forward and backward and the memory they add are printed too.
+For each function that `grpo_ext.integrations.unsloth.patch` replaces, and each set of options, print the errors of
+Unsloth and ours against the fp64 reference: the largest error of a log probability, and of the gradients relative to
+their norm. Exit with 1 if our error is more than twice Unsloth's (and above fp32 rounding), or if our function did not
+run. On a GPU also print milliseconds of forward and backward, and the memory that they add.
 
-Needs unsloth and unsloth_zoo on the path. Unsloth itself is not imported, only its unsloth_zoo, which asks for a
-variable that Unsloth sets: importing the whole of it pulls in engines and quantisers that have no part in this.
+Needs unsloth and unsloth_zoo on the path. Imports only unsloth_zoo, with the environment variable that it requires and
+Unsloth sets: importing Unsloth itself loads engines and quantizers that this check does not need.
 """
 
 from __future__ import annotations

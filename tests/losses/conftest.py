@@ -1,4 +1,4 @@
-"""`impl`: the same statements checked on the reference and on the compiled functions."""
+"""`impl`: run a test on the reference and on the compiled functions."""
 
 from __future__ import annotations
 

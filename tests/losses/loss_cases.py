@@ -1,5 +1,5 @@
 # ruff: noqa: E731  (a layout is a lambda)
-"""Cases for comparing the compiled losses with the reference: a pairwise grid and one way to run each."""
+"""Cases for comparing the compiled losses with the reference: a pairwise grid, and a function that runs a case."""
 
 from __future__ import annotations
 

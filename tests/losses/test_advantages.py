@@ -1,4 +1,4 @@
-"""group_advantages and importance_weights: numbers by hand, every option, every complaint."""
+"""group_advantages and importance_weights: numbers by hand, every option, every error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What does not fit gets an error that names the argument and what to do, before anything is computed."""
+"""Invalid arguments raise an error that names the argument and a remedy, before any computation."""
 
 from __future__ import annotations
 

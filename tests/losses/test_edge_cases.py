@@ -1,4 +1,4 @@
-"""Defined results at the edges: nothing unmasked, rubbish under the mask, infinities, NaN, empty batches."""
+"""Results of edge cases: empty masks, garbage at masked positions, infinities, NaN, empty batches."""
 
 from __future__ import annotations
 

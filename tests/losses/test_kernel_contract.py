@@ -1,4 +1,4 @@
-"""Promises beside the values: same bits, independent rows, whole outputs, in-place rules, torch's checks."""
+"""Guarantees besides values: equal bits, independent rows, complete outputs, in-place rules, torch's checks."""
 
 from __future__ import annotations
 

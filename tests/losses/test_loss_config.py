@@ -1,4 +1,4 @@
-"""Every rule of LossConfig and its message."""
+"""Every rule of LossConfig and its error message."""
 
 from __future__ import annotations
 

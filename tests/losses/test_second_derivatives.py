@@ -1,4 +1,4 @@
-"""Gradients have no derivative of their own: trying raises, and never gives 0."""
+"""Second derivatives raise an error and never silently give 0."""
 
 from __future__ import annotations
 

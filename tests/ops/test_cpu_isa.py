@@ -1,4 +1,4 @@
-"""Every instruction set of the CPU kernels computes the same loss: what one machine can run, it compares."""
+"""All instruction sets of the CPU kernels that the machine supports compute the same loss."""
 
 from __future__ import annotations
 

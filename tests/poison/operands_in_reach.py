@@ -1,7 +1,7 @@
-"""Check the operands of products: which bytes lie between their rows, and behind the last one.
+"""Check the bytes between and behind the rows of the operands of matrix products.
 
-oneDNN's AMX GEMM reads the rows of a left operand of 16 bits up to the next multiple of `K_STEP` columns. This check
-finds such bytes on any processor.
+oneDNN's AMX GEMM reads the rows of a 16-bit left operand up to the next multiple of `K_STEP` columns. This check finds
+uninitialized bytes in that range on any processor.
 """
 
 from __future__ import annotations

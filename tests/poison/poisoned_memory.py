@@ -1,7 +1,7 @@
 """Fill every uninitialized tensor with NaN (integers with their greatest value, bools with True).
 
-As a pytest plugin (``-p poisoned_memory``, `make poison`) it holds for the whole run. `sitecustomize`, beside it, loads
-it in the ranks that tests start.
+As a pytest plugin (``-p poisoned_memory``, `make poison`) this module poisons the whole run. `sitecustomize.py` in the
+same folder loads it in the ranks that tests start.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Poison the ranks that a test starts: processes of torch.multiprocessing and of torch.distributed.run.
 
-Other processes are left alone: importing torch takes seconds, and torch's compiler starts dozens.
+Skip other processes: importing torch takes seconds, and torch's compiler starts dozens of processes.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The poison at work, in this process and in the ranks that it starts."""
+"""Uninitialized tensors are poisoned in the test process and in the ranks that it starts."""
 
 from __future__ import annotations
 
