@@ -44,7 +44,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from integration_cases import CANDIDATES, TOLERANCE, Comparison, LeftOut, comparisons, without_progress_bars
+from integration_cases import CANDIDATES, TOLERANCE, Comparison, Unavailable, comparisons, without_progress_bars
 
 from grpo_ext.bench.common import RESULTS, interleaved, machine, peak_extra_bytes, print_table, write_csv
 
@@ -148,8 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         try:
             comparison = build()
-        except LeftOut as reason:
-            print(f"{subject}: left out, {reason}")
+        except Unavailable as reason:
+            print(f"{subject}: skipped, {reason}")
             continue
         try:
             new = measure(subject, comparison, options)

@@ -24,7 +24,7 @@ TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2}
 SERVED: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     # The policy with gradient; without gradient the reference model, and both models again for the KL estimate.
     "kto": ({"with gradient": 1, "without gradient": 3}, {}),
-    "dpo": ({"without gradient": 1}, {"asks for is_top1": 1}),
+    "dpo": ({"without gradient": 1}, {"TRL needs is_top1": 1}),
 }
 
 
@@ -36,7 +36,7 @@ def columns(
     return {"trained": trained, **sizes, "rows": rows, "tokens": tokens, "valid_tokens": valid}
 
 
-class LeftOut(Exception):
+class Unavailable(Exception):
     """Raised if a comparison cannot run here; the message is the reason."""
 
 
@@ -89,7 +89,7 @@ def peer_module(name: str) -> Any:
         try:
             return importlib.import_module(name)
         except ImportError as error:
-            raise LeftOut(f"{name} cannot be imported ({error}): make peers, and PYTHONPATH=.venv/peers") from error
+            raise Unavailable(f"{name} cannot be imported ({error}): make peers, and PYTHONPATH=.venv/peers") from error
 
 
 def without_progress_bars() -> None:
@@ -192,7 +192,7 @@ def build_trainer(kind: str, trained: str, options: argparse.Namespace) -> Any:
 
 def trl_step(kind: str, trained: str, options: argparse.Namespace) -> Comparison:
     if (kind, trained) == ("dpo", "lora"):
-        raise LeftOut(
+        raise Unavailable(
             "its reference is the policy without the adapter, and TRL's own code runs every call (token accuracy)"
         )
     trainer = build_trainer(kind, trained, options)
@@ -285,7 +285,7 @@ def liger_linear(head: str, options: argparse.Namespace) -> Comparison:
 def liger_from_logits(options: argparse.Namespace) -> tuple[Any, dict[str, Tensor]]:
     """Return Liger's module of Triton functions, and inputs with logits (B,T+1,V)."""
     if options.device != "cuda":
-        raise LeftOut("Liger's Triton kernels need a GPU")
+        raise Unavailable("Liger's Triton kernels need a GPU")
     theirs = peer_module("liger_kernel.transformers.grpo_loss")
     t = head_inputs(options, "frozen")
     with torch.no_grad():

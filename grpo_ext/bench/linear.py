@@ -285,7 +285,7 @@ def measure(size: int, vocab: int, head: str, args: argparse.Namespace, device: 
         try:
             prepared[name] = preparing(name, KNOWN[candidate]())
         except ImportError as missing:
-            print(f"{name}: left out, {missing}")
+            print(f"{name}: skipped, {missing}")
             continue
         errors[name] = logp_error(prepared[name]()(), inputs)
         if hidden.grad is not None:

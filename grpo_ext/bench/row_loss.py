@@ -149,7 +149,7 @@ def candidates(wanted: list[str]) -> dict[str, Candidate]:
         try:
             chosen[name] = known[name]()
         except ImportError as missing:
-            print(f"{name}: left out, {missing}")
+            print(f"{name}: skipped, {missing}")
     return chosen
 
 

@@ -1,4 +1,4 @@
-"""bench/bench_integrations.py: each peer beside ours gives the same, and what ran elsewhere or differs is an error."""
+"""bench/bench_integrations.py: each peer and our replacement agree; differences and fallbacks are errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from grpo_ext.cli.bench import script_folder
+from grpo_ext.bench.common import SOURCE_TREE
 
 #: fp32, so that what differs is a difference and no rounding.
 SMALL = (
@@ -20,7 +20,7 @@ SMALL = (
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(script_folder()))
+    monkeypatch.syspath_prepend(str(SOURCE_TREE))
     import bench_integrations
 
     return bench_integrations
@@ -54,7 +54,7 @@ def test_steps_of_trl(bench: ModuleType, cases: ModuleType, tmp_path: Path, caps
     rows = rows_of(bench, "kto,dpo", tmp_path)
     subjects = ("kto, lora", "kto, full", "dpo, full")
     assert list(rows) == [(subject, name) for subject in subjects for name in ("trl", "grpo_ext")]
-    assert "dpo, lora: left out, its reference is the policy" in capsys.readouterr().out
+    assert "dpo, lora: skipped, its reference is the policy" in capsys.readouterr().out
     valid = sum(cases.lengths(7, 4)) + 4  # and the end of each
     for row in rows.values():
         assert row["peer"].startswith("trl 1.")
@@ -89,7 +89,7 @@ def test_what_needs_a_gpu_is_left_out(bench: ModuleType, tmp_path: Path, capsys:
     assert rows_of(bench, "liger_logits,liger_logps", tmp_path) == {}
     printed = capsys.readouterr().out.splitlines()
     assert printed == [
-        f"{name}: left out, Liger's Triton kernels need a GPU" for name in ("liger_logits", "liger_logps")
+        f"{name}: skipped, Liger's Triton kernels need a GPU" for name in ("liger_logits", "liger_logps")
     ]
 
 

@@ -97,7 +97,7 @@ def test_mean_logits(bias: bool, autocast: bool) -> None:
 
 def test_mean_logits_under_a_softcap_are_handed_back() -> None:
     call(utils._ChunkedLogProbFunction, example(5), ("log_probs", "mean_logits"), softcap=20.0)
-    assert ours.status().handed_back == {"asks for mean_logits under a softcap": 1}
+    assert ours.status().handed_back == {"TRL needs mean_logits under a softcap": 1}
 
 
 def test_without_entropy_and_without_gradient() -> None:
@@ -149,7 +149,7 @@ def test_outputs_that_are_not_ours_go_to_trl(outputs: tuple[str, ...]) -> None:
         assert (a is None) == (b is None)
         assert a is None or torch.equal(a, b)
     (reason,) = ours.status().handed_back
-    assert reason == "asks for " + ", ".join(sorted(set(outputs) - seam.SUPPORTED_OUTPUTS))
+    assert reason == "TRL needs " + ", ".join(sorted(set(outputs) - seam.SUPPORTED_OUTPUTS))
     assert not ours.status().served
 
 

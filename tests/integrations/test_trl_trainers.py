@@ -78,9 +78,9 @@ def kto(folder: str) -> list[dict[str, float]]:
         # num_iterations=2: both steps learn from one batch, whose old log probabilities take one call more.
         (rloo, {"with gradient": 2, "without gradient": 1}, set()),
         # The accuracy of each token is a metric that TRL's class computes on the way.
-        (sft, {}, {"asks for is_top1"}),
+        (sft, {}, {"TRL needs is_top1"}),
         # So it is for DPO's policy; the reference model's calls are ours.
-        (dpo, {"without gradient": 2}, {"asks for is_top1"}),
+        (dpo, {"without gradient": 2}, {"TRL needs is_top1"}),
         # A step is the policy's call, the reference model's, and one of each without a gradient for the KL estimate;
         # the policy's ask for mean logits too.
         (kto, {"with gradient": 2, "without gradient": 6}, set()),

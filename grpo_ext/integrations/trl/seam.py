@@ -81,7 +81,7 @@ def reason_to_hand_back(projection: Projection, outputs: tuple[str, ...]) -> str
     """Reason to fall back to TRL's class for this call, or None."""
     unsupported = sorted(set(outputs) - SUPPORTED_OUTPUTS)
     if unsupported:
-        return "asks for " + ", ".join(unsupported)
+        return "TRL needs " + ", ".join(unsupported)
     hidden = projection.hidden
     if hidden.device.type == "cuda" and not _C.CUDA_VERSION:
         return "grpo_ext was built without CUDA"
@@ -94,7 +94,7 @@ def reason_to_hand_back(projection: Projection, outputs: tuple[str, ...]) -> str
     if projection.logit_scale == 0 or (softcap is not None and softcap <= 0):
         return f"logit_scale {projection.logit_scale}, softcap {softcap}"
     if softcap is not None and "mean_logits" in outputs:
-        return "asks for mean_logits under a softcap"
+        return "TRL needs mean_logits under a softcap"
     return None
 
 
