@@ -39,7 +39,7 @@ from grpo_ext.cli.run_files import (
     write_samples,
 )
 from grpo_ext.cli.settings import RunSettings, read_settings
-from grpo_ext.modules.sharding import acts_jointly
+from grpo_ext.modules.sharding import forward_is_collective
 from grpo_ext.tasks import load_model
 from grpo_ext.tasks.heldout import HeldoutResult, best_constant_reward, heldout_reward
 from grpo_ext.trainer.checkpoint import checkpoint_to_resume
@@ -133,7 +133,7 @@ def _train_in(
             _say(line)
 
     def measure(policy: Any, name: str) -> HeldoutResult | None:
-        if heldout is None or not (is_main or acts_jointly(policy)):
+        if heldout is None or not (is_main or forward_is_collective(policy)):
             return None
         scored = rewards if is_main else [unscored] * len(rewards)
         result = measure_heldout(policy, tokenizer, settings, args, heldout, scored)

@@ -25,9 +25,9 @@ from transformers import (
 )
 
 from grpo_ext.generation.errors import PromptLengthError
-from grpo_ext.modules.inspection import evaluating
+from grpo_ext.modules.inspection import eval_mode
 from grpo_ext.modules.prompt_cache import shared_prompt_cache
-from grpo_ext.modules.sharding import acts_jointly
+from grpo_ext.modules.sharding import forward_is_collective
 from grpo_ext.update.micro_batch import left_pad, unique_rows
 
 Prompt = str | list[dict[str, Any]]
@@ -224,8 +224,8 @@ class TransformersEngine:
         end_ids = [ends] if isinstance(ends, int) else list(ends or ())
         # Forward passes of a sharded model are collectives: all ranks must run the same number of decoding steps, and
         # none may run an extra prefill for prompts that repeat on that rank only.
-        jointly = acts_jointly(model)
-        with torch.no_grad(), evaluating(model), _replaced_generation_config(model, config):
+        jointly = forward_is_collective(model)
+        with torch.no_grad(), eval_mode(model), _replaced_generation_config(model, config):
             cache = None
             if self.share_prompts and not jointly and len(first) < len(which) and width > 1:
                 rows = torch.tensor(first, device=device)

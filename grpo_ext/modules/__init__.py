@@ -5,8 +5,8 @@
     with modules.attached(model):
         ...  # train
 
-`attach` and `attached` replace the forward of LoRA and RMSNorm layers. `FusedHead` computes a loss where the model
-would compute its logits. `checkpointing_arguments` returns cheaper ``gradient_checkpointing_kwargs``.
+`attach` and `attached` replace the forward of LoRA and RMSNorm layers. `FusedHead` computes a loss in place of the
+model's logits. `checkpointing_arguments` returns ``gradient_checkpointing_kwargs`` that cost the host less.
 """
 
 from __future__ import annotations

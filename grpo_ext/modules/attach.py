@@ -1,4 +1,4 @@
-"""Put all faster layers on a transformers model, and take them off again."""
+"""Attach the faster LoRA and RMSNorm layers to a transformers model, and detach them."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class FasterLayers:
     """Replace the forward of a model's LoRA and RMSNorm layers; classes, parameters and hooks stay.
 
     Args:
-        model: any model of transformers, with LoRA layers of PEFT or not.
-        lora, norm: None takes the faster forward where a layer allows it, False never, True always.
-        compiled: whether ``torch.compile`` is going to wrap the model, which fuses such layers itself.
+        model: any transformers model, with or without LoRA layers of PEFT.
+        lora, norm: None uses the faster forward if a layer allows it, False never, True always.
+        compiled: whether ``torch.compile`` will wrap the model; it fuses such layers itself.
 
     Raises:
-        ValueError: an argument is True and the model has no such layers, or is compiled.
+        ValueError: an argument is True, and the model has no such layers or is compiled.
 
     Attributes:
-        lora, norms: the two kinds of layers, see `FusedLora` and `FusedNorms`.
+        lora, norms: handles of the two kinds of layers, `FusedLora` and `FusedNorms`.
     """
 
     def __init__(
@@ -35,11 +35,11 @@ class FasterLayers:
         self._undo = contextlib.ExitStack()
 
     def attach(self) -> None:
-        """Replace the forwards until `detach`; layers that run a faster forward already keep it."""
+        """Replace the forwards until `detach`; layers that already run a faster forward keep it."""
         self._undo.enter_context(self.attached())
 
     def detach(self) -> None:
-        """Give the layers back the forwards that `attach` replaced; a no-op if it replaced none."""
+        """Restore the forwards that `attach` replaced; a no-op if it replaced none."""
         self._undo.close()
 
     @contextlib.contextmanager
@@ -49,19 +49,19 @@ class FasterLayers:
             yield
 
     def report(self) -> list[str]:
-        """One line a kind of layer: how many ran the faster forward in their latest call, and why others did not.
+        """Return one line per kind of layer: how many ran the faster forward in their latest call, why others did not.
 
         Raises:
-            RuntimeError: a layer ran its own forward although the argument was True.
+            RuntimeError: a layer ran its original forward although the argument was True.
         """
         return [str(layers) for layers in (self.lora, self.norms) if layers.layers]
 
 
 def attach(model: nn.Module, **options: Any) -> FasterLayers:
-    """Put faster layers on ``model``. ``options`` are those of `FasterLayers`.
+    """Attach faster layers to ``model``. ``options`` are those of `FasterLayers`.
 
     Returns:
-        The handle: `FasterLayers.report` says what serves, `FasterLayers.detach` takes the layers off.
+        The handle: `FasterLayers.report` describes the layers, `FasterLayers.detach` removes them.
     """
     layers = FasterLayers(model, **options)
     layers.attach()

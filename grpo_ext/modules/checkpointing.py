@@ -1,10 +1,12 @@
-"""Gradient checkpointing that costs the host less.
+"""Gradient checkpointing with less host work.
 
-transformers' default records every tensor that autograd saves through hooks written in Python. In a small model with an
-adapter that is 40 % of the host's work of a forward and backward, and where the host is slower than the device, of the
-step. The older way of torch (``use_reentrant=True``) runs a layer without a graph and builds it in the backward: no
-hooks, the same arithmetic. It has one condition, that nothing with a gradient enters a layer except its first argument,
-which is known of the architectures below in transformers' own code; other models keep transformers' default.
+transformers' default handles every tensor that autograd saves in hooks written in Python. In a small model with an
+adapter the hooks take 40 % of the host's time for forward and backward, and so of the step if it is host-bound. Torch's
+reentrant checkpointing (``use_reentrant=True``) runs a layer without a graph and builds the graph in backward. It needs
+no hooks and does equal arithmetic.
+
+Reentrant checkpointing requires that only a layer's first argument has a gradient. transformers' code for the
+architectures below meets this condition. Other models keep transformers' default.
 """
 
 from __future__ import annotations
@@ -16,21 +18,21 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo_ext.modules.inspection import has_dropout, is_peft_model
 
-#: ``config.model_type`` of models whose layers hand on hidden states and share nothing else that has a gradient.
+#: ``config.model_type`` of models whose layers pass on hidden states and share no other tensor with a gradient.
 LAYER_BY_LAYER = frozenset(
     {"gemma", "gemma2", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"}
 )  # fmt: skip
 
 
 def checkpointing_arguments(model: nn.Module) -> dict[str, Any] | None:
-    """``gradient_checkpointing_kwargs`` for a model; None leaves transformers' own.
+    """Return ``gradient_checkpointing_kwargs`` for a model; None keeps transformers' default.
 
-    Where it returns some, the model's embeddings are made to require a gradient: a layer none of whose inputs does gets
-    none for its weights this way.
+    If kwargs are returned, the outputs of the model's embeddings require a gradient from then on: a reentrant layer
+    computes no gradient for its weights if none of its inputs requires one.
 
     Args:
-        model: unwrapped; a PEFT model or not. Not one that FSDP or DeepSpeed shard: they gather weights in hooks around
-            the layers.
+        model: unwrapped; a PEFT model or not. Must not be sharded by FSDP or DeepSpeed, which gather weights in hooks
+            around the layers.
     """
     base: Any = model.get_base_model() if is_peft_model(model) else model  # type: ignore[operator]
     if not _layer_by_layer(base) or _has_routed_adapter(model):
@@ -44,11 +46,11 @@ def checkpointing_arguments(model: nn.Module) -> dict[str, Any] | None:
 def _layer_by_layer(base: Any) -> bool:
     if getattr(getattr(base, "config", None), "model_type", None) not in LAYER_BY_LAYER:
         return False
-    # A name in a config says nothing of code that came with a checkpoint, or of layers that somebody exchanged.
+    # The config's name does not prove it: the code may come with the checkpoint, and layers may have been replaced.
     layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
     return all(type(module).__module__.startswith("transformers.models.") for module in (base, *layers))
 
 
 def _has_routed_adapter(model: Any) -> bool:
-    """X-LoRA's layers are scaled by numbers that another pass computed, with a gradient."""
+    """Whether the adapter is X-LoRA, which scales layers by results of another pass that have a gradient."""
     return is_peft_model(model) and any(config.peft_type == "XLORA" for config in model.peft_config.values())

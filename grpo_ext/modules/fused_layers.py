@@ -1,7 +1,7 @@
-"""Layers of a model that run another forward for the time of a training run.
+"""Replace the forward of layers during a training run.
 
-A layer keeps its class, its parameters and its hooks; only ``forward`` is replaced, on the object. Each call decides
-for itself whether it is an ordinary one; where it is not, the layer's own forward serves it, and the layer notes why.
+A layer keeps its class, its parameters and its hooks; only ``forward`` is replaced, on the instance. Each call that the
+replacement does not support falls back to the layer's original forward, and the layer records the reason.
 """
 
 from __future__ import annotations
@@ -14,29 +14,31 @@ from typing import Any
 
 from torch import Tensor
 
-#: Where a layer keeps why its own forward served its latest call, None where it did not.
-LATEST = "_left_alone"
+#: Attribute of a layer: why its latest call fell back to the original forward; None if it did not.
+FALLBACK_REASON = "_fallback_reason"
 
-#: Of a layer that no call has reached: in a tower that text does not pass through, an expert without a token.
+#: Reason for a layer without calls, such as one in a vision tower, or an expert without tokens.
 IDLE = "never called"
 
 
 class FusedLayers:
-    """Runs layers with another forward.
+    """Run layers with a replaced forward.
 
     Args:
-        layers: those that may be concerned.
-        forward: the method in place of theirs; notes in the layer's attribute `LATEST` what served the call.
-        fits: whether a layer may be given it, and ``plain``, what it is then called.
-        kind, owner, option: the layers, whose forward is replaced, and the trainer's argument, in words.
-        wanted: that argument. None takes the other forward where it is possible, False never, True always.
-        compiled: whether the model is going to be wrapped by ``torch.compile``.
+        layers: candidates for the replacement.
+        forward: the new method; sets the layer's attribute `FALLBACK_REASON` in each call.
+        fits: whether a layer supports the new method.
+        plain: name of the layers that do.
+        kind, owner, option: names of the layers, of the original forward's owner and of the trainer's argument, for
+            messages.
+        wanted: value of that argument. None replaces the forward if a layer allows it, False never, True always.
+        compiled: whether ``torch.compile`` will wrap the model.
 
     Attributes:
-        reason: why the layers' own forward is taken everywhere; None where `attached` replaces it.
+        reason: why no layer's forward is replaced; None if `attached` replaces forwards.
 
     Raises:
-        ValueError: ``wanted`` is True and there are no such layers, or the model is compiled.
+        ValueError: ``wanted`` is True, and the model has no such layers or is compiled.
     """
 
     def __init__(
@@ -68,33 +70,33 @@ class FusedLayers:
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
-        """Within it, the layers run the other forward."""
+        """Replace the forwards for the ``with`` block."""
         changed = [x for x in self.layers if "forward" not in x.__dict__ and self._fits(x)] if not self.reason else []
         for layer in changed:
-            # A method, not a closure: in a copy of the model it belongs to the copied layer.
+            # A method, not a closure: a deep copy of the model binds it to the copied layer.
             layer.forward = types.MethodType(self._forward, layer)
         try:
             yield
         finally:
-            for layer in filter(self._is_ours, changed):  # not what somebody has put around it
+            for layer in filter(self._is_ours, changed):  # a forward that was wrapped in between stays
                 del layer.forward
-                layer.__dict__.pop(LATEST, None)
+                layer.__dict__.pop(FALLBACK_REASON, None)
 
     def describe(self) -> str:
-        """What served each layer's latest call: ``fused, 196 of 196 layers``, or ``PEFT's own, <reason>``.
+        """Describe the latest calls: ``fused, 196 of 196 layers``, or ``PEFT's forward, <reason>``.
 
         Raises:
-            RuntimeError: a layer's own forward did, or would, with ``wanted`` True.
+            RuntimeError: ``wanted`` is True and a layer ran, or would run, its original forward.
         """
         if self.reason is not None:
-            return f"{self._owner}'s own, {self.reason}"
-        found = Counter(self._left_alone(layer) for layer in self.layers)
+            return f"{self._owner}'s forward, {self.reason}"
+        found = Counter(self._fallback_reason(layer) for layer in self.layers)
         fused, idle, total = found.pop(None, 0), found.pop(IDLE, 0), len(self.layers)
-        why = [f"{count} left to {self._owner}: {reason}" for reason, count in found.items()]
-        if self.wanted and why:
-            left = ", ".join(why)
-            raise RuntimeError(f"{self._option}=True, but of {total} {self._kind} {left}; leave it None to allow that")
-        notes = ", ".join(why + ([f"{idle} {IDLE}"] if idle else []))
+        fallbacks = [f"{count} run by {self._owner}: {reason}" for reason, count in found.items()]
+        if self.wanted and fallbacks:
+            listed = ", ".join(fallbacks)
+            raise RuntimeError(f"{self._option}=True, but of {total} {self._kind} {listed}; leave it None to allow it")
+        notes = ", ".join(fallbacks + ([f"{idle} {IDLE}"] if idle else []))
         return f"fused, {fused} of {total} layers" + (f" ({notes})" if notes else "")
 
     def __str__(self) -> str:
@@ -103,5 +105,5 @@ class FusedLayers:
     def _is_ours(self, layer: Any) -> bool:
         return getattr(layer.__dict__.get("forward"), "__func__", None) is self._forward
 
-    def _left_alone(self, layer: Any) -> str | None:
-        return layer.__dict__.get(LATEST, IDLE) if self._is_ours(layer) else f"no plain {self._plain}"
+    def _fallback_reason(self, layer: Any) -> str | None:
+        return layer.__dict__.get(FALLBACK_REASON, IDLE) if self._is_ours(layer) else f"no plain {self._plain}"

@@ -1,4 +1,4 @@
-"""Facts about a transformers model that the layers above ask for: adapter, dropout, context, head."""
+"""Inspect a transformers model: adapter, dropout, context length, head; hold it in eval mode."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 
 def is_peft_model(model: nn.Module) -> bool:
-    """Whether the model carries a PEFT adapter that can be switched off."""
+    """Whether the model has a PEFT adapter that can be disabled."""
     return hasattr(model, "disable_adapter") and hasattr(model, "peft_config")
 
 
@@ -24,7 +24,7 @@ def has_dropout(model: nn.Module) -> bool:
 
 
 def context_length(model: nn.Module) -> int | None:
-    """Longest sequence in tokens that the model takes; None if its config does not say."""
+    """Return the longest sequence that the model supports, in tokens; None if its config has no such number."""
     config = getattr(model, "config", None)
     value = getattr(config, "max_position_embeddings", None)
     return value if isinstance(value, int) and value > 0 else None
@@ -34,12 +34,12 @@ def causal_lm(model: nn.Module) -> nn.Module:
     """Return the transformers model inside the wrappers of DDP, FSDP, `torch.compile` and PEFT."""
     inner: Any = model
     if isinstance(getattr(model, "module", None), nn.Module) or "_orig_mod" in model.__dict__:
-        inner = extract_model_from_parallel(model)  # scans every module, so only if there is a wrapper
+        inner = extract_model_from_parallel(model)  # scans every module, so it runs only for a wrapper
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 def output_layer(model: nn.Module) -> nn.Module | None:
-    """Return the head that computes the logits; of a head trained beside an adapter, the copy in use."""
+    """Return the head that computes the logits; if PEFT trains a copy of the head, the active copy."""
     getter = getattr(model, "get_output_embeddings", None)
     try:
         head: Any = getter() if callable(getter) else None
@@ -53,8 +53,8 @@ def output_layer(model: nn.Module) -> nn.Module | None:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Hold the model in eval mode, so that what is kept has no dropout noise."""
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Hold the model in eval mode, without dropout, for the ``with`` block."""
     was_training = model.training
     model.eval()
     try:

@@ -1,9 +1,9 @@
-"""LoRA layers in three matrix products, with a backward of their own.
+"""LoRA layers in three matrix products, with a custom backward.
 
 PEFT computes ``y = x W^T + b + s (x A^T) B^T`` through four modules, casts x for the adapter, and scales and adds with
-kernels that read and write a tensor of the size of y. In small models these kernels, and the host that starts them, are
-a good part of a step. Here both scale and sum are part of the products. Whatever is not an ordinary LoRA layer in
-ordinary use goes to PEFT's own forward, call by call, so adapters can be switched, merged and disabled as ever.
+kernels that read and write a tensor of the size of y. In small models these kernels and their launches take a large
+part of a step. Here scale and sum are part of the products. Each call checks that it is supported, and otherwise falls
+back to PEFT's forward, so adapters can be switched, merged and disabled as usual.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from torch.nn.functional import linear
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.utils import is_peft_available
 
-from grpo_ext.modules.fused_layers import LATEST, FusedLayers
+from grpo_ext.modules.fused_layers import FALLBACK_REASON, FusedLayers
 
-#: What autocast converts.
+#: Dtypes that autocast converts.
 CASTABLE = (torch.bfloat16, torch.float32, torch.float16)
 
-#: Elements; each weight of `FusedLora.cast_once` starts at a multiple of it.
+#: In elements; each weight of `FusedLora.precast_weights` starts at a multiple of this.
 ALIGNMENT = 64
 
-#: Where a layer keeps its adapter's weights in the type of the products, while `FusedLora.cast_once` lasts.
+#: Attribute of a layer during `FusedLora.precast_weights`: its adapter's weights in the dtype of the products.
 CASTS = "_lora_casts"
 
-#: Weight, bias, A, B and s of a layer, the type that it computes in, and A and B in that type where they are at hand.
+#: Weight, bias, A, B and s of a layer, the dtype of its products, and A and B precast to that dtype or None.
 Terms = tuple[Tensor, Tensor | None, Tensor, Tensor, float, torch.dtype, tuple[Tensor, Tensor] | None]
 
 
 class FusedLora(FusedLayers):
-    """Runs a model with the forward of its LoRA layers replaced.
+    """Run a model with the forward of its LoRA layers replaced.
 
     Args:
-        model: with LoRA layers of PEFT or not.
-        wanted: None takes the fused layers where it is possible, False never, True always.
-        compiled: whether the model is going to be wrapped by ``torch.compile``.
+        model: a model with or without LoRA layers of PEFT.
+        wanted: None fuses the layers that allow it, False none, True all.
+        compiled: whether ``torch.compile`` will wrap the model.
 
     Raises:
-        ValueError: ``wanted`` is True and the model has no such layers, or is compiled.
+        ValueError: ``wanted`` is True, and the model has no such layers or is compiled.
     """
 
     def __init__(self, model: nn.Module, wanted: bool | None = None, *, compiled: bool = False) -> None:
@@ -59,15 +59,15 @@ class FusedLora(FusedLayers):
         )
 
     @contextlib.contextmanager
-    def cast_once(self, dtype: torch.dtype | None) -> Iterator[None]:
-        """Within it, weights of adapters that products want in ``dtype`` are rounded to it beforehand, all together.
+    def precast_weights(self, dtype: torch.dtype | None) -> Iterator[None]:
+        """Cast the weights of all adapters to ``dtype`` at once, and use the casts in the ``with`` block.
 
-        Otherwise each pass over a layer does it by itself, with two kernels. A weight that changes in between is
-        rounded anew, unless its version stays the same: in place through its ``.data``, or by an optimizer with
-        ``fused=True``. So no step belongs in here, but after the last pass.
+        Without it, each pass over a layer casts its weights with two kernels. A weight that changes in the block is
+        cast again, unless its version stays equal: after changes through ``.data``, or by an optimizer with
+        ``fused=True``. So take no optimizer step in the block before its last pass.
 
         Args:
-            dtype: autocast's; None: nothing is to be rounded.
+            dtype: autocast's dtype; None casts nothing.
         """
         layers = [] if dtype is None else [layer for layer in self.layers if self._is_ours(layer)]
         try:
@@ -80,7 +80,7 @@ class FusedLora(FusedLayers):
 
 
 def lora_layers(model: nn.Module) -> list[Any]:
-    """PEFT's LoRA layers of a model, of any kind."""
+    """Return the LoRA layers of PEFT in a model, of any kind."""
     if not is_peft_available():
         return []
     from peft.tuners.lora import LoraLayer
@@ -95,7 +95,7 @@ def _is_plain(layer: Any) -> bool:
 
 
 class Cast(NamedTuple):
-    """A weight as it was when it was rounded, and the result."""
+    """A cast of a weight, with the weight's version and address at that time."""
 
     weight: Tensor
     version: int
@@ -103,14 +103,14 @@ class Cast(NamedTuple):
     rounded: Tensor
 
     def of(self, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """The result, if it still is the weight's."""
+        """Return the cast if the weight has not changed since; else None."""
         same = weight is self.weight and weight._version == self.version and weight.data_ptr() == self.address
         return self.rounded if same and self.rounded.dtype == dtype else None
 
 
 @torch.no_grad()
 def _cast_together(layers: list[Any], dtype: torch.dtype) -> None:
-    """Gives their `CASTS` to the layers that have one active adapter, with weights to round."""
+    """Set `CASTS` of the layers that have one active adapter with weights of another dtype."""
     found: dict[torch.device, list[Any]] = {}  # a layer, its A and its B; a model may lie on several devices
     for layer in layers:
         name = layer._active_adapter
@@ -125,7 +125,7 @@ def _cast_together(layers: list[Any], dtype: torch.dtype) -> None:
     for device, group in found.items():
         weights = [weight for _, *own in group for weight in own]
         sizes = [-(-weight.numel() // ALIGNMENT) * ALIGNMENT for weight in weights]
-        # New memory each time: what an earlier call has given away may still be part of somebody's graph.
+        # New memory each time: the casts of an earlier call may still be saved in an autograd graph.
         pieces = torch.empty(sum(sizes), dtype=dtype, device=device).split(sizes)
         rounded = [piece[: w.numel()].view(w.shape) for piece, w in zip(pieces, weights, strict=True)]
         torch._foreach_copy_(rounded, weights)
@@ -139,22 +139,22 @@ def _is_to_round(weight: Any, dtype: torch.dtype) -> bool:
 
 
 def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """In place of the method of `peft.tuners.lora.Linear`."""
-    terms = "arguments beside x" if args or kwargs else terms_of(self, x)
+    """Replacement for the method of `peft.tuners.lora.Linear`."""
+    terms = "arguments other than x" if args or kwargs else terms_of(self, x)
     if type(terms) is str:
-        self.__dict__[LATEST] = terms
+        self.__dict__[FALLBACK_REASON] = terms
         return type(self).forward(self, x, *args, **kwargs)
-    self.__dict__[LATEST] = None
+    self.__dict__[FALLBACK_REASON] = None
     if torch.is_grad_enabled():
         return _LoraLinear.apply(x, *terms)
     return _products(x, *terms)[0]
 
 
 def terms_of(layer: Any, x: Tensor) -> Terms | str:
-    """What a call of a layer multiplies, or why PEFT has to.
+    """Return the operands of a call of a layer, or why the call must fall back to PEFT.
 
-    All of it may change between two calls, so it is looked up in each: in the modules' dicts, because an attribute that
-    `torch.nn.Module` has to search for takes as long as the rest of this together.
+    All of them may change between two calls, so each call looks them up. It reads the modules' dicts: one attribute
+    lookup through `torch.nn.Module` takes as long as the rest of this function.
     """
     if layer._disable_adapters:
         return "the adapter is disabled"
@@ -168,7 +168,7 @@ def terms_of(layer: Any, x: Tensor) -> Terms | str:
     modules = layer._modules
     adapter_a = modules["lora_A"]._modules.get(name)
     if adapter_a is None:
-        return "the active adapter leaves it alone"
+        return "the active adapter does not cover it"
     if name in layer.lora_variant:
         return type(layer.lora_variant[name]).__name__
     base, adapter_b = modules["base_layer"], modules["lora_B"]._modules[name]
@@ -181,7 +181,7 @@ def terms_of(layer: Any, x: Tensor) -> Terms | str:
                 return "lora_dropout"
         elif type(part) is not nn.Linear or "forward" in part.__dict__:
             return f"a part is no plain torch.nn.Linear but {type(part).__name__}"
-        elif type(part._parameters.get("weight")) is not nn.Parameter:  # a sharded or quantised one is a subclass
+        elif type(part._parameters.get("weight")) is not nn.Parameter:  # sharded and quantised weights are subclasses
             return "a weight is no plain torch.nn.Parameter"
     if _has_any_global_hook():
         return "hooks on all modules"
@@ -221,7 +221,7 @@ def _products(
     dtype: torch.dtype,
     casts: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, ...]:
-    """The layer's output, and rows of x, weight, A, B in ``dtype`` and ``x A^T``."""
+    """Return the layer's output; then rows of x, weight, A and B in ``dtype``, and ``x A^T``."""
     shape = x.shape
     rows = _left_factor(x, dtype)
     if weight.dtype != dtype:
@@ -234,10 +234,10 @@ def _products(
 
 
 def _left_factor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """(rows, columns) in ``dtype``, for the left of a product.
+    """Return (rows, columns) in ``dtype``, as left operand of a product.
 
-    On the CPU rows of 16 bits are copied where they have a stride: oneDNN's AMX GEMM reads past their last column, and
-    a NaN of the tensor that they are a slice of would enter the result (`grpo_ext.linear.head.padded_rows`).
+    On the CPU, strided rows of a 16-bit dtype are copied: oneDNN's AMX GEMM reads past their last column, and a NaN in
+    the tensor around the slice would enter the result (`grpo_ext.linear.head.padded_rows`).
     """
     rows = tensor.reshape(-1, tensor.shape[-1])
     if rows.dtype != dtype:
@@ -246,7 +246,7 @@ def _left_factor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """Gradients of x, A and B, each in its input's type."""
+    """Autograd function of a LoRA layer: gradients of x, A and B, each in its input's dtype."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *terms: Any) -> Tensor:
@@ -261,7 +261,7 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         if torch.is_grad_enabled():
             raise RuntimeError("a fused LoRA layer has no second derivative: set use_fused_lora=False")
-        if torch.is_autocast_enabled(grad.device.type):  # of somebody's backward; the forward's types are known
+        if torch.is_autocast_enabled(grad.device.type):  # backward was called under autocast; keep the forward's dtypes
             with torch.autocast(grad.device.type, enabled=False):
                 return _LoraLinear.backward(ctx, grad)
         rows, weight, a, b, low = ctx.saved_tensors
@@ -281,11 +281,12 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def _scaled_product(like: Tensor, left: Tensor, right: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """``scale * left @ right``, of the shape of ``like``.
+    """Return ``scale * left @ right``, in the shape of ``like``.
 
-    On a GPU fp32 sums are handed over as they are; elsewhere they are rounded, and autograd widens them.
+    On a GPU an fp32 gradient of a 16-bit product is not rounded. Elsewhere the product is rounded to its inputs' dtype,
+    and autograd converts it.
     """
-    # beta=0: the first argument is not read, the product is scaled before it is rounded.
+    # beta=0: addmm does not read its first argument, and scales the product before it rounds.
     if left.is_cuda and dtype == torch.float32 and left.dtype in (torch.bfloat16, torch.float16):
         return torch.addmm(like, left, right, out_dtype=dtype, beta=0, alpha=scale)
     return torch.addmm(like, left, right, beta=0, alpha=scale)

@@ -1,9 +1,8 @@
 """RMSNorm layers in one kernel forward and one or two backward.
 
-transformers writes ``y = w x / sqrt(mean(x^2) + eps)`` as eight operations, each of which reads and writes a tensor of
-the size of x, most of them in fp32; `torch.nn.functional.rms_norm` is the same in one, with all of the arithmetic in
-fp32 and a single rounding. Whether a layer means just that is not read from its class's name: it is copied, given
-other weights and compared.
+transformers computes ``y = w x / sqrt(mean(x^2) + eps)`` in eight operations. Each reads and writes a tensor of the
+size of x, most of them in fp32. `torch.nn.functional.rms_norm` is one operation, with all arithmetic in fp32 and a
+single rounding. A class name does not prove that a layer computes this, so a copy of each layer is tested.
 """
 
 from __future__ import annotations
@@ -15,28 +14,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
-from grpo_ext.modules.fused_layers import LATEST, FusedLayers
+from grpo_ext.modules.fused_layers import FALLBACK_REASON, FusedLayers
 
-#: Where layers keep the number under the root.
+#: Attributes under which layers store eps.
 EPSILONS = ("variance_epsilon", "eps", "epsilon")
 
 
 class FusedNorms(FusedLayers):
-    """Runs a model with the forward of its RMSNorm layers replaced.
+    """Run a model with the forward of its RMSNorm layers replaced.
 
     Args:
-        model: of any architecture.
-        wanted: None takes the fused layers where it is possible, False never, True always.
-        compiled: whether the model is going to be wrapped by ``torch.compile``.
+        model: a model of any architecture.
+        wanted: None fuses the layers that allow it, False none, True all.
+        compiled: whether ``torch.compile`` will wrap the model.
 
     Raises:
-        ValueError: ``wanted`` is True and the model has no such layers, or is compiled.
+        ValueError: ``wanted`` is True, and the model has no such layers or is compiled.
     """
 
     def __init__(self, model: nn.Module, wanted: bool | None = None, *, compiled: bool = False) -> None:
         layers = [module for module in model.modules() if "RMSNorm" in type(module).__name__]
-        # Once, since a run may leave weights sharded; of each layer, since a class may have several kinds of them, as
-        # Gemma's with and without a weight.
+        # Test each layer, as layers of one class may differ (Gemma's have a weight or none). Cache the result, as
+        # weights may be sharded after the first run.
         known: dict[nn.Module, bool] = {}
 
         def fits(layer: Any) -> bool:
@@ -58,7 +57,7 @@ class FusedNorms(FusedLayers):
 
 
 def epsilon_of(layer: Any) -> float | None:
-    """The number under the root; None where it has no name that is known."""
+    """Return eps of a layer; None if it has none of the names in `EPSILONS`."""
     found = (layer.__dict__.get(name) for name in EPSILONS)
     return next((value for value in found if type(value) is float), None)
 
@@ -79,30 +78,30 @@ def is_rms_norm(layer: Any) -> bool:
     x = torch.randn(3, size, generator=generator) * torch.tensor([[1.0], [100.0], [epsilon**0.5]])
     try:
         found = probe.forward(x)
-    except Exception:  # whatever it wants beside x, it is another layer
+    except Exception:  # a layer that needs other arguments than x is no plain RMSNorm
         return False
     expected = rms_norm(x, (size,), probe.weight, epsilon)
     return isinstance(found, Tensor) and found.shape == x.shape and torch.allclose(found, expected, 1e-4, 1e-5)
 
 
 def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """In place of the layer's own."""
+    """Replacement for the layer's forward."""
     weight = self._parameters.get("weight")
     if args or kwargs:
-        self.__dict__[LATEST] = "arguments beside x"
-    elif type(weight) is not nn.Parameter:  # a sharded one is a subclass
-        self.__dict__[LATEST] = "its weight is no plain torch.nn.Parameter"
-    elif x.dtype != weight.dtype:  # which of them y has, each architecture decides for itself
-        self.__dict__[LATEST] = f"x in {x.dtype}, weight in {weight.dtype}"
+        self.__dict__[FALLBACK_REASON] = "arguments other than x"
+    elif type(weight) is not nn.Parameter:  # a sharded weight is a subclass
+        self.__dict__[FALLBACK_REASON] = "its weight is no plain torch.nn.Parameter"
+    elif x.dtype != weight.dtype:  # the dtype of y then depends on the architecture
+        self.__dict__[FALLBACK_REASON] = f"x in {x.dtype}, weight in {weight.dtype}"
     else:
-        self.__dict__[LATEST] = None
+        self.__dict__[FALLBACK_REASON] = None
         return _norm(x, weight, epsilon_of(self))
     found: Tensor = type(self).forward(self, x, *args, **kwargs)
     return found
 
 
 def _norm(x: Tensor, weight: Tensor, epsilon: float | None) -> Tensor:
-    """Autocast would have the result in fp32; the sums are in fp32 all the same."""
+    """Compute the norm without autocast, which would return fp32; the kernel's sums are fp32 in any case."""
     device = x.device.type
     if not torch.is_autocast_enabled(device):
         return rms_norm(x, weight.shape, weight, epsilon)

@@ -21,8 +21,8 @@ def shared_prompt_cache(model: nn.Module, prompt_ids: Tensor, prompt_mask: Tenso
         which: ``(n,)`` int64, the distinct prompt of each completion.
 
     Returns:
-        A cache of n rows and P - 1 positions, differentiable if gradients are on; None if the model keeps any state
-        other than plain keys and values (sliding windows, recurrent layers).
+        A cache of n rows and P - 1 positions, differentiable if gradients are enabled. None if the model's cache holds
+        other state than keys and values of all positions (sliding windows, recurrent layers).
     """
     mask = prompt_mask[:, :-1]
     outputs = model(
@@ -40,7 +40,7 @@ def shared_prompt_cache(model: nn.Module, prompt_ids: Tensor, prompt_mask: Tenso
 
 
 def is_plain_cache(cache: object) -> bool:
-    """Whether every layer of a cache holds the keys and values of all positions and nothing else."""
+    """Whether every layer of a cache holds the keys and values of all positions and no other state."""
     from transformers.cache_utils import DynamicLayer
 
     layers = getattr(cache, "layers", None) or []

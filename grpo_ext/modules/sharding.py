@@ -1,4 +1,4 @@
-"""Weights that lie in pieces on several processes: FSDP2's and DeepSpeed ZeRO-3's."""
+"""Weights that FSDP2 or DeepSpeed ZeRO-3 shards over several processes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process holds a piece of the tensor only."""
+    """Whether this process holds only a shard of the tensor."""
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")
 
 
-def acts_jointly(model: nn.Module) -> bool:
-    """Whether every pass of a model is a joint act of several processes: all must make as many, of equal depth."""
+def forward_is_collective(model: nn.Module) -> bool:
+    """Whether a model's forward is a collective: all processes must run equally many, through equally many layers."""
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
     return (
         several
@@ -28,8 +28,8 @@ def acts_jointly(model: nn.Module) -> bool:
     )
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor put together from its shards, detached; a collective call where it is sharded."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return the full tensor, detached; a collective if the tensor is sharded."""
     from torch.distributed.tensor import DTensor
 
     if isinstance(tensor, DTensor):
@@ -43,36 +43,36 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def made_whole(model: nn.Module) -> Iterator[None]:
-    """A model that DeepSpeed ZeRO-3 has spread while loading it, whole on every process for the time being."""
-    pieces = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
-    if not pieces:
+def gathered_parameters(model: nn.Module) -> Iterator[None]:
+    """Gather all parameters that DeepSpeed ZeRO-3 sharded, on every process, for the ``with`` block."""
+    shards = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+    if not shards:
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(pieces):
+    with deepspeed.zero.GatheredParameters(shards):
         yield
 
 
-#: Modules that wrap a layer in a list of layers, by what they call it.
+#: Names under which wrappers (activation checkpointing, torch.compile) hold the layer that they wrap.
 WRAPPED = ("_checkpoint_wrapped_module", "_orig_mod")
 
 
-def prefetch_in_order(model: nn.Module) -> None:
-    """FSDP2: the backward of a layer fetches the weights of the layer before it, and nothing else is fetched ahead.
+def set_backward_prefetch(model: nn.Module) -> None:
+    """Let the backward of each FSDP2 layer prefetch the weights of the layer before it, and no other weights.
 
-    By itself FSDP2 goes back through all that has run forward since the last backward, passes without gradient and
-    frozen embeddings included, and what is fetched for those nobody takes. The memory of such an all-gather is given
-    away at the end of the backward, too early where it is still under way: FSDP2 waits for it by
-    `torch.Stream.wait_event`, which does nothing for a `torch.cuda.Event` (torch 2.11 and 2.13). The next forward
-    gathers into the same memory and may read a few weights of another module.
+    FSDP2's default prefetches in the reverse order of all forwards since the last backward. These include passes
+    without gradient and frozen embeddings, whose prefetched weights no backward uses. FSDP2 frees the memory of such an
+    unused all-gather at the end of the backward, possibly while the all-gather still runs: it waits with
+    `torch.Stream.wait_event`, which is a no-op for a `torch.cuda.Event` (torch 2.11 and 2.13). The next forward gathers
+    into the freed memory and may then read a few weights of another module.
 
-    Layers are those in a `torch.nn.ModuleList`, taken to run in its order; in another one, all-gathers are for nobody
-    again, and `wait_for_gathers` keeps their memory. The last layer's weights are not fetched ahead.
+    Layers are the members of a `torch.nn.ModuleList`, assumed to run in its order. If they run in another order, unused
+    all-gathers remain, and `wait_for_all_gathers` protects their memory. The last layer's weights are not prefetched.
 
     Args:
-        model: prepared for training; nothing happens to one without modules of FSDP2.
+        model: the model prepared for training. A no-op for a model without FSDP2 modules.
     """
     if not torch.distributed.is_available():
         return
@@ -83,17 +83,19 @@ def prefetch_in_order(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             target = before.get(module)
-            # Only what is trained is sure to have a backward.
+            # A module without trained parameters may have no backward, so its prefetched weights might stay unused.
             if not isinstance(target, FSDPModule) or not any(p.requires_grad for p in target.parameters()):
-                target = module  # there by then, so nothing to fetch; an empty list would bring back torch's own order
+                target = module  # already gathered, so a no-op; an empty list would restore FSDP2's default order
             module.set_modules_to_backward_prefetch([target])
 
 
-def wait_for_gathers(model: nn.Module) -> bool:
-    """FSDP2, after a backward: memory of all-gathers is used again only when they are over, see `prefetch_in_order`.
+def wait_for_all_gathers(model: nn.Module) -> bool:
+    """Prevent later FSDP2 all-gathers from reusing the memory of running ones; call after each backward.
+
+    The reason is in `set_backward_prefetch`. A no-op for a model without FSDP2.
 
     Returns:
-        Whether there was something to do: the streams of a model of FSDP2 that has run.
+        Whether the model has FSDP2 streams, which exist after its first forward.
     """
     state_of: Any = getattr(model, "_get_fsdp_state", None)
     streams = None if state_of is None else state_of()._comm_ctx

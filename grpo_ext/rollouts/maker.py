@@ -20,7 +20,7 @@ from grpo_ext.rollouts.rewards import RewardFunctions, reward_metrics
 from grpo_ext.rollouts.rollout import Rollout, Sample, replies
 from grpo_ext.rollouts.scoring import Scoring
 from grpo_ext.update.filling import filled_slices, sorted_order
-from grpo_ext.update.metrics import MetricWindow
+from grpo_ext.update.metrics import MetricBuffer
 from grpo_ext.update.skipping import rows_with_gradient
 
 
@@ -60,7 +60,7 @@ class RolloutMaker:
         encoder: turns prompts into token ids.
         engine: generates completions.
         rewards: the reward functions.
-        window: collects the metrics.
+        metrics: collects the metrics.
         may_skip_backward: whether a micro-batch with no gradient may skip backward.
     """
 
@@ -73,7 +73,7 @@ class RolloutMaker:
         encoder: PromptEncoder,
         engine: GenerationEngine,
         rewards: RewardFunctions,
-        window: MetricWindow,
+        metrics: MetricBuffer,
         may_skip_backward: bool,
     ) -> None:
         self.args = args
@@ -85,7 +85,7 @@ class RolloutMaker:
         self.encoder = encoder
         self.engine = engine
         self.rewards = rewards
-        self.window = window
+        self.metrics = metrics
         self.sampling = args.sampling()
         self._warned_truncated = False
 
@@ -102,7 +102,7 @@ class RolloutMaker:
         """``(n,)`` fp32 advantages from the ``(n, functions)`` rewards of this rank's completions; a collective."""
         advantages, by_group = self._over_ranks(gather(self.accelerator, rewards, self.args.device), key)
         metrics = reward_metrics(by_group, self.plan.num_generations, self.rewards.names, self.rewards.weights)
-        self.window.update(metrics)
+        self.metrics.update(metrics)
         return advantages[self._positions]
 
     def assemble(self, key: tuple[int, int], start: int, sample: Sample, advantages: Tensor) -> Rollout:
@@ -124,7 +124,7 @@ class RolloutMaker:
                 f"its loss is 0: raise max_completion_length ({self.args.max_completion_length})",
                 stacklevel=2,
             )
-        self.window.add_lengths([len(ids) for ids in completions.ids], completions.finished)
+        self.metrics.add_lengths([len(ids) for ids in completions.ids], completions.finished)
         slices = plan.steps_per_generation
         order, sizes = self._slices(sample, trained, advantages)
         return Rollout(
@@ -170,19 +170,19 @@ class RolloutMaker:
     def generate_and_score(self, model: nn.Module, rows: list[int]) -> tuple[Sample, Tensor]:
         """Generate completions for rows of the training dataset, and their ``(n, functions)`` rewards."""
         if not self.args.score_while_generating:
-            with self.window.timed("time/generation"):
+            with self.metrics.timed("time/generation"):
                 sample = self.generate(model, self.dataset, rows, self.sampling)
-            self.window.update(engine_metrics(self.engine))
-            with self.window.timed("time/rewards"):
+            self.metrics.update(engine_metrics(self.engine))
+            with self.metrics.timed("time/rewards"):
                 rewards = self.score(sample)
             return sample, rewards
         with Scoring(self.rewards, len(rows), self.args.device) as scoring:
-            with self.window.timed("time/generation"):
+            with self.metrics.timed("time/generation"):
                 sample = self.generate(model, self.dataset, rows, self.sampling, scoring)
-            self.window.update(engine_metrics(self.engine))
-            with self.window.timed("time/rewards"):
+            self.metrics.update(engine_metrics(self.engine))
+            with self.metrics.timed("time/rewards"):
                 rewards, hidden = scoring.finish()
-            self.window.add("time/rewards_hidden", hidden, reduce="sum")
+            self.metrics.add("time/rewards_hidden", hidden, reduce="sum")
         return sample, rewards
 
     def generate(

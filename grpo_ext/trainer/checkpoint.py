@@ -1,4 +1,4 @@
-"""What a checkpoint of `GRPOTrainer` holds beside what transformers keeps: one file per rank."""
+"""Files that `GRPOTrainer` adds to a checkpoint of transformers, and the search for complete checkpoints."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from grpo_ext.rollouts.rollout import Rollout
 STATE_FILE = "grpo_state_{rank}.pt"
 REFERENCE_FILE = "grpo_reference.pt"
 
-#: transformers writes it after all the others: a checkpoint without it was not written to its end.
+#: transformers writes this file last: a checkpoint without it is incomplete.
 LAST_FILE = "trainer_state.json"
 
 
-def fault_of(folder: Path, whole_weights: bool = True, with_optimizer: bool = True) -> str | None:
-    """Why a checkpoint cannot be resumed: the file that is missing or cut short; None for a whole one.
+def checkpoint_fault(folder: Path, whole_weights: bool = True, with_optimizer: bool = True) -> str | None:
+    """Return why a checkpoint cannot be resumed: the missing or truncated file; None for a complete checkpoint.
 
-    Reads the ends of files only, so it takes no time with large ones.
+    Reads only headers and file sizes, so large files take no time.
 
     Args:
-        folder: of the checkpoint.
-        whole_weights: one process saved weights and optimizer; False under FSDP and DeepSpeed, which have other files.
-        with_optimizer: False where the run saves the model alone.
+        folder: folder of the checkpoint.
+        whole_weights: one process saved weights and optimizer; False under FSDP and DeepSpeed, which save other files.
+        with_optimizer: False if the run saves only the model.
     """
     if not folder.is_dir():
         return f"{folder} is not a folder"
@@ -42,25 +42,25 @@ def fault_of(folder: Path, whole_weights: bool = True, with_optimizer: bool = Tr
         try:
             needed += sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         except (ValueError, KeyError, TypeError):
-            return f"{index} is cut short"
+            return f"{index} is truncated"
     for name in needed:
         if not (folder / name).is_file():
             return f"{folder / name} is missing"
     try:
         json.loads((folder / LAST_FILE).read_bytes())
     except ValueError:
-        return f"{folder / LAST_FILE} is cut short"
+        return f"{folder / LAST_FILE} is truncated"
     found = [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".pt", ".pth", ".bin")]
     for path in found:
         if not (_safetensors_is_whole(path) if path.suffix == ".safetensors" else zipfile.is_zipfile(path)):
-            return f"{path} is cut short"
+            return f"{path} is truncated"
     if whole_weights and not any(re.match(r"(pytorch_|adapter_)?model\b", path.name) for path in found):
         return f"{folder} holds no weights (model.safetensors or adapter_model.safetensors)"
     return None
 
 
 def _safetensors_is_whole(path: Path) -> bool:
-    """Whether the file is as long as its header says."""
+    """Whether the file has the length that its header states."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > path.stat().st_size:
@@ -73,20 +73,20 @@ def _safetensors_is_whole(path: Path) -> bool:
     return path.stat().st_size == 8 + length + max(ends, default=0)
 
 
-def newest_whole(folder: Path, **kind: bool) -> tuple[Path, list[str]]:
-    """The newest checkpoint of a run folder that `fault_of` finds whole, and the faults of the newer ones.
+def newest_complete(folder: Path, **kind: bool) -> tuple[Path, list[str]]:
+    """Return the newest complete checkpoint of a run folder, and the faults of the newer ones.
 
     Args:
-        folder: of the run.
-        kind: see `fault_of`.
+        folder: folder of the run.
+        kind: keyword arguments of `checkpoint_fault`.
 
     Raises:
-        ValueError: there is none; names each fault.
+        ValueError: no checkpoint is complete; the message names each fault.
     """
     matches = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("checkpoint-*")]
     faults: list[str] = []
     for _, path in sorted(((int(match[1]), path) for match, path in matches if match), reverse=True):
-        fault = fault_of(path, **kind)
+        fault = checkpoint_fault(path, **kind)
         if fault is None:
             return path, faults
         faults.append(fault)
@@ -94,29 +94,29 @@ def newest_whole(folder: Path, **kind: bool) -> tuple[Path, list[str]]:
 
 
 def checkpoint_to_resume(given: str | bool | None, run: Path, **kind: bool) -> tuple[str | None, str | None]:
-    """The checkpoint that ``resume_from_checkpoint`` means, and a line to print where newer ones were left out.
+    """Resolve ``resume_from_checkpoint`` to a folder, and a line to print if newer checkpoints are incomplete.
 
     Args:
-        given: a folder; True for the newest whole one of the run; None or False for a new run.
+        given: a folder; True for the newest complete checkpoint of the run; None or False for a new run.
         run: folder of the run.
-        kind: see `fault_of`.
+        kind: keyword arguments of `checkpoint_fault`.
 
     Raises:
-        ValueError: the named checkpoint is not whole, or the run has none; names the file.
+        ValueError: the given checkpoint is incomplete, or no checkpoint is complete; the message names the file.
     """
     if given is None or given is False:
         return None, None
     if given is not True:
-        fault = fault_of(Path(given), **kind)
+        fault = checkpoint_fault(Path(given), **kind)
         if fault is not None:
             raise ValueError(f"cannot resume from {given}: {fault}; name another checkpoint")
         return given, None
-    path, faults = newest_whole(run, **kind)
-    return str(path), f"going on from {path}: {'; '.join(faults)}" if faults else None
+    path, faults = newest_complete(run, **kind)
+    return str(path), f"resuming from {path}: {'; '.join(faults)}" if faults else None
 
 
 def save_state(folder: Path, rank: int, plan: BatchPlan, kernel_calls: int, rollout: Rollout | None) -> None:
-    """Write a rank's state; ``rollout`` is the generation batch in use, so that a resumed run goes on inside it."""
+    """Write a rank's state. ``rollout`` is the generation batch in use, so that a resumed run continues inside it."""
     state = {
         "plan": dataclasses.asdict(plan),
         "kernel_calls": kernel_calls,
@@ -126,10 +126,10 @@ def save_state(folder: Path, rank: int, plan: BatchPlan, kernel_calls: int, roll
 
 
 def check_processes(folder: Path, rank: int, plan: BatchPlan) -> None:
-    """Refuse a checkpoint of another number of processes before any of it is loaded, on every rank.
+    """Reject a checkpoint of another number of processes on every rank, before any of it is loaded.
 
     Raises:
-        ValueError: naming both numbers.
+        ValueError: the numbers of processes differ; the message names both.
     """
     paths = [folder / STATE_FILE.format(rank=r) for r in (rank, 0)]
     path = next((path for path in paths if path.exists()), None)
@@ -143,41 +143,43 @@ def check_processes(folder: Path, rank: int, plan: BatchPlan) -> None:
 
 
 def load_state(folder: Path, rank: int, plan: BatchPlan) -> tuple[int, Rollout | None] | None:
-    """(kernel calls, generation batch in use) of a rank; None, with a warning, where the checkpoint has no such file.
+    """Load ``(kernel calls, generation batch in use)`` of a rank; None, with a warning, if the file is missing.
 
-    `check_processes` has seen to it that the number of processes is the same.
+    Call `check_processes` first: the number of processes must be equal.
     """
     path = folder / STATE_FILE.format(rank=rank)
     if not path.exists():
-        warnings.warn(f"{folder} has no {path.name}: a generation batch in use is made anew", stacklevel=3)
+        warnings.warn(f"{folder} has no {path.name}: the generation batch in use is generated again", stacklevel=3)
         return None
     state: dict[str, Any] = torch.load(path, weights_only=True)
     now = dataclasses.asdict(plan)
     changed = {name: (old, now[name]) for name, old in state["plan"].items() if now.get(name) != old}
     if changed:
         listed = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
-        warnings.warn(f"batch numbers differ from the checkpoint's ({listed}): other prompts follow", stacklevel=3)
+        warnings.warn(
+            f"batch numbers differ from the checkpoint's ({listed}): the run continues with other prompts", stacklevel=3
+        )
         return state["kernel_calls"], None
     rollout = None if state["rollout"] is None else Rollout.from_state_dict(state["rollout"])
     return state["kernel_calls"], rollout
 
 
 def save_reference(folder: Path, state: dict[str, Tensor] | None) -> None:
-    """Weights of a reference model that has moved."""
+    """Write the weights of a reference model that ``sync_ref_model`` moves; a no-op if ``state`` is None."""
     if state is not None:
         torch.save(state, folder / REFERENCE_FILE)
 
 
 def load_reference(folder: Path) -> dict[str, Tensor]:
-    """The inverse.
+    """Load the weights that `save_reference` wrote.
 
     Raises:
-        FileNotFoundError: the checkpoint was written by a run whose reference model stayed where it was.
+        FileNotFoundError: the checkpoint was written by a run with ``sync_ref_model=False``.
     """
     path = folder / REFERENCE_FILE
     if not path.exists():
         raise FileNotFoundError(
-            f"{path}: the checkpoint holds no reference model; it was written with sync_ref_model=False, resume so"
+            f"{path} is missing: the checkpoint was written with sync_ref_model=False; resume with that setting"
         )
     state: dict[str, Tensor] = torch.load(path, weights_only=True)
     return state

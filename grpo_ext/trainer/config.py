@@ -24,13 +24,13 @@ def _field(default: Any, help_text: str) -> Any:
     return field(default=default, metadata={"help": help_text})
 
 
-#: What ``generation_kwargs`` may not have, and what to do instead.
+#: Keys that ``generation_kwargs`` rejects, with the remedy.
 NOT_IN_GENERATION_KWARGS = {
     "temperature": "set temperature, by which the loss divides too, and eval_temperature",
-    "seed": "set seed; with one in each request all completions of a prompt would be the same",
+    "seed": "set the field seed; a seed in each request makes all completions of a prompt equal",
     "num_return_sequences": "set num_generations",
     "n": "set num_generations",
-    "num_beams": "completions have to be drawn from the policy",
+    "num_beams": "remove it, since completions must be sampled from the policy",
 }
 
 
@@ -39,12 +39,12 @@ class GRPOConfig(TrainingArguments):
     """Arguments of `GRPOTrainer`: all of `transformers.TrainingArguments`, and the fields below.
 
     ``per_device_train_batch_size`` counts completions, not prompts. After construction ``batch_plan`` holds
-    the resolved batch numbers and ``loss_config()`` gives the constants of the loss.
+    the resolved batch numbers, and ``loss_config()`` returns the constants of the loss.
 
-    Fields that are truth values or numbers take no text: `HfArgumentParser` and the command line convert it before.
+    Boolean and numeric fields reject strings. `HfArgumentParser` and the command line convert strings before.
 
     Raises:
-        ValueError: naming the field, its value and what is allowed.
+        ValueError: a field is invalid; the message names the field, its value and the allowed values.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
@@ -285,7 +285,7 @@ class GRPOConfig(TrainingArguments):
             self.metric_for_best_model = "reward"
             self.greater_is_better = True
         fsdp: Any = self.fsdp
-        if str(fsdp).lower() in ("true", "false"):  # a command line has words only
+        if str(fsdp).lower() in ("true", "false"):  # from a command line
             self.fsdp: Any = str(fsdp).lower() == "true"
         super().__post_init__()
         self._read_generation_kwargs()
@@ -296,7 +296,7 @@ class GRPOConfig(TrainingArguments):
                 f"vllm_tensor_parallel_size={self.vllm_tensor_parallel_size} must divide the number of processes "
                 f"({self.world_size}): each group of that many shares one engine"
             )
-        # One process drives one device; several devices take one process each.
+        # One process uses one device; transformers would split a batch over all visible devices.
         self._n_gpu = min(self.n_gpu, 1)
         self.batch_plan: BatchPlan = plan_batches(
             self.per_device_train_batch_size,  # type: ignore[has-type]
@@ -310,7 +310,7 @@ class GRPOConfig(TrainingArguments):
         self.per_device_train_batch_size = self.batch_plan.per_device_batch_size
 
     def sampling(self, temperature: float | None = None) -> SamplingParams:
-        """How completions are drawn; ``temperature`` replaces that of training."""
+        """Return the sampling parameters; ``temperature`` replaces that of training."""
         return SamplingParams(
             self.max_completion_length,
             self.temperature if temperature is None else temperature,
@@ -322,14 +322,14 @@ class GRPOConfig(TrainingArguments):
         )
 
     def loss_config(self) -> LossConfig:
-        """The constants of the loss, from the fields of the same names."""
+        """Return the constants of the loss, taken from the fields of the same names."""
         names = {f.name for f in dataclasses.fields(self)}
         return LossConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(LossConfig) if f.name in names})
 
     def _check_generation(self) -> None:
         if not self.temperature > 0:
             raise ValueError(
-                f"temperature must be positive, got {self.temperature}: greedy completions of a prompt are all alike"
+                f"temperature must be positive, got {self.temperature}: greedy completions of a prompt are all equal"
             )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
@@ -338,10 +338,10 @@ class GRPOConfig(TrainingArguments):
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
         if not 0 < self.repetition_penalty <= FLOAT32_LARGEST:
-            raise ValueError(f"repetition_penalty must be positive, got {self.repetition_penalty}: a finite factor")
+            raise ValueError(f"repetition_penalty must be positive and finite, got {self.repetition_penalty}")
         if self.eval_temperature != 0 and not FLOAT32_SMALLEST <= self.eval_temperature <= FLOAT32_LARGEST:
             raise ValueError(
-                f"eval_temperature must be at least 0 (0 = greedy), got {self.eval_temperature}: or 1.2e-38 to 3.4e38"
+                f"eval_temperature must be 0 (greedy) or between 1.2e-38 and 3.4e38, got {self.eval_temperature}"
             )
         for name in (
             "max_completion_length",
@@ -363,13 +363,15 @@ class GRPOConfig(TrainingArguments):
             )
 
     def _read_generation_kwargs(self) -> None:
-        """Take over what has a field of its own, and refuse what the trainer would know nothing of."""
+        """Move keys that have a field to that field, and reject keys that bypass the trainer."""
         given: dict[str, Any] = dict(self.generation_kwargs or {})  # type: ignore[arg-type]
         for name, remedy in NOT_IN_GENERATION_KWARGS.items():
             if given.get(name) is not None:
                 raise ValueError(f"generation_kwargs has {name}={given[name]!r}: {remedy}")
         if given.pop("do_sample", True) is False:
-            raise ValueError("generation_kwargs has do_sample=False: greedy completions of a prompt are all alike")
+            raise ValueError(
+                "generation_kwargs has do_sample=False, and greedy completions of a prompt are all equal: remove it"
+            )
         for name in ("top_p", "top_k", "min_p", "repetition_penalty"):
             value = given.pop(name, None)
             if value is not None:
@@ -398,7 +400,8 @@ class GRPOConfig(TrainingArguments):
         size = self.vllm_tensor_parallel_size
         if size > 1 and self.vllm_mode == "server":
             raise ValueError(
-                f"vllm_tensor_parallel_size={size} is of vllm_mode='colocate': a server takes --tensor-parallel-size"
+                f"vllm_tensor_parallel_size={size} needs vllm_mode='colocate': start a server with "
+                "--tensor-parallel-size instead"
             )
 
         if self.use_vllm and self.vllm_mode == "server":
@@ -409,14 +412,16 @@ class GRPOConfig(TrainingArguments):
 
     @property
     def vllm_server_address(self) -> str:
-        """Where the server is."""
+        """Base URL of the vLLM server."""
         return self.vllm_server_base_url or f"http://{self.vllm_server_host}:{self.vllm_server_port}"
 
     def _check_reference(self) -> None:
         if not 0 < self.ref_model_mixup_alpha <= 1:
             raise ValueError(f"ref_model_mixup_alpha must be in (0, 1], got {self.ref_model_mixup_alpha}")
         if self.sync_ref_model and self.beta == 0:
-            raise ValueError("sync_ref_model=True moves a reference model, and beta=0 has none: set beta, or leave it")
+            raise ValueError(
+                "sync_ref_model=True needs a reference model, and beta=0 loads none: set beta, or sync_ref_model=False"
+            )
 
     def _check_rewards(self) -> None:
         for weight in self.reward_weights or ():
@@ -430,7 +435,7 @@ class GRPOConfig(TrainingArguments):
             )
 
 
-#: Fields declared above that are numbers or truth values; command lines and YAML have made them so by now.
+#: Names and type annotations of the fields declared above.
 _HINTS = [
     (field.name, str(field.type))
     for field in dataclasses.fields(GRPOConfig)

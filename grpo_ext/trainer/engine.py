@@ -1,4 +1,4 @@
-"""The engine that a `GRPOConfig` asks for."""
+"""Build the vLLM engine of a `GRPOConfig`."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def build_engine(
 
     Args:
         args: the run's parameters.
-        model: the trainer's, unwrapped, on its device.
-        tokenizer: the trainer's.
-        accelerator: the trainer's.
-        end_ids: ids that end a completion.
-        step: the trainer's global step.
+        model: the policy, unwrapped, on its device.
+        tokenizer: the trainer's tokenizer.
+        accelerator: the trainer's `accelerate.Accelerator`.
+        end_ids: token ids that end a completion.
+        step: returns the trainer's global step.
 
     Raises:
         ImportError: vLLM is missing.
-        ValueError: a parameter that does not fit the model, the adapter or the device.
+        ValueError: a parameter is incompatible with the model, the adapter or the device.
         EngineError: vLLM does not start, or the server does not answer.
     """
     sampling = args.sampling()
@@ -69,7 +69,7 @@ def build_engine(
         writes = bool(accelerator.is_main_process)
     else:
         if sleep_level and args.device.type == "cpu":
-            raise ValueError("vllm_enable_sleep_mode=True needs a GPU: vLLM on the CPU has no memory to give back")
+            raise ValueError("vllm_enable_sleep_mode=True needs a GPU: set it to False, vLLM on the CPU cannot sleep")
         settings = EngineSettings(
             dtype=dtype,
             max_model_len=longest_sequence(args, model),
@@ -98,21 +98,21 @@ def build_engine(
 
 
 def adapter_update(args: GRPOConfig, model: nn.Module) -> Literal["weights", "adapter"]:
-    """What is handed over after an update.
+    """Return what vLLM loads after an update: all weights, or only the adapter.
 
     Raises:
-        ValueError: ``vllm_lora_mode="adapter"`` for a model without one, or where vLLM forgets its weights; an adapter
-            with biases.
+        ValueError: ``vllm_lora_mode="adapter"`` and the model has no adapter or vLLM's sleep drops the base weights;
+            or the adapter has biases.
     """
     if not is_peft_model(model):
         if args.vllm_lora_mode == "adapter":
-            raise ValueError(
-                "vllm_lora_mode='adapter' needs an adapter: pass peft_config, or leave vllm_lora_mode None"
-            )
+            raise ValueError("vllm_lora_mode='adapter' needs an adapter: pass peft_config, or set vllm_lora_mode=None")
         return "weights"
     configs: dict[str, Any] = getattr(model, "peft_config")  # noqa: B009
     if any(getattr(config, "lora_bias", False) for config in configs.values()):
-        raise ValueError("the adapter has lora_bias=True, which does not reach vLLM: leave it, or set use_vllm=False")
+        raise ValueError(
+            "the adapter has lora_bias=True, which does not reach vLLM: set lora_bias=False or use_vllm=False"
+        )
     mode = args.vllm_lora_mode or ("adapter" if args.vllm_mode == "server" else "merged")
     if mode == "adapter" and args.vllm_enable_sleep_mode and args.vllm_sleep_level == 2:
         raise ValueError(
@@ -123,7 +123,7 @@ def adapter_update(args: GRPOConfig, model: nn.Module) -> Literal["weights", "ad
 
 
 def engine_dtype(args: GRPOConfig, model: nn.Module, accelerator: Any) -> torch.dtype:
-    """The type of the engine's weights: that of mixed precision where it is on, else the model's own."""
+    """Return the dtype of the engine's weights: that of mixed precision if it is on, else the model's."""
     chosen = dict(args.vllm_engine_kwargs or {}).get("dtype")  # type: ignore[arg-type]
     if isinstance(chosen, str) and chosen != "auto":
         return getattr(torch, {"half": "float16", "float": "float32"}.get(chosen, chosen))
@@ -132,10 +132,11 @@ def engine_dtype(args: GRPOConfig, model: nn.Module, accelerator: Any) -> torch.
 
 
 def longest_sequence(args: GRPOConfig, model: nn.Module) -> int:
-    """Tokens of prompt and completion that the engine has to take.
+    """Return the longest sequence, prompt plus completion, that the engine must support, in tokens.
 
     Raises:
-        ValueError: when nothing says how many, or the model does not take as many.
+        ValueError: neither the arguments nor the model's config limit the length, or the length exceeds the model's
+            context.
     """
     context = context_length(model)
     asked = args.vllm_max_model_length
@@ -144,7 +145,7 @@ def longest_sequence(args: GRPOConfig, model: nn.Module) -> int:
         asked = asked if context is None else min(asked, context)
     asked = context if asked is None else asked
     if asked is None:
-        raise ValueError("the model's config names no context length: set vllm_max_model_length")
+        raise ValueError("the model's config has no max_position_embeddings: set vllm_max_model_length")
     if context is not None and asked > context:
         raise ValueError(f"vllm_max_model_length={asked} exceeds the model's context of {context}: lower it")
     if args.max_completion_length >= asked:
@@ -156,7 +157,7 @@ def longest_sequence(args: GRPOConfig, model: nn.Module) -> int:
 
 
 def ordinary_ids(model: nn.Module, tokenizer: Any) -> list[int]:
-    """Token ids that both model and tokenizer have, special ones left out."""
+    """Return the token ids that model and tokenizer share, without special tokens."""
     embeddings = base_of(model).get_input_embeddings()
     special = set(tokenizer.all_special_ids)
     return [i for i in range(min(len(tokenizer), embeddings.num_embeddings)) if i not in special]

@@ -1,4 +1,4 @@
-"""The state after the last whole optimizer step, and the moments at which a signal may stop a run."""
+"""The state after the last complete optimizer step, and signals that arrive during an update."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from grpo_ext.rollouts.rollout import Rollout
 
 @dataclasses.dataclass(frozen=True)
 class Boundary:
-    """What a checkpoint of a step needs beside weights and optimizer, which stay as they are until the next update.
+    """The state that a checkpoint of a step needs, except weights and optimizer, which only the next update changes.
 
     Attributes:
-        step, epoch, tokens_seen: of transformers' state.
-        kernel_calls: of the trainer.
-        rollout: the generation batch in use, with the log probabilities that were known at the time.
-        randomness: the states of Python's, numpy's and torch's generators, in this order, then the GPU's.
+        step, epoch, tokens_seen: fields of `transformers.TrainerState`.
+        kernel_calls: kernel calls of the run so far.
+        rollout: the generation batch in use, with the log probabilities that were known after the step.
+        randomness: random states of Python, numpy, torch and the GPU, in this order.
     """
 
     step: int
@@ -39,7 +39,7 @@ class Boundary:
 
     @classmethod
     def now(cls, state: TrainerState, kernel_calls: int, rollout: Rollout | None) -> Boundary:
-        """The present state; takes no time on the device."""
+        """Capture the current state without device work."""
         if rollout is not None:  # the next step may fill in log probabilities
             rollout = dataclasses.replace(rollout, old_logps=list(rollout.old_logps), ref_logps=list(rollout.ref_logps))
         gpu = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
@@ -48,7 +48,7 @@ class Boundary:
         return cls(state.global_step, state.epoch, seen, kernel_calls, rollout, randomness)
 
     def restore(self, state: TrainerState) -> None:
-        """Put back the step's counts and random states."""
+        """Restore the step's counts and random states."""
         state.global_step, state.epoch, state.num_input_tokens_seen = self.step, self.epoch, self.tokens_seen
         python, numpy, cpu, gpu = self.randomness
         random.setstate(python)
@@ -59,32 +59,32 @@ class Boundary:
 
 
 class LastStep(TrainerCallback):
-    """Remembers the last whole step, and keeps signals out of the update in between.
+    """Record the state after the last complete step, and defer signals during an update.
 
     Ctrl-C (KeyboardInterrupt) and SIGTERM (SystemExit) raise at once, except between the start of an optimizer step and
-    its last callback: there the first one waits for the step's end, and a second one raises. Signals for which the
-    program has handlers of its own, and those of other threads than the main one, are left alone.
+    its last callback: there the first signal is deferred to the step's end, and a second one raises. The program's own
+    signal handlers stay. Outside of the main thread no handler is installed.
 
     Args:
-        boundary: returns the present state.
+        boundary: returns the current state.
 
     Attributes:
-        boundary: after the last whole step of this call of ``train``; None before the first.
-        torn: the optimizer has begun to move the weights and has not ended: they belong to no step.
+        boundary: state after the last complete step of this call of ``train``; None before the first.
+        update_interrupted: the optimizer has begun its step and has not finished: the weights belong to no step.
     """
 
     def __init__(self, boundary: Callable[[], Boundary]) -> None:
         self._now = boundary
         self.boundary: Boundary | None = None
-        self.torn = False
-        self._waits = False
+        self.update_interrupted = False
+        self._defers_signals = False
         self._hook: Any = None
         self._pending: tuple[int, FrameType | None] | None = None
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Begin anew, with handlers for both signals until the end of the ``with`` block."""
-        self.boundary, self.torn, self._waits, self._pending = None, False, False, None
+        """Reset the state, and handle both signals until the end of the ``with`` block."""
+        self.boundary, self.update_interrupted, self._defers_signals, self._pending = None, False, False, None
         before: dict[signal.Signals, Any] = {}
         handlers = ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL))
         if threading.current_thread() is threading.main_thread():
@@ -98,36 +98,36 @@ class LastStep(TrainerCallback):
                 signal.signal(number, handler)
 
     def watch(self, optimizer: Any) -> None:
-        """Learn when an optimizer, or accelerate's wrapper of one, begins to move weights."""
+        """Register a hook that runs before each step of the optimizer, or of the one in accelerate's wrapper."""
         if self._hook is not None:
             self._hook.remove()
-        self._hook = getattr(optimizer, "optimizer", optimizer).register_step_pre_hook(self._begins)
+        self._hook = getattr(optimizer, "optimizer", optimizer).register_step_pre_hook(self._on_optimizer_step)
 
-    def _begins(self, *_: Any) -> None:
-        self.torn = True
+    def _on_optimizer_step(self, *_: Any) -> None:
+        self.update_interrupted = True
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Let signals wait."""
-        self._waits = True
+        """Defer signals from here on."""
+        self._defers_signals = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The step is whole: comes before the callbacks that may raise."""
-        self.torn = False
+        """Record the step as complete; runs before the callbacks that may raise."""
+        self.update_interrupted = False
         self.boundary = self._now()
 
-    def callbacks_are_done(self) -> None:
-        """Signals raise at once again."""
-        self._waits = False
+    def release_signals(self) -> None:
+        """Let signals raise at once again."""
+        self._defers_signals = False
 
-    def step_is_recorded(self) -> None:
-        """Remember the state with which the next step begins, and raise for a signal that waited."""
+    def finish_step(self) -> None:
+        """Record the state in which the next step begins, and raise for a deferred signal."""
         if self.boundary is not None:
             self.boundary = self._now()
         if self._pending is not None:
             _raise_for(*self._pending)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if not self._waits or self._pending is not None:
+        if not self._defers_signals or self._pending is not None:
             _raise_for(number, frame)
         self._pending = number, frame
 
@@ -138,8 +138,8 @@ def _raise_for(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
-def end_with(error: BaseException, line: str) -> None:
-    """Put a line under an exception's message; on standard error at once where Python would not show it."""
+def append_line(error: BaseException, line: str) -> None:
+    """Append a line to an exception's message; print it to standard error if Python would not show it."""
     notes: list[str] = [*getattr(error, "__notes__", []), line]
     error.__notes__ = notes
     if isinstance(error, SystemExit) or sys.version_info < (3, 11):

@@ -1,4 +1,4 @@
-"""The model, its adapter, its tokenizer and its reference, from what the user handed in."""
+"""Load and prepare the model, its adapter and its tokenizer; sync the reference model."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 
 def load_model(model: str | nn.Module, args: GRPOConfig) -> nn.Module:
-    """A causal language model from a hub name, a folder or a module, in ``args.dtype`` when that is set.
+    """Return a causal language model from a hub name, a folder or a module, in ``args.dtype`` if that is set.
 
     Raises:
-        TypeError: for anything else.
-        ValueError: for ``model_init_kwargs`` beside a module.
+        TypeError: ``model`` is none of these.
+        ValueError: ``model`` is a module and ``model_init_kwargs`` is set.
     """
     dtype = getattr(torch, args.dtype) if args.dtype is not None else None
     kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
@@ -41,15 +41,15 @@ def load_model(model: str | nn.Module, args: GRPOConfig) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}: pass a hub name, a folder or a torch module")
     if kwargs:
-        raise ValueError("model_init_kwargs is for a model given by name or folder; this one is already a module")
+        raise ValueError("model_init_kwargs needs a model given by name or folder, and model is a module: remove it")
     return model if dtype is None else cast_weights(model, dtype)
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """``model.to(dtype)`` for what a checkpoint holds; buffers that it does not hold keep their type.
+    """Convert parameters and persistent buffers to ``dtype``; buffers that checkpoints do not hold keep their dtype.
 
-    Those are the frequencies of rotary embeddings: transformers keeps them in fp32 whatever the weights' type, and in
-    bf16 positions beyond a hundred are off by whole radians.
+    Such buffers are the frequencies of rotary embeddings. transformers keeps them in fp32 for weights of any dtype; in
+    bf16, positions beyond a hundred are off by whole radians.
     """
     computed = [
         (module, name, buffer)
@@ -64,11 +64,12 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def add_adapter(model: nn.Module, peft_config: PeftConfig | None, gradient_checkpointing: bool = False) -> nn.Module:
-    """``model`` with a PEFT adapter around it where a config is given.
+    """Wrap the model in a PEFT adapter; return it unchanged if ``peft_config`` is None.
 
     Raises:
-        ImportError: when peft is missing.
-        ValueError: when the model already carries an adapter.
+        ImportError: peft is missing.
+        TypeError: the model is no transformers model.
+        ValueError: the model already has an adapter.
     """
     if peft_config is None:
         return model
@@ -79,7 +80,7 @@ def add_adapter(model: nn.Module, peft_config: PeftConfig | None, gradient_check
     if isinstance(model, PeftModel):
         raise ValueError("the model already has an adapter: pass either a PEFT model or peft_config")
     if gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
-        # Else no gradient passes the first checkpoint: its inputs come from frozen embeddings.
+        # Checkpointed layers get no gradient if their input, here from frozen embeddings, does not require one.
         model.enable_input_require_grads()  # type: ignore[operator]
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"peft_config needs a transformers model, got {type(model).__name__}")
@@ -87,10 +88,11 @@ def add_adapter(model: nn.Module, peft_config: PeftConfig | None, gradient_check
 
 
 def load_tokenizer(processing_class: PreTrainedTokenizerBase | None, model: nn.Module) -> PreTrainedTokenizerBase:
-    """The given tokenizer, or the one saved beside the model; without a pad token it pads with its end token.
+    """Return the given tokenizer, or load the model's. A missing pad token is replaced by the end token.
 
     Raises:
-        ValueError: when none is given and the model names no place to load one from.
+        ValueError: no tokenizer is given and the model has no folder or name to load one from; or the tokenizer has
+            neither a pad token nor an end token.
     """
     tokenizer = processing_class
     if tokenizer is None:
@@ -108,11 +110,11 @@ def load_tokenizer(processing_class: PreTrainedTokenizerBase | None, model: nn.M
 
 
 class ReferenceSync(TrainerCallback):
-    """Moves a reference model towards the policy every ``ref_model_sync_steps`` optimizer steps.
+    """Move a reference model towards the policy every ``ref_model_sync_steps`` optimizer steps.
 
     Args:
-        reference: a frozen copy.
-        policy: returns the unwrapped model in training.
+        reference: a frozen copy of the policy.
+        policy: returns the policy, unwrapped.
     """
 
     def __init__(self, reference: ReferenceModel, policy: Callable[[], nn.Module]) -> None:
@@ -120,15 +122,15 @@ class ReferenceSync(TrainerCallback):
         self.policy = policy
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Move it when it is time."""
+        """Sync if the step is a multiple of ``ref_model_sync_steps``."""
         if state.global_step % args.ref_model_sync_steps == 0:
             self.reference.move_towards(self.policy(), args.ref_model_mixup_alpha)
 
 
-def keep_logits_dtype(model: nn.Module, autocast: Any) -> None:
-    """Undo accelerate's conversion of a mixed-precision model's outputs to fp32, autocast itself stays.
+def keep_half_precision_logits(model: nn.Module, autocast: Any) -> None:
+    """Remove accelerate's conversion of a mixed-precision model's outputs to fp32; autocast stays on.
 
-    The loss reads bf16 and fp16 logits directly; a ``(B, T, V)`` copy in fp32 would double or triple their
+    The loss reads bf16 and fp16 logits directly. A ``(B, T, V)`` copy in fp32 would double or triple their
     memory.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a run leaves behind and shows: metrics.jsonl, completion files, the sample table, the progress bar."""
+"""Records of a run: metrics.jsonl, completion files, the table of sample completions, the progress bar."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ProgressCallback
 
 from grpo_ext.rollouts.rollout import Sample
-from grpo_ext.update.metrics import MetricWindow
+from grpo_ext.update.metrics import MetricBuffer
 
 METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsFileCallback(TrainerCallback):
-    """Appends every log to ``output_dir/metrics.jsonl``, one JSON object per line with its ``step``.
+    """Append every log to ``output_dir/metrics.jsonl``, one JSON object per line with its ``step``.
 
-    When training starts, lines beyond the step it starts from are dropped: they belong to a run that was cut
-    off after its last checkpoint, or to an older run in the same folder. NaN is written as null.
+    When training starts, lines beyond the starting step are dropped: they come from a run that stopped after its last
+    checkpoint, or from an older run in the same folder. NaN is written as null.
     """
 
     def on_train_begin(
@@ -59,7 +59,7 @@ class MetricsFileCallback(TrainerCallback):
 
 
 class RewardProgressCallback(ProgressCallback):
-    """The progress bar of transformers, with the latest reward and completion length beside it."""
+    """Progress bar of transformers that also shows the latest reward and completion length."""
 
     def on_log(
         self,
@@ -69,7 +69,7 @@ class RewardProgressCallback(ProgressCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Show the figures one watches; the full line is in metrics.jsonl."""
+        """Show reward, completion length and KL; metrics.jsonl has all metrics."""
         if not state.is_world_process_zero or self.training_bar is None or not logs:
             return
         shown = {
@@ -84,10 +84,10 @@ class RewardProgressCallback(ProgressCallback):
 
 
 class StepTimer(TrainerCallback):
-    """Adds the seconds of each optimizer step, generation included, to a window as ``step_time``."""
+    """Add the seconds of each optimizer step, generation included, to the metrics as ``step_time``."""
 
-    def __init__(self, window: MetricWindow) -> None:
-        self.window = window
+    def __init__(self, metrics: MetricBuffer) -> None:
+        self.metrics = metrics
         self._start = 0.0
 
     def on_step_begin(
@@ -97,18 +97,18 @@ class StepTimer(TrainerCallback):
         self._start = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop it."""
-        self.window.add("step_time", time.perf_counter() - self._start)
+        """Stop the clock."""
+        self.metrics.add("step_time", time.perf_counter() - self._start)
 
 
 def completion_records(
     sample: Sample, names: Sequence[str], rewards: Tensor, advantages: Tensor
 ) -> list[dict[str, Any]]:
-    """One plain dict per completion, for files and tables.
+    """Return one dict of plain values per completion, for files and tables.
 
     Args:
         sample: n completions.
-        names: of the reward functions.
+        names: names of the reward functions.
         rewards: ``(n, functions)``, NaN where a function does not apply.
         advantages: ``(n,)``.
     """
@@ -130,14 +130,14 @@ def write_completions(
 ) -> Path:
     """Write one generation batch, one JSON object per line with its ``step`` and ``generation``.
 
-    A run that is resumed writes the batches that it makes again under the names that they had.
+    A resumed run that generates a batch again overwrites the batch's file.
 
     Args:
-        folder: made where it is missing.
-        step: optimizer step that the batch was made for, from 1.
+        folder: created if missing.
+        step: first optimizer step that trains on the batch, from 1.
         generation: number of the batch in the run, from 1.
-        records: of `completion_records`.
-        several: a step may span several batches; then the file's name has their number, too.
+        records: result of `completion_records`.
+        several: a step may span several batches; the file's name then also has the number of the batch.
 
     Returns:
         The file's path: ``step-<step>.jsonl``, or ``step-<step>-generation-<generation>.jsonl``.
@@ -158,8 +158,8 @@ def print_completions(
     Args:
         records: dicts with ``prompt``, ``completion``, ``rewards`` (by name) and ``advantage``.
         step: shown in the title.
-        limit: rows to show, None = all.
-        console: where to print, None = standard output.
+        limit: rows to show; None = all.
+        console: destination; None = standard output.
     """
     table = Table(title=f"completions at step {step}", show_lines=True)
     table.add_column("prompt", overflow="fold")
@@ -175,7 +175,7 @@ def print_completions(
 
 
 def prompt_text(prompt: Any) -> str:
-    """A prompt as one string: text as it is, chat messages as ``role: content`` lines."""
+    """Return a prompt as one string: text unchanged, chat messages as ``role: content`` lines."""
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in prompt)

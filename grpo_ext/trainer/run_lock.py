@@ -1,4 +1,4 @@
-"""The lock of a run folder: two runs never write into one."""
+"""Lock of a run folder, so that two runs never write into the same folder."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ except ImportError:  # Windows
 
 LOCK_FILE = ".lock"
 
-#: How often this process holds each lock file: a trainer runs inside the command that holds the folder already.
+#: Nesting depth of each lock file in this process: the command locks the folder, then the trainer inside it.
 _held: dict[Path, int] = {}
 
 
 class FolderInUseError(RuntimeError):
-    """Another run is writing into the folder; the message names its process and host."""
+    """Raised if another run is writing into the folder; the message names its process and host."""
 
 
 @contextlib.contextmanager
 def sole_run(folder: str | Path) -> Iterator[None]:
-    """Hold the folder of a run, made where it is missing, for the time of the ``with`` block.
+    """Lock the folder of a run for the ``with`` block; create it if missing.
 
-    The kernel gives the lock back when the process ends, however it ends, so a crash leaves nothing in the way. A file
-    system or platform without locks goes without.
+    The operating system releases the lock when the process ends, even in a crash. A no-op on file systems and platforms
+    without locks.
 
     Raises:
-        FolderInUseError: another process holds it.
+        FolderInUseError: another process holds the lock.
     """
     os.makedirs(folder, exist_ok=True)
     path = Path(folder).resolve() / LOCK_FILE
@@ -44,7 +44,7 @@ def sole_run(folder: str | Path) -> Iterator[None]:
                 file.seek(0)
                 raise FolderInUseError(
                     f"{folder} is in use by another run ({file.read().strip() or 'unknown process'}): "
-                    "wait for its end, or choose another output_dir"
+                    "wait until that run ends, or choose another output_dir"
                 ) from error
             except OSError:
                 pass

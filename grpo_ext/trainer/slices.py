@@ -1,4 +1,4 @@
-"""The slices of a generation batch: which rows go through the model, their micro-batches, their log probabilities."""
+"""Slices of a generation batch: choose the rows to compute, build micro-batches, fix log probabilities."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_ext.modules.inspection import evaluating
+from grpo_ext.modules.inspection import eval_mode
 from grpo_ext.output import METRIC_NAMES
 from grpo_ext.rollouts.batching import BatchPlan
 from grpo_ext.rollouts.rollout import Rollout
 from grpo_ext.trainer.config import GRPOConfig
 from grpo_ext.update.loss import ModelPass
-from grpo_ext.update.metrics import MetricWindow
+from grpo_ext.update.metrics import MetricBuffer
 from grpo_ext.update.micro_batch import MicroBatch
 from grpo_ext.update.reference_model import ReferenceModel
-from grpo_ext.update.skipping import remaining_weight, rows_with_gradient
+from grpo_ext.update.skipping import kept_rows_weight, rows_with_gradient
 
 
 class Slices:
-    """Cut micro-batches of the rows that have a gradient, with everything the loss needs.
+    """Build micro-batches from the rows that have a gradient, with all inputs of the loss.
 
     Args:
         args: the run's parameters.
-        plan: its batch numbers.
+        plan: the run's batch numbers.
         model_pass: runs the model.
-        reference: the model of the KL term; None without one.
-        window: collects the metrics.
-        pad_id: id of padding.
-        autocast: context in which the reference runs as the policy does.
+        reference: the model of the KL term; None if there is no KL term.
+        metrics: collects the metrics.
+        pad_id: token id of padding.
+        autocast: the policy's autocast context, for the reference.
         may_skip_backward: whether a micro-batch with no gradient may skip backward. False with several processes or a
-            gradient scaler; its shortest row is then kept. A slice without rows, which has none on any process, skips
-            in any case.
-        dropout: whether two passes in train mode differ; the log probabilities that a replay is compared with are
-            then computed in eval mode before the first update.
+            gradient scaler; its shortest row is then kept. A slice without rows always skips: it is empty on every
+            process.
+        dropout: whether two passes in train mode differ. The old log probabilities of replayed slices are then
+            computed in eval mode before the first update.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Slices:
         plan: BatchPlan,
         model_pass: ModelPass,
         reference: ReferenceModel | None,
-        window: MetricWindow,
+        metrics: MetricBuffer,
         pad_id: int,
         autocast: Callable[[], AbstractContextManager[Any]],
         may_skip_backward: bool,
@@ -55,16 +55,16 @@ class Slices:
         self.plan = plan
         self.model_pass = model_pass
         self.reference = reference
-        self.window = window
+        self.metrics = metrics
         self.pad_id = pad_id
         self.autocast = autocast
         self.may_skip_backward = may_skip_backward
         self.replays_with_dropout = dropout and plan.num_iterations > 1
-        # Of the policy since the last call of `count`; passes of the reference are counted apart.
+        # Counts at the last call of `count`, and the reference's passes since then.
         self._positions = self._passes = self._reference_passes = 0
 
     def rows(self, rollout: Rollout, index: int) -> list[int]:
-        """Positions in slice ``index`` of the rows that go through the model."""
+        """Return the positions in slice ``index`` of the rows that go through the model."""
         rows = rollout.rows_of(index)
         if not self.args.skip_zero_gradient_sequences:
             return list(range(len(rows)))
@@ -76,7 +76,7 @@ class Slices:
         return [lengths.index(min(lengths))]
 
     def micro_batch(self, rollout: Rollout, index: int, keep: list[int]) -> MicroBatch:
-        """The rows ``keep`` of slice ``index``; its weighted loss has the gradient of the whole slice."""
+        """Build the micro-batch of rows ``keep`` of slice ``index``, weighted to the gradient of the whole slice."""
         batch = rollout.micro_batch(index, self.pad_id, self.args.device, keep)
         rows = rollout.rows_of(index)
         tokens = [len(rollout.completion_ids[row]) * rollout.in_loss[row] for row in rows]
@@ -87,19 +87,21 @@ class Slices:
             lengths = zip(rollout.completion_ids, rollout.in_loss, strict=True)
             total = sum(len(ids) for ids, use in lengths if use) / len(rollout.slice_sizes)
             count = rollout.rows_per_slice
-        batch.weight = remaining_weight(self.args.loss_type, count, len(keep), total, kept)
+        batch.weight = kept_rows_weight(self.args.loss_type, count, len(keep), total, kept)
         return batch
 
     def add_logps(self, model: nn.Module, unwrapped: nn.Module, rollout: Rollout, from_start: bool = True) -> None:
-        """Compute the log probabilities that must be fixed before the first update of a generation batch.
+        """Compute the old and reference log probabilities that are fixed before the first update of a generation batch.
 
-        Old ones only for slices first used after an optimizer step: for the others the update's own forward is the
-        sampling policy, and replays reuse what that forward computed (with dropout they are computed here, too).
-        Reference ones only if beta is not 0.
+        Reference log probabilities are computed only if beta is not 0.
+
+        Old log probabilities are computed for slices that are first used after an optimizer step. Before a step, the
+        update's own forward runs the sampling policy, and replays reuse its log probabilities. With dropout, replayed
+        slices get old log probabilities here, too.
 
         Args:
-            from_start: the first slice comes next. False for a batch made anew by a resumed run, which may continue
-                at any slice; all slices then get old ones.
+            from_start: the first slice comes next. False if a resumed run generates a batch again: it may continue at
+                any slice, so all slices get old log probabilities.
         """
         for index in range(self.plan.steps_per_generation):
             after_step = not from_start or not self.plan.is_on_policy(rollout.start, index)
@@ -109,7 +111,7 @@ class Slices:
                 continue
             batch = rollout.micro_batch(index, self.pad_id, self.args.device, keep)
             if needs_old:
-                with evaluating(model):
+                with eval_mode(model):
                     old = self.model_pass.logps(model, batch)
                 rollout.old_logps[index] = rollout.expand_to_slice(index, keep, old)
             if self.reference is not None:
@@ -120,27 +122,30 @@ class Slices:
                 self._reference_passes += self.model_pass.passes - passes
 
     def without_gradient(self, model: nn.Module, rollout: Rollout) -> Tensor:
-        """Return the loss 0 of a slice that skips the model; parameters without a gradient get one of zeros."""
+        """Return the loss 0 of a slice that skips the model, and give parameters without a gradient one of zeros."""
         if self.may_skip_backward:  # else another micro-batch of the step runs backward
             for parameter in model.parameters():
                 if parameter.requires_grad and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)  # the optimizer skips parameters without one
         sampled = rollout.sampling_logps is not None
-        self.window.add_loss(dict.fromkeys(METRIC_NAMES, 0.0), self.args.beta != 0, sampled)
+        self.metrics.add_loss(dict.fromkeys(METRIC_NAMES, 0.0), self.args.beta != 0, sampled)
         for name in ("time/forward", "time/backward"):
-            self.window.add(name, 0.0, reduce="sum")
+            self.metrics.add(name, 0.0, reduce="sum")
         return torch.zeros((), device=self.args.device)
 
     def count(self, rollout: Rollout, rows: int, kept: int) -> None:
-        """Add the metrics of one micro-batch's model passes, earlier passes for log probabilities included.
+        """Add the metrics of a micro-batch's model passes, including those for log probabilities before it.
 
-        ``tokens/padded`` is what one pass would take with every row padded to the whole generation batch and none
-        skipped.
+        ``tokens/padded`` counts the positions of one pass in which no row is skipped and each is padded to the longest
+        prompt and completion of the generation batch.
+
+        Args:
+            rows, kept: rows of the slice, and how many of them went through the model.
         """
         passes = self.model_pass.passes - self._passes
         positions = self.model_pass.layouts.positions - self._positions
         self._passes, self._positions = self.model_pass.passes, self.model_pass.layouts.positions
-        add = self.window.add
+        add = self.metrics.add
         add("skipped_sequences", 1 - kept / max(rows, 1), weight=rows)
         add("forwards_per_micro_batch", float(passes - self._reference_passes))
         if self.reference is not None:

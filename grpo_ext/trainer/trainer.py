@@ -1,4 +1,7 @@
-"""`GRPOTrainer`: generate, score, and update through the compiled loss, on top of `transformers.Trainer`."""
+"""`GRPOTrainer`: generate completions, score them and update the policy with the compiled loss.
+
+Built on `transformers.Trainer`, which runs the loop, clips the gradient and takes the optimizer step.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from grpo_ext.modules.attach import FasterLayers
 from grpo_ext.modules.checkpointing import checkpointing_arguments
 from grpo_ext.modules.fused_head import FusedHead
 from grpo_ext.modules.inspection import context_length, has_dropout
-from grpo_ext.modules.sharding import prefetch_in_order
+from grpo_ext.modules.sharding import set_backward_prefetch
 from grpo_ext.rollouts.batching import MicroStep, PromptSchedule
 from grpo_ext.rollouts.data import (
     MicroStepNumbers,
@@ -35,7 +38,7 @@ from grpo_ext.rollouts.rewards import RewardFunction, RewardFunctions
 from grpo_ext.rollouts.rollout import Rollout, Sample
 from grpo_ext.trainer.config import GRPOConfig
 from grpo_ext.trainer.engine import build_engine
-from grpo_ext.trainer.models import ReferenceSync, add_adapter, keep_logits_dtype, load_model, load_tokenizer
+from grpo_ext.trainer.models import ReferenceSync, add_adapter, keep_half_precision_logits, load_model, load_tokenizer
 from grpo_ext.trainer.records import (
     MetricsFileCallback,
     RewardProgressCallback,
@@ -50,7 +53,7 @@ from grpo_ext.update.backward import run_backward
 from grpo_ext.update.guard import FOLDER, NonfiniteGuard
 from grpo_ext.update.layouts import LayoutChooser
 from grpo_ext.update.loss import ModelPass
-from grpo_ext.update.metrics import MetricWindow
+from grpo_ext.update.metrics import MetricBuffer
 from grpo_ext.update.micro_batch import MicroBatch
 from grpo_ext.update.reference_model import ReferenceModel
 from grpo_ext.update.step_losses import StepLosses
@@ -58,34 +61,34 @@ from grpo_ext.update.step_losses import StepLosses
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-#: What accelerate's names of mixed precision convert to.
+#: Autocast's dtype for each of accelerate's names of mixed precision.
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-#: Losses whose divisor already covers the whole accumulation window; the others are divided by GA.
+#: Losses whose divisor covers the whole accumulation window. The others are divided by gradient_accumulation_steps.
 TOKEN_NORMALISED = frozenset(LOSS_TYPES) - {"grpo", "bnpo", "dr_grpo", "luspo", "sapo"}
 
 
 class GRPOTrainer(ResumableTrainer):
-    """Trains a causal language model by Group Relative ModelPass Optimization and its relatives.
+    """Train a causal language model by Group Relative Policy Optimization (GRPO) or one of its variants.
 
     Args:
-        model: hub name, folder or module.
-        reward_funcs: one function or several, ``f(prompts, completions, completion_ids, **columns)``
-            returning one number or None per completion, sync or async.
+        model: name on the hub, folder or module.
+        reward_funcs: one function or several, sync or async. Each is called as
+            ``f(prompts, completions, completion_ids, **columns)`` and returns one number or None per completion.
         args: `GRPOConfig`.
-        train_dataset: anything with a length and rows that are dicts with ``prompt`` (text or chat messages);
-            the other columns reach the reward functions.
-        eval_dataset: the same, or a dict of such.
+        train_dataset: has a length, and rows that are dicts with ``prompt`` (text or chat messages). The other columns
+            are passed to the reward functions.
+        eval_dataset: a dataset of that form, or a dict of several.
         processing_class: the tokenizer; None loads the model's own.
-        peft_config: trains a PEFT adapter instead of the weights.
-        callbacks: further transformers callbacks.
+        peft_config: adds a PEFT adapter to the model and trains only the adapter.
+        callbacks: additional transformers callbacks.
 
     Raises:
-        ValueError, TypeError: for datasets, rewards or arguments that do not fit, naming them.
+        ValueError, TypeError: a dataset, reward function or argument is invalid; the message names it.
 
     Attributes:
-        checkpointing: the ``gradient_checkpointing_kwargs`` of its runs where the arguments have none; None leaves
-            transformers' own.
+        checkpointing: ``gradient_checkpointing_kwargs`` for runs whose arguments set none; None keeps transformers'
+            default.
     """
 
     args: GRPOConfig
@@ -124,16 +127,16 @@ class GRPOTrainer(ResumableTrainer):
         )
         if args.fsdp and not self.is_fsdp_enabled:
             raise ValueError(
-                f"fsdp={args.fsdp!r}, but accelerate spreads weights over GPUs only and the device is "
-                f"{args.device.type}: each process would hold them all; leave fsdp, or train on GPUs"
+                f"fsdp={args.fsdp!r}, but accelerate shards weights on GPUs only and the device is "
+                f"{args.device.type}: each process would hold all the weights; remove fsdp, or train on GPUs"
             )
         if self.accelerator.num_processes > 1:
-            # Ranks may hold completions of the same prompt: on one stream they would draw the same tokens.
+            # Ranks may hold completions of the same prompt: with equal random states they would draw equal tokens.
             set_seed(args.seed, device_specific=True)
         self._choose_checkpointing(module)
-        assert isinstance(tokenizer.pad_token_id, int)  # load_tokenizer saw to it
+        assert isinstance(tokenizer.pad_token_id, int)  # load_tokenizer sets it
         self.pad_id: int = tokenizer.pad_token_id
-        self.window = MetricWindow()
+        self.metrics = MetricBuffer()
         self.reference = ReferenceModel(module) if args.beta != 0 else None
         if args.sync_ref_model and self.reference is not None:
             self.reference.check_can_move()
@@ -165,7 +168,7 @@ class GRPOTrainer(ResumableTrainer):
             self.plan,
             self.model_pass,
             self.reference,
-            self.window,
+            self.metrics,
             self.pad_id,
             self.accelerator.autocast,
             self.may_skip_backward,
@@ -173,7 +176,7 @@ class GRPOTrainer(ResumableTrainer):
         )
         self.guard = NonfiniteGuard(
             args.max_nonfinite_steps,
-            self.window,
+            self.metrics,
             self._gather,
             Path(str(args.output_dir)) / FOLDER,
             self.accelerator.process_index,
@@ -192,14 +195,15 @@ class GRPOTrainer(ResumableTrainer):
     ) -> Tensor:
         """Run one micro-step and return its detached loss; transformers takes the optimizer step.
 
-        A micro-step trains on one slice of a generation batch, which the first micro-step of the batch generates.
+        A micro-step trains on one slice of a generation batch. The first micro-step of a batch generates the whole
+        batch.
         """
         self._set_train_mode(model)
-        now, place = self._place(inputs["micro_step"])
-        with self.faster_layers.lora.cast_once(AUTOCAST.get(self.accelerator.mixed_precision)):
+        start, place = self._locate(inputs["micro_step"])
+        with self.faster_layers.lora.precast_weights(AUTOCAST.get(self.accelerator.mixed_precision)):
             if self._rollout is None or self._rollout.key != place.epoch_and_generation:
                 from_start = place.slice_index == place.iteration == 0
-                self._rollout = self._make_rollout(model, place.epoch_and_generation, now, from_start)
+                self._rollout = self._make_rollout(model, place.epoch_and_generation, start, from_start)
             rollout, index = self._rollout, place.slice_index
             keep = self.slices.rows(rollout, index)
             if keep:
@@ -213,37 +217,45 @@ class GRPOTrainer(ResumableTrainer):
         return loss
 
     def _make_rollout(self, model: nn.Module, key: tuple[int, int], start: int, from_start: bool = True) -> Rollout:
-        """Generate and score this rank's rows of a generation batch, and fix the log probabilities it is compared with.
+        """Generate and score this rank's rows of a generation batch, and compute its old and reference log probs.
 
         Args:
             key: ``(epoch, generation)``.
-            start: micro-steps of the run so far.
+            start: number of micro-steps of the run before this batch.
             from_start: see `Slices.add_logps`.
         """
         unwrapped = self.accelerator.unwrap_model(model)
         rollout, sample, rewards = self._sample_rollout(unwrapped, key, start)
-        with self.window.timed("time/logps"):
+        with self.metrics.timed("time/logps"):
             self.slices.add_logps(model, unwrapped, rollout, from_start)
         self.state.num_input_tokens_seen += rollout.tokens_seen
-        self.window.add("num_tokens", float(self.state.num_input_tokens_seen), reduce="last")
+        self.metrics.add("num_tokens", float(self.state.num_input_tokens_seen), reduce="last")
         self._record_completions(rollout, sample, rewards)
         return rollout
 
     def _sample_rollout(self, model: nn.Module, key: tuple[int, int], start: int) -> tuple[Rollout, Sample, Tensor]:
-        """The rollout, its prompts and completions as they came, and their ``(n, functions)`` rewards."""
+        """Go from prompts to completions, rewards and advantages.
+
+        Returns:
+            The rollout, the prompts and completions it was assembled from, and their ``(n, functions)`` rewards.
+        """
         prompts = self.rollouts.prompts(key)
-        sample, rewards = self.rollouts.generate_and_score(model, prompts)  # a prompt is scored while others generate
+        sample, rewards = self.rollouts.generate_and_score(model, prompts)  # may score during generation
         advantages = self.rollouts.advantages(rewards, key)
         return self.rollouts.assemble(key, start, sample, advantages), sample, rewards
 
     def _train_on(self, model: nn.Module, rollout: Rollout, index: int, keep: list[int], *, replayed: bool) -> Tensor:
-        """Forward and backward of the rows ``keep`` of a slice; return the detached loss of the whole slice."""
+        """Run forward and backward on the rows ``keep`` of a slice; return the detached loss of the whole slice.
+
+        Args:
+            replayed: a later iteration uses this slice again, so its old log probabilities are kept.
+        """
         batch = self.slices.micro_batch(rollout, index, keep)
-        with self.window.timed("time/forward"):
+        with self.metrics.timed("time/forward"):
             loss, output = self.compute_loss(model, batch, return_outputs=True)
         if replayed and batch.old_logps is None:
             rollout.old_logps[index] = rollout.expand_to_slice(index, keep, output.logps)
-        with self.window.timed("time/backward"):
+        with self.metrics.timed("time/backward"):
             run_backward(self.accelerator, model, loss, self.guard, deepspeed=self.is_deepspeed_enabled)
         return loss.detach()
 
@@ -254,33 +266,36 @@ class GRPOTrainer(ResumableTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss of one micro-batch, scaled so that an accumulation window sums to SPEC section 3.
+        """Compute the loss of one micro-batch, scaled so that an accumulation window sums to SPEC section 3.
+
+        Returns:
+            The 0-d loss, or with ``return_outputs`` the loss and its `GRPOLossOutput`.
 
         Raises:
-            RuntimeError: when the compiled loss did not serve the call.
+            RuntimeError: the compiled kernels of grpo_ext did not compute the loss.
         """
         calls = kernel_calls()
         output = self.model_pass.loss(model, inputs)
         served = kernel_calls() - calls
         if served < 1:
             raise RuntimeError(
-                f"step {self.state.global_step + 1}: the loss was not served by the compiled kernels of "
-                "grpo_ext; training stops rather than going on without them (see `grpo-ext info`)"
+                f"step {self.state.global_step + 1}: the compiled kernels of grpo_ext did not compute the loss, "
+                "so training stops; run `grpo-ext info` to see whether they are installed"
             )
         self.kernel_calls += served
         self._report_path()
-        self.window.add_loss(output.metrics, self.args.beta != 0, inputs.sampling_logps is not None)
+        self.metrics.add_loss(output.metrics, self.args.beta != 0, inputs.sampling_logps is not None)
         loss = output.loss if inputs.weight == 1 else output.loss * inputs.weight
         if self.args.loss_type not in TOKEN_NORMALISED:
             loss = loss / self.plan.gradient_accumulation_steps
         return (loss, output) if return_outputs else loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Skip the step if its loss or gradient is not finite; transformers calls this between backward and step."""
+        """Skip the step if its loss or gradient is not finite. transformers calls this between backward and step."""
         norm = super()._get_grad_norm(model, grad_norm)
         scaled, taken = self.accelerator.scaler is not None, None
-        if scaled and not self.args.max_grad_norm:  # a scaler must see the gradients, which clipping would show it
-            self.accelerator.unscale_gradients()
+        if scaled and not self.args.max_grad_norm:  # clipping would have unscaled; the guard may drop the gradients,
+            self.accelerator.unscale_gradients()  # and a scaler that has unscaled none raises
         if self.is_deepspeed_enabled:
             engine: Any = model
             scaled, taken = engine.fp16_enabled(), engine.was_step_applied()
@@ -289,22 +304,26 @@ class GRPOTrainer(ResumableTrainer):
         return norm
 
     def _set_train_mode(self, model: nn.Module) -> None:
-        # Not at every step: thousands of modules take a tenth of a second on a slow host. Looks at a leaf as well, as a
-        # wrapper for several processes starts in train mode around a model that may not be.
+        # model.train() visits thousands of modules, 0.1 s on a slow host, so it runs only if needed. Check a leaf as
+        # well: a wrapper for several processes starts in train mode even if the model inside is in eval mode.
         if not (model.training and self._leaf.training):
             model.train()
         optimizer_train = getattr(self.optimizer, "train", None)
         if callable(optimizer_train):
-            optimizer_train()  # schedule-free optimizers keep two sets of weights
+            optimizer_train()  # schedule-free optimizers keep separate weights for training
 
-    def _place(self, micro_step: int) -> tuple[int, MicroStep]:
-        """Micro-steps of the run before this one, and where it belongs."""
+    def _locate(self, micro_step: int) -> tuple[int, MicroStep]:
+        """Return the number of earlier micro-steps of the run, and the slice that this micro-step trains on.
+
+        Args:
+            micro_step: number within the epoch.
+        """
         steps_per_epoch = len(self.schedule) // self.plan.gradient_accumulation_steps
-        now = self.state.global_step // steps_per_epoch * len(self.schedule) + micro_step
-        return now, self.schedule.locate(now)
+        before = self.state.global_step // steps_per_epoch * len(self.schedule) + micro_step
+        return before, self.schedule.locate(before)
 
     def _entropy_threshold(self, entropy: Tensor, loss_mask: Tensor) -> Tensor | None:
-        """The entropy quantile over the tokens of all ranks, None where there are none."""
+        """Compute the entropy quantile over the tokens of all ranks; None if there are none."""
         known = entropy.masked_fill(loss_mask == 0, float("nan")).flatten()
         padded = self.accelerator.pad_across_processes(known, pad_index=float("nan"))
         known = self._gather(padded)
@@ -313,11 +332,11 @@ class GRPOTrainer(ResumableTrainer):
 
     @property
     def loss_path(self) -> str:
-        """How the loss is computed: ``fused head``, or ``logits: <why>``."""
+        """How the loss is computed: ``fused head``, or ``logits: <reason>``."""
         return self.fused_head.describe()
 
     def _report_path(self) -> None:
-        """Print once which paths serve the run."""
+        """Print how the loss and the faster layers are computed, once a run."""
         if not self._path_reported:
             self._path_reported = True
             for line in (f"loss from {self.loss_path}", *self.faster_layers.report()):
@@ -329,15 +348,15 @@ class GRPOTrainer(ResumableTrainer):
     # ---- data ----------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
-        """One item per micro-step: its number within the epoch, which `PromptSchedule` gives its meaning."""
+        """Return one item per micro-step: its number within the epoch. `PromptSchedule` maps it to prompts."""
         return DataLoader(MicroStepNumbers(len(self.schedule)), batch_size=1, collate_fn=collate_micro_step)
 
     def num_examples(self, dataloader: DataLoader) -> int:
-        """Completions of one epoch over all ranks."""
+        """Count the completions of one epoch over all ranks."""
         return len(dataloader) * self.plan.global_slice_size
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Not estimated: the inputs are made in the step itself."""
+        """Return 0: the completions are generated inside the step, so their length is unknown here."""
         return 0
 
     # ---- records -------------------------------------------------------------------------------------------
@@ -365,9 +384,9 @@ class GRPOTrainer(ResumableTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics collected since the last log to a training log line."""
         if "loss" in logs:
-            self.window.add("kernel_calls", float(self.kernel_calls), reduce="last")
-            self.window.add("fused_head", float(self.fused_head.serves), reduce="last")
-            logs = {**logs, **self.window.flush(self._gather), "loss": self.step_losses.logged(logs["loss"])}
+            self.metrics.add("kernel_calls", float(self.kernel_calls), reduce="last")
+            self.metrics.add("fused_head", float(self.fused_head.serves), reduce="last")
+            logs = {**logs, **self.metrics.flush(self._gather), "loss": self.step_losses.logged(logs["loss"])}
         super().log(logs, start_time)
 
     # ---- evaluation ----------------------------------------------------------------------------------------
@@ -375,11 +394,12 @@ class GRPOTrainer(ResumableTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Generate over a dataset and report ``eval_reward`` and its companions; training's randomness is
-        untouched.
+        """Generate over a dataset and report ``eval_reward`` and the other evaluation metrics.
+
+        The random states of training do not change.
 
         Raises:
-            ValueError: without a dataset, or for one that is empty or has no prompts.
+            ValueError: there is no dataset, or it is empty or has no prompts.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, dict):
@@ -419,7 +439,7 @@ class GRPOTrainer(ResumableTrainer):
             encoder,
             engine,
             self.rewards,
-            self.window,
+            self.metrics,
             self.may_skip_backward,
         )
 
@@ -428,16 +448,16 @@ class GRPOTrainer(ResumableTrainer):
         self.checkpointing: dict[str, Any] | None = None
         if not args.gradient_checkpointing or args.gradient_checkpointing_kwargs is not None:
             return
-        elsewhere = self.is_fsdp_enabled or self.is_deepspeed_enabled or args.torch_compile
-        # DDP's search for unused parameters needs a graph that this kind of checkpointing does not build.
-        if not elsewhere and not (self.accelerator.num_processes > 1 and args.ddp_find_unused_parameters):
+        unsupported = self.is_fsdp_enabled or self.is_deepspeed_enabled or args.torch_compile
+        # Reentrant checkpointing builds no graph in the forward; DDP's search for unused parameters needs one.
+        if not unsupported and not (self.accelerator.num_processes > 1 and args.ddp_find_unused_parameters):
             self.checkpointing = checkpointing_arguments(module)
         if self.checkpointing is not None and self.accelerator.ddp_handler is not None:
             self.accelerator.ddp_handler.find_unused_parameters = False
 
     @contextlib.contextmanager
     def _checkpointing_in_args(self) -> Iterator[None]:
-        """Put `checkpointing` where transformers reads it, for one run only: another trainer may get the same args."""
+        """Put `checkpointing` into the args for one run; another trainer may use the same args later."""
         given = self.args.gradient_checkpointing_kwargs
         if given is None:
             self.args.gradient_checkpointing_kwargs = self.checkpointing
@@ -448,10 +468,10 @@ class GRPOTrainer(ResumableTrainer):
 
     def _add_callbacks(self) -> None:
         self.add_callback(self.step_losses)
-        self.add_callback(StepTimer(self.window))
+        self.add_callback(StepTimer(self.metrics))
         self.add_callback(MetricsFileCallback())
         if self.args.sync_ref_model and self.reference is not None:
-            # Before the step counts as whole.
+            # In front of LastStep, which marks the step as complete: the sync is part of the step.
             self.callback_handler.callbacks.insert(0, ReferenceSync(self.reference, self._unwrapped))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RewardProgressCallback())
@@ -462,21 +482,21 @@ class GRPOTrainer(ResumableTrainer):
     # ---- the run -------------------------------------------------------------------------------------------
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """See `ResumableTrainer.train`."""
+        """Train with the faster layers attached; see `ResumableTrainer.train`."""
         with self._checkpointing_in_args(), self.faster_layers.attached():
             return super().train(*args, **kwargs)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Called by transformers before the first step."""
-        self._rollout = None  # left by an earlier call of train()
+        """Reset the state of an earlier run; transformers calls this before the first step."""
+        self._rollout = None
         self.kernel_calls = 0
         result = super()._prepare_for_training(*args, **kwargs)
-        keep_logits_dtype(self.accelerator.unwrap_model(self.model_wrapped), self.accelerator.autocast)
-        prefetch_in_order(self.model_wrapped)
+        keep_half_precision_logits(self.accelerator.unwrap_model(self.model_wrapped), self.accelerator.autocast)
+        set_backward_prefetch(self.model_wrapped)
         return result
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Called by transformers after the last step, which divides the sum of losses by all steps."""
+        """Leave skipped steps out of the mean loss; transformers, which calls this after the last step, counts all."""
         total: float = self._total_loss_scalar + self._tr_loss.item()  # type: ignore[has-type]
         self._total_loss_scalar = self.step_losses.of_run(total)
         self._tr_loss.zero_()

@@ -1,1 +1,1 @@
-"""A micro-batch's way to its gradient, whoever owns the training loop: layouts, filling, skipping, guard, loss."""
+"""From a micro-batch to its gradient, for any training loop: layouts, filling, skipping, loss, backward, guard."""

@@ -1,4 +1,4 @@
-"""The backward pass of one micro-batch, whichever engine owns the gradients."""
+"""Backward pass of one micro-batch, with plain torch, FSDP or DeepSpeed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from grpo_ext.modules.sharding import wait_for_gathers
+from grpo_ext.modules.sharding import wait_for_all_gathers
 from grpo_ext.update.guard import NonfiniteGuard
 
 
@@ -15,13 +15,13 @@ def run_backward(accelerator: Any, model: nn.Module, loss: Tensor, guard: Nonfin
 
     Args:
         accelerator: `accelerate.Accelerator`; scales the loss if it has a gradient scaler.
-        model: as prepared by it.
-        loss: 0-d, already divided by the accumulation steps.
-        guard: poisons the gradient if another loss of the accumulation window was non-finite.
+        model: the model as the accelerator prepared it.
+        loss: 0-d loss, already divided by the accumulation steps.
+        guard: with DeepSpeed, poisons the gradient if another loss of the accumulation window was non-finite.
         deepspeed: the model is a DeepSpeed engine, which takes its optimizer step inside the window's last backward.
     """
     if deepspeed:
         accelerator.backward(guard.poison_if_window_nonfinite(loss), scale_wrt_gas=False)
     else:
         accelerator.backward(loss)
-        wait_for_gathers(model)
+        wait_for_all_gathers(model)

@@ -1,15 +1,15 @@
-"""Deal the rows of an optimizer step to slices by length, so that fewer padded positions go through the model."""
+"""Distribute the rows of an optimizer step over its slices by length, to compute less padding."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-#: From the number of slices that this process needs in each optimizer step to the most that any process needs.
+#: Maps the number of slices that this process needs in each optimizer step to the maximum over all processes.
 Agree = Callable[[list[int]], list[int]]
 
 
 def sorted_order(lengths: Sequence[int], rows_per_step: int) -> list[int]:
-    """Rows of one process by length within each optimizer step: a step keeps its rows, its slices exchange them."""
+    """Return the rows of one process, sorted by length within each optimizer step; rows stay in their step."""
     order: list[int] = []
     for start in range(0, len(lengths), rows_per_step):
         order += sorted(range(start, min(start + rows_per_step, len(lengths))), key=lambda row: lengths[row])
@@ -23,18 +23,21 @@ def filled_slices(
     slices_per_step: int,
     agree: Agree | None = None,
 ) -> tuple[list[int], list[int]]:
-    """Rows of one process in the order of its slices, and the number of rows of each slice.
+    """Fill as few slices as possible: return the rows of one process in slice order, and the rows of each slice.
 
-    An optimizer step keeps its rows. Its longest rows come first. A slice takes rows while their number times its
+    Rows stay in their optimizer step; its longest rows come first. A slice takes rows while their number times its
     longest row stays within ``rows_per_slice`` times the step's longest row, so no slice is larger than the largest
-    unfilled one. A step needs at most as many slices as before; the others are empty and come first.
+    unfilled one. A step needs at most ``slices_per_step`` slices. The unneeded ones are empty and come first.
 
     Args:
-        lengths: tokens of each row, prompt and completion.
-        trained: whether a row goes through the model. The others join the step's last slice and are not computed.
+        lengths: tokens of each row, prompt plus completion.
+        trained: whether a row goes through the model. Other rows join the step's last slice and are not computed.
         rows_per_slice: rows of a micro-batch without filling.
         slices_per_step: slices of an optimizer step.
-        agree: makes all processes use equally many slices; None where a process may skip backward alone.
+        agree: returns equal numbers of slices on all processes; None if each process may skip backward independently.
+
+    Returns:
+        ``(order, sizes)``.
     """
     window = slices_per_step * rows_per_slice
     steps = [range(start, min(start + window, len(lengths))) for start in range(0, len(lengths), window)]
@@ -66,7 +69,7 @@ def _fill(rows: list[int], lengths: Sequence[int], per_slice: int) -> list[list[
 
 
 def _spread(slices: list[list[int]], idle: list[int], lengths: Sequence[int], count: int) -> None:
-    """Grow to ``count`` slices: halve the largest; once all hold one row, add rows of ``idle``."""
+    """Grow to ``count`` slices: halve the largest; once all hold one row, add rows that are not computed (``idle``)."""
     while len(slices) < count:
         parted = [i for i, rows in enumerate(slices) if len(rows) > 1]
         if parted:

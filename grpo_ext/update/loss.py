@@ -1,4 +1,4 @@
-"""Loss and log probabilities of a micro-batch: one pass of a model, through the fused head or from its logits."""
+"""Compute the loss or the log probabilities of a micro-batch in one forward, from hidden states or from logits."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ from grpo_ext.output import GRPOLossOutput
 from grpo_ext.update.layouts import LayoutChooser
 from grpo_ext.update.micro_batch import MicroBatch
 
-#: ``(batch, hidden, weight, bias)`` to a loss or log probabilities; hidden is ``(B, T, H)``.
+#: Maps ``(batch, hidden, weight, bias)`` to a loss or log probabilities; hidden is ``(B, T, H)``.
 AtHead = Callable[[MicroBatch, Tensor, Tensor, Tensor | None], Result]
 
-#: Entropies and loss mask, ``(B, T)`` each, of this rank's tokens to the entropy threshold over all ranks.
+#: Maps entropies and loss mask of this rank's tokens, ``(B, T)`` each, to the entropy threshold over all ranks.
 Threshold = Callable[[Tensor, Tensor], Tensor | None]
 
 
 class ModelPass:
-    """Run a model over micro-batches.
+    """Run a model over micro-batches and compute the loss or log probabilities of each.
 
     Args:
-        layouts: lays out the model's input.
-        head: the fused head, or the reason why there is none.
+        layouts: chooses the layout of the model's input.
+        head: the fused head, or the reason for computing from logits.
         config: the constants of the loss.
-        threshold: returns the entropy threshold of a micro-batch; None leaves it to the loss.
-        memory_budget: bytes of the fused head's buffers; None: `TRAINER_BUDGET`, else the losses' own default.
+        threshold: returns the entropy threshold of a micro-batch over all ranks; None: the loss uses its own tokens.
+        memory_budget: bytes of the fused head's buffers; None: `TRAINER_BUDGET`, or the loss's default if that has no
+            entry for the device.
 
     Attributes:
-        passes: passes over a micro-batch so far.
+        passes: forward passes so far.
     """
 
     def __init__(
@@ -53,18 +54,18 @@ class ModelPass:
         self.memory_budget = memory_budget
         self.passes = 0
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # issued when the config was made
-            #: The same loss from the head's own product, before the model's scale and softcap.
+            warnings.simplefilter("ignore")  # `config` issued them already
+            #: The fused head computes raw logits, so its loss applies the model's scale and softcap.
             self.head_config = config.replace(logit_scale=head.logit_scale, logit_softcap=head.logit_softcap)
 
     def loss(self, model: nn.Module, batch: MicroBatch) -> GRPOLossOutput:
-        """The loss of a micro-batch; its ``loss`` has the gradient, the rest is detached."""
+        """Compute the loss of a micro-batch; only the field ``loss`` has a gradient."""
         output = self._through_head(model, batch, self._loss_from_hidden)
         return self._loss_from_logits(model, batch) if output is None else output
 
     @torch.no_grad()
     def logps(self, model: nn.Module, batch: MicroBatch) -> Tensor:
-        """Log probabilities of the completion tokens ``(B, T)``, fp32 without gradient, 0 where there is no token."""
+        """Compute log probabilities ``(B, T)`` of the completion tokens, fp32 without gradient, 0 at padding."""
         logps = self._through_head(model, batch, self._logps_from_hidden)
         if logps is not None:
             return logps
@@ -73,7 +74,7 @@ class ModelPass:
         return found.masked_fill(batch.completion_mask == 0, 0.0)
 
     def _through_head(self, model: nn.Module, batch: MicroBatch, function: AtHead[Result]) -> Result | None:
-        """``function`` of the batch, the hidden states ``(B, T, H)`` and the head; None if the head does not serve."""
+        """Call ``function`` with the batch, its hidden states ``(B, T, H)`` and the head; None without fused head."""
         if not self.head.serves:
             return None
         layout = self.layouts.choose(model, batch)
@@ -89,7 +90,7 @@ class ModelPass:
         return result
 
     def logits(self, model: nn.Module, batch: MicroBatch) -> Tensor:
-        """Logits ``(B, T, V)`` in the model's own dtype; row t predicts ``completion_ids[:, t]``."""
+        """Compute logits ``(B, T, V)`` in the model's dtype; row t predicts ``completion_ids[:, t]``."""
         layout = self.layouts.choose(model, batch, for_logits=True)
         self.passes += 1
         return layout.completion_rows(model(**layout.inputs()).logits)
@@ -162,7 +163,7 @@ class ModelPass:
 
 
 def companions(batch: MicroBatch) -> dict[str, Any]:
-    """Keyword arguments of a loss that come with the batch."""
+    """Return the optional keyword arguments of a loss that the batch holds."""
     return {
         "old_logps": batch.old_logps,
         "ref_logps": batch.ref_logps,

@@ -1,4 +1,4 @@
-"""Metrics collected between two logs, without synchronising the device until they are read."""
+"""Metrics collected between two logs; reading them is the only host sync."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from torch import Tensor
 Reduce = Literal["mean", "sum", "min", "max", "last"]
 Gather = Callable[[Tensor], Tensor]
 
-#: Metrics of a loss that are means over tokens and are logged under their own names.
+#: Metrics of a loss that are means over tokens and are logged under the same names.
 TOKEN_MEANS = ("entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "ratio/mean")
 
-#: Metrics of a loss against the engine's log probabilities, and the names that TRL's users know them by.
+#: Metrics of a loss that compare trainer and engine, and the names under which they are logged (TRL's).
 SAMPLING_METRICS = (
     ("sampling_logp_difference", "sampling/sampling_logp_difference"),
     ("importance_weight", "sampling/importance_sampling_ratio"),
 )
 
 
-class MetricWindow:
-    """Weighted means, sums and extremes of named values since the last `flush`."""
+class MetricBuffer:
+    """Collect named values, and reduce each to a weighted mean, sum, extreme or last value in `flush`."""
 
     def __init__(self) -> None:
         self._values: dict[str, tuple[Reduce, list[Tensor | float], list[Tensor | float]]] = {}
 
     def add(self, name: str, value: Tensor | float, *, reduce: Reduce = "mean", weight: Tensor | float = 1.0) -> None:
-        """Add one value (a number or a 0-d tensor); NaN values are left out when the window is read."""
+        """Add one value, a number or a 0-d tensor; `flush` ignores NaN values."""
         _, values, weights = self._values.setdefault(name, (reduce, [], []))
         values.append(value.detach() if isinstance(value, Tensor) else value)
         weights.append(weight.detach() if isinstance(weight, Tensor) else weight)
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Add the seconds that the block takes; a window sums them."""
+        """Add the seconds that the block takes; `flush` sums them."""
         start = time.perf_counter()
         yield
         self.add(name, time.perf_counter() - start, reduce="sum")
@@ -49,11 +49,11 @@ class MetricWindow:
             self.add(name, value)
 
     def add_loss(self, metrics: Mapping[str, Tensor | float], with_kl: bool, with_sampling: bool = False) -> None:
-        """Add the metrics of one loss (`grpo_ext.output.METRIC_NAMES`); means weigh by the tokens that it looked at.
+        """Add the metrics of one loss (`grpo_ext.output.METRIC_NAMES`); means are weighted by its active tokens.
 
         Args:
-            with_kl: there is a KL term.
-            with_sampling: the engine reported log probabilities; how far they are off goes under ``sampling/...``.
+            with_kl: the loss has a KL term.
+            with_sampling: the engine reported log probabilities; adds their metrics, ``sampling/...``.
         """
         tokens = metrics["tokens"]
         for name in TOKEN_MEANS + (("kl",) if with_kl else ()):
@@ -67,7 +67,7 @@ class MetricWindow:
         for ours, name in SAMPLING_METRICS:
             self.add(f"{name}/mean", metrics[f"{ours}/mean"], weight=tokens)
             self.add(f"{name}/max", metrics[f"{ours}/max"], reduce="max")
-        least = torch.as_tensor(metrics["importance_weight/min"])  # 0 where there was no token, which is no weight
+        least = torch.as_tensor(metrics["importance_weight/min"])  # 0 without tokens, which must not count as a minimum
         least = torch.where(torch.as_tensor(tokens) > 0, least, math.nan)
         self.add("sampling/importance_sampling_ratio/min", least, reduce="min")
 
@@ -82,11 +82,11 @@ class MetricWindow:
         self.add("completions/mean_terminated_length", sum(ended) / max(len(ended), 1), weight=len(ended))
 
     def flush(self, gather: Gather | None = None) -> dict[str, float]:
-        """The reduced values, and an empty window. A mean of nothing is NaN; a mean of weight 0 is 0.
+        """Return the reduced values and clear the buffer. A mean of no values is NaN; a mean of weight 0 is 0.
 
         Args:
-            gather: joins a ``(k, 3)`` tensor of every rank into ``(W * k, 3)``; None for one process. All
-                ranks must have added the same names.
+            gather: concatenates a ``(k, 3)`` tensor over all ranks to ``(W * k, 3)``; None for one process. All
+                ranks must have added equal names.
         """
         names = list(self._values)
         if not names:
@@ -102,7 +102,7 @@ class MetricWindow:
 
 
 def _summary(reduce: Reduce, values: list[Tensor | float], weights: list[Tensor | float]) -> Tensor:
-    """``(value, weight, count)`` of one rank in fp64, on the CPU."""
+    """Reduce the values of one rank to ``(value, weight, count)`` in fp64, on the CPU."""
     v, w = _numbers(values), _numbers(weights)
     known = ~v.isnan()
     count = float(known.sum())
@@ -121,7 +121,7 @@ def _summary(reduce: Reduce, values: list[Tensor | float], weights: list[Tensor 
 
 
 def _numbers(values: list[Tensor | float]) -> Tensor:
-    """All values as one fp64 CPU tensor; each device's part travels in one copy."""
+    """Copy all values to one fp64 CPU tensor, with one transfer per device."""
     result = torch.tensor([0.0 if isinstance(v, Tensor) else v for v in values], dtype=torch.float64)
     places: dict[torch.device, list[int]] = {}
     for i, v in enumerate(values):
@@ -134,7 +134,7 @@ def _numbers(values: list[Tensor | float]) -> Tensor:
 
 
 def _join(reduce: Reduce, rows: Tensor) -> float:
-    """One number from the ``(W, 3)`` summaries of all ranks."""
+    """Reduce the ``(W, 3)`` summaries of all ranks to one number."""
     rows = rows[rows[:, 2] > 0]
     if len(rows) == 0:
         return math.nan

@@ -1,4 +1,4 @@
-"""Tensors of one micro-batch, and the padding that makes them."""
+"""Tensors of one micro-batch, and functions that pad rows to tensors."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import Tensor
 
 @dataclasses.dataclass
 class MicroBatch:
-    """B rows, trimmed to their longest prompt P and their longest completion T.
+    """B rows, padded to their longest prompt P and their longest completion T.
 
     Attributes:
         prompt_ids, prompt_mask: ``(B, P)`` int64, left-padded.
-        distinct_prompts: ``(u,)`` int64, one row of each distinct prompt.
-        prompt_index: ``(B,)`` int64, the distinct prompt of each row.
-        completion_ids, completion_mask: ``(B, T)`` int64, right-padded; the mask marks the tokens that exist.
-        loss_mask: ``(B, T)`` int64, the tokens that are trained on.
+        distinct_prompts: ``(u,)`` int64, the first row of each distinct prompt.
+        prompt_index: ``(B,)`` int64, index into ``distinct_prompts`` for each row.
+        completion_ids, completion_mask: ``(B, T)`` int64, right-padded; the mask is 0 at padding.
+        loss_mask: ``(B, T)`` int64, 1 at the tokens of the loss.
         advantages: ``(B,)`` fp32.
         old_logps, ref_logps, sampling_logps: ``(B, T)`` fp32 or None.
         normaliser: divisor of the token-normalised losses.
-        weight: factor on the loss that makes up for rows that were left out.
-        known_lengths: tokens of each prompt and of each completion, see `lengths`.
+        weight: factor on the loss that accounts for skipped rows, see `kept_rows_weight`.
+        known_lengths: tokens of each prompt and of each completion; None computes them in `lengths`.
     """
 
     prompt_ids: Tensor
@@ -42,14 +42,14 @@ class MicroBatch:
     known_lengths: tuple[list[int], list[int]] | None = None
 
     def lengths(self) -> tuple[list[int], list[int]]:
-        """Tokens of each prompt and of each completion; synchronizes the device only if they are not known."""
+        """Return the tokens of each prompt and of each completion; host sync only if ``known_lengths`` is None."""
         if self.known_lengths is None:
             self.known_lengths = self.prompt_mask.sum(dim=1).tolist(), self.completion_mask.sum(dim=1).tolist()
         return self.known_lengths
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """``(ids, mask)``, both ``(n, longest)`` int64, with the padding before the tokens."""
+    """Return ``(ids, mask)``, both ``(n, longest)`` int64, with the padding before the tokens."""
     width = max(len(row) for row in rows)
     ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
@@ -57,7 +57,7 @@ def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | 
 
 
 def right_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """``(ids, mask)``, both ``(n, longest)`` int64, with the padding after the tokens."""
+    """Return ``(ids, mask)``, both ``(n, longest)`` int64, with the padding after the tokens."""
     width = max(len(row) for row in rows)
     ids = torch.tensor([list(row) + [pad_id] * (width - len(row)) for row in rows], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
@@ -65,7 +65,7 @@ def right_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device |
 
 
 def unique_rows(rows: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
-    """``(first, which)``: the first row of each distinct value, and for each row the index of its distinct value."""
+    """Return ``(first, which)``: the first row of each distinct value, and for each row its index into ``first``."""
     seen: dict[tuple[int, ...], int] = {}
     first: list[int] = []
     which = []

@@ -1,4 +1,4 @@
-"""Rows of a micro-batch whose gradient is known to be zero, and what leaving them out does to the reduction."""
+"""Skip the rows of a micro-batch whose gradient is known to be zero, and correct the reduction for them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from grpo_ext.config import LossConfig
 def rows_with_gradient(
     config: LossConfig, advantages: Sequence[float], trained: Sequence[bool], advantage_decides: bool = True
 ) -> list[int]:
-    """Positions of the rows that the loss has a gradient at.
+    """Return the positions of the rows whose gradient may be nonzero.
 
-    A row outside the loss mask never has one. A row of advantage 0 has none where nothing but the policy term looks at
-    it: not with a KL term, an entropy bonus, or an entropy quantile over all tokens.
+    A row outside the loss mask has no gradient. A row of advantage 0 has none if the loss consists of the policy term
+    only, without KL term, entropy bonus and entropy quantile over all tokens.
 
     Args:
-        advantages, trained: one value per row.
+        config: the constants of the loss.
+        advantages: advantage of each row.
+        trained: whether the loss mask includes the row.
         advantage_decides: False keeps rows of advantage 0.
     """
     policy_only = config.beta == 0 and config.entropy_coef == 0 and config.top_entropy_quantile >= 1
@@ -24,15 +26,16 @@ def rows_with_gradient(
     return [i for i, (a, use) in enumerate(zip(advantages, trained, strict=True)) if use and not (drop_zero and a == 0)]
 
 
-def remaining_weight(loss_type: str, rows: float, kept_rows: int, tokens: float, kept_tokens: int) -> float:
-    """Factor that turns the loss of the kept rows into that of all rows (SPEC section 3).
+def kept_rows_weight(loss_type: str, rows: float, kept_rows: int, tokens: float, kept_tokens: int) -> float:
+    """Return the factor that turns the loss of the kept rows into that of all rows (SPEC section 3).
 
-    Means over sequences and the constant divisor of dr_grpo count rows, bnpo counts the tokens of the loss mask; the
-    divisor of the others comes from outside.
+    The divisors of grpo, sapo, luspo and dr_grpo count rows. That of bnpo counts tokens of the loss mask. The others
+    divide by ``num_items_in_batch``, which skipping does not change.
 
     Args:
-        rows, kept_rows: sequences of the micro-batch, and of what is left of it.
-        tokens, kept_tokens: tokens of their loss masks.
+        loss_type: a `LossConfig.loss_type`.
+        rows, kept_rows: number of all rows and of the kept rows.
+        tokens, kept_tokens: number of tokens in the loss masks of all rows and of the kept rows.
     """
     if loss_type in ("grpo", "sapo", "luspo", "dr_grpo"):
         return kept_rows / max(rows, 1)

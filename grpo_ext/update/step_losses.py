@@ -1,4 +1,4 @@
-"""The `loss` and `train_loss` of a run: means over the optimizer steps that were taken."""
+"""Correct the logged ``loss`` and ``train_loss`` to means over the optimizer steps that were taken."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class StepLosses(TrainerCallback):
-    """Keeps the losses of skipped steps out of the sum that `transformers.Trainer` logs.
+    """Remove the losses of skipped steps from the sum that `transformers.Trainer` logs.
 
-    transformers adds every micro-batch's loss to one tensor, and divides by all steps. One NaN would stay in it for the
-    rest of the run.
+    transformers adds every micro-batch's loss to one 0-d tensor and divides it by the number of all steps. One NaN
+    would stay in the tensor until the run ends.
 
     Args:
-        total: that tensor, 0-d.
+        total: returns that tensor.
     """
 
     def __init__(self, total: Callable[[], Tensor]) -> None:
         self.total = total
         self._before: Tensor | None = None
-        self._run = [0, 0]  # steps, and those of them that were skipped
+        self._run = [0, 0]  # all steps, skipped steps
         self._log = [0, 0]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Forget an earlier run."""
+        """Reset the counts of an earlier run."""
         self._run, self._log = [0, 0], [0, 0]
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Copy the sum on its device, before the step's first micro-batch."""
+        """Copy the sum before the step's first micro-batch, without a host sync."""
         self._before = self.total().clone()
 
     def end_step(self, skipped: bool) -> None:
-        """Count a step, and take its losses back if it was skipped."""
+        """Count a step, and remove its losses from the sum if it was skipped."""
         for counts in (self._run, self._log):
             counts[0] += 1
             counts[1] += skipped
@@ -47,12 +47,12 @@ class StepLosses(TrainerCallback):
             self.total().copy_(self._before)
 
     def logged(self, mean: float) -> float:
-        """The mean over the steps taken since the last log, from transformers' over all of them; NaN without any."""
+        """Convert transformers' mean since the last log to a mean over the steps taken; NaN if none was taken."""
         (steps, skipped), self._log = self._log, [0, 0]
         return _over_taken(mean, steps, skipped)
 
     def of_run(self, mean: float) -> float:
-        """As `logged`, for the whole run."""
+        """Convert transformers' mean of the run to a mean over the steps taken."""
         return _over_taken(mean, *self._run)
 
 

@@ -22,7 +22,7 @@ from accelerate.utils import DistributedType
 import grpo_ext.cli.train as train
 from grpo_ext.cli.main import main
 from grpo_ext.cli.settings import RunSettings
-from grpo_ext.modules.sharding import acts_jointly
+from grpo_ext.modules.sharding import forward_is_collective
 
 KIND = "ddp"
 plain_config = train.make_config
@@ -48,9 +48,9 @@ def make_config(settings: RunSettings, folder: str) -> Any:
     return args
 
 
-def said_acts_jointly(model: Any) -> bool:
+def recorded_forward_is_collective(model: Any) -> bool:
     """Says what the command found out about the weights."""
-    result = acts_jointly(model)
+    result = forward_is_collective(model)
     print(f"{KIND}: in pieces {result}")
     return result
 
@@ -58,7 +58,7 @@ def said_acts_jointly(model: Any) -> bool:
 if __name__ == "__main__":
     if "SWITCH_SECONDS" in os.environ:
         sys.setswitchinterval(float(os.environ["SWITCH_SECONDS"]))
-    train.make_config, train.acts_jointly = make_config, said_acts_jointly
+    train.make_config, train.forward_is_collective = make_config, recorded_forward_is_collective
     for KIND, arguments in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):  # noqa: B007
         status = main(arguments)
         if status:

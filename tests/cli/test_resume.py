@@ -62,7 +62,7 @@ def test_a_stopped_run_ends_with_the_command_that_resumes_it(
         assert main(["train", config, "--output_dir", str(folder)]) == 130
         last = capsys.readouterr().err.splitlines()[-1]
     command = f"grpo-ext train '{folder}/config.yaml' --resume_from_checkpoint true"
-    assert last == f"The state after step 1 is saved in {folder}/checkpoint-1: go on with {command}"
+    assert last == f"The state after step 1 is saved in {folder}/checkpoint-1: resume with {command}"
     monkeypatch.delenv("STOP_BY")
     assert main(shlex.split(command)[1:]) == 0
     mine, theirs = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (folder, tmp_path / "whole"))
@@ -112,4 +112,4 @@ def test_what_a_folder_refuses(
     assert f"{newest}/optimizer.pt is missing" in capsys.readouterr().err
     # The same model under another name is the same model, and the length of a run may change.
     assert main([*resume, "--model", str(other), "--max_steps", "3"]) == 0
-    assert f"going on from {folder}/checkpoint-1: {newest}/optimizer.pt is missing" in capsys.readouterr().out
+    assert f"resuming from {folder}/checkpoint-1: {newest}/optimizer.pt is missing" in capsys.readouterr().out

@@ -5,7 +5,7 @@
 A round is three passes without gradient and two micro-batches, sharded as accelerate does it. Prints a line of JSON for
 each case: ``wrong`` counts, on this rank, reads of weights other than those that were there first, ``dropped`` the
 all-gathers that a backward has begun for nobody, ``ahead`` those that were begun before they were needed. Nothing of it
-is the trainer's but `prefetch_in_order` and `wait_for_gathers`.
+is the trainer's but `set_backward_prefetch` and `wait_for_all_gathers`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from toys import build_model
 from two_process_worker import counted_drops
 
-from grpo_ext.modules.sharding import prefetch_in_order, wait_for_gathers
+from grpo_ext.modules.sharding import set_backward_prefetch, wait_for_all_gathers
 
 ROUNDS = 30
 
@@ -80,7 +80,7 @@ def run(device: torch.device, in_order: bool, frozen: bool) -> dict[str, Any]:
     wrong = watch(model)
     shard(model, device)
     if in_order:
-        prefetch_in_order(model)
+        set_backward_prefetch(model)
     generator = torch.Generator().manual_seed(dist.get_rank())
     ids = [torch.randint(2, 32, (4, 8), generator=generator).to(device) for _ in range(5)]
     with counted_drops() as dropped, counted_prefetches() as ahead:
@@ -93,7 +93,7 @@ def run(device: torch.device, in_order: bool, frozen: bool) -> dict[str, Any]:
                 logits = model(input_ids=batch, use_cache=False).logits
                 logits.log_softmax(-1).gather(-1, batch.unsqueeze(-1)).mean().backward()
                 if in_order:
-                    assert wait_for_gathers(model)
+                    assert wait_for_all_gathers(model)
             model.zero_grad()
     found = {"wrong": int(wrong), "dropped": dropped[0], "ahead": ahead[0]}
     return {"in_order": in_order, "frozen": frozen, **found}

@@ -90,7 +90,7 @@ def test_layout() -> None:
         fed = (prompt + completion)[: ids.shape[1]]
         assert ids[row, : len(fed)].tolist() == fed
     # Each position's number through `completion_rows`: token t of a row is predicted from position len(prompt)-1+t.
-    numbers = torch.arange(ids.shape[1]).float().expand(4, -1)[:, -aligned.kept :].unsqueeze(-1)
+    numbers = torch.arange(ids.shape[1]).float().expand(4, -1)[:, -aligned.logits_to_keep :].unsqueeze(-1)
     found = aligned.completion_rows(numbers).squeeze(-1)
     for row, (prompt, completion) in enumerate(zip(UNEQUAL, COMPLETIONS, strict=True)):
         assert found[row, : len(completion)].tolist() == [len(prompt) - 1 + t for t in range(len(completion))]

@@ -12,7 +12,7 @@ from toys import EOS, PAD, build_model
 
 from grpo_ext import LossConfig, grpo_loss
 from grpo_ext.rollouts.rollout import Rollout
-from grpo_ext.trainer.models import keep_logits_dtype
+from grpo_ext.trainer.models import keep_half_precision_logits
 from grpo_ext.update.layouts.chooser import LayoutChooser
 from grpo_ext.update.layouts.shared_prompt import least_saving_on_gpu
 from grpo_ext.update.micro_batch import MicroBatch
@@ -168,7 +168,7 @@ def test_mixed_precision_logits_stay_bf16() -> None:
         model = accelerator.prepare_model(build_model())
         batch = rollout().micro_batch(0, PAD, "cpu")
         assert logits_of(LayoutChooser(model), model, batch).dtype == torch.float32
-        keep_logits_dtype(accelerator.unwrap_model(model), accelerator.autocast)
+        keep_half_precision_logits(accelerator.unwrap_model(model), accelerator.autocast)
         assert logits_of(LayoutChooser(model), model, batch).dtype == torch.bfloat16
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)

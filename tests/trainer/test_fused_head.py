@@ -230,13 +230,13 @@ def changed(kind: type[nn.Module]) -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: changed(Doubled), "changes its logits after the head in a way that its config does not name"),
+        (lambda: changed(Doubled), "transforms its logits after the head in a way that its config does not state"),
         (lambda: changed(WithBias), "changes its logits after the head"),
         (lambda: changed(Elsewhere), "called its output layer 0 times"),
         (lambda: changed(NeedsTheBatch), r"needs the logits themselves \(IndexError\)"),
         (
             lambda: get_peft_model(build_model(), LoraConfig(r=2, target_modules=["lm_head", "q_proj"])),
-            "the head carries an adapter of its own",
+            "the head has an adapter",
         ),
     ],
     ids=["doubled", "bias", "head-not-called", "needs-the-batch", "lora-on-the-head"],
@@ -293,7 +293,7 @@ def test_errors_of_later_calls_are_not_swallowed() -> None:
     [
         ({}, "fused head"),
         ({"use_fused_head": False}, "logits: use_fused_head=False"),
-        ({"peft_config": LoraConfig(r=2, target_modules=["lm_head"])}, "logits: the head carries an adapter"),
+        ({"peft_config": LoraConfig(r=2, target_modules=["lm_head"])}, "logits: the head has an adapter"),
     ],
     ids=["automatic", "off", "lora-head"],
 )
@@ -308,7 +308,7 @@ def test_trainer_says_which_path(
 
 
 def test_trainer_refuses_what_cannot_be(make_trainer: Make) -> None:
-    with pytest.raises(ValueError, match=r"use_fused_head=True, but the head carries an adapter of its own .*leave it"):
+    with pytest.raises(ValueError, match=r"use_fused_head=True, but the head has an adapter .*leave it"):
         make_trainer(use_fused_head=True, peft_config=LoraConfig(r=2, target_modules=["lm_head"]))
 
 

@@ -161,7 +161,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, "DoraLinearVariant"),
     "lora_bias": ({"bias": True, "lora_bias": True}, "lora_bias"),
     "several": ({}, "2 adapters are active"),
-    "other adapter": ({}, "the active adapter leaves it alone"),
+    "other adapter": ({}, "the active adapter does not cover it"),
     "merged": ({}, "an adapter is merged"),
     "disabled": ({}, "the adapter is disabled"),
     "subclass": ({}, "a part is no plain torch.nn.Linear but Other"),
@@ -193,7 +193,7 @@ def test_left_to_peft(case: str) -> None:
         with switched(model, attached) as fused:
             results.append(values(model, x))
             if attached:
-                assert fused.describe() == f"fused, 0 of 1 layers (1 left to PEFT: {reason})"
+                assert fused.describe() == f"fused, 0 of 1 layers (1 run by PEFT: {reason})"
     assert_same(results[1], results[0], rtol=0, atol=0)
 
 
@@ -201,7 +201,7 @@ def test_fp64_under_autocast() -> None:
     """Autocast leaves fp64 alone, so it is not this module's to convert."""
     model = net().double()
     want, got, served = both(model, INPUTS["rows"].double(), amp=True)
-    assert "1 left to PEFT: x in torch.float64" in served
+    assert "1 run by PEFT: x in torch.float64" in served
     assert_same(got, want, rtol=0, atol=0)
 
 
@@ -222,7 +222,7 @@ def test_hook_on_all_modules() -> None:
     try:
         with switched(model, True) as fused:
             model(INPUTS["rows"])
-            assert fused.describe() == "fused, 0 of 1 layers (1 left to PEFT: hooks on all modules)"
+            assert fused.describe() == "fused, 0 of 1 layers (1 run by PEFT: hooks on all modules)"
     finally:
         handle.remove()
     assert layer_of(model).base_layer in seen
@@ -235,7 +235,7 @@ def test_conv1d_base() -> None:
     want = model(input_ids=x).logits
     with switched(model, True) as fused:
         torch.testing.assert_close(model(input_ids=x).logits, want, rtol=0, atol=0)
-        assert "(1 left to PEFT: a part is no plain torch.nn.Linear but Conv1D)" in fused.describe()
+        assert "(1 run by PEFT: a part is no plain torch.nn.Linear but Conv1D)" in fused.describe()
 
 
 def build_gpt2() -> Any:
@@ -251,9 +251,9 @@ def test_layers_of_other_kinds() -> None:
     model = get_peft_model(build_model(), LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]))
     with switched(model, True) as fused:
         model(input_ids=torch.tensor([[5, 6]]))
-        assert fused.describe() == "fused, 2 of 3 layers (1 left to PEFT: no plain lora.Linear)"
+        assert fused.describe() == "fused, 2 of 3 layers (1 run by PEFT: no plain lora.Linear)"
         fused.wanted = True
-        with pytest.raises(RuntimeError, match=r"use_fused_lora=True, but of 3 LoRA layers 1 left .*; leave it None"):
+        with pytest.raises(RuntimeError, match=r"use_fused_lora=True, but of 3 LoRA layers 1 run .*; leave it None"):
             fused.describe()
 
 
@@ -264,5 +264,5 @@ def test_adapter_names_in_a_batch() -> None:
     want = model(INPUTS["batch"], adapter_names=names)
     with switched(model, True) as fused:
         torch.testing.assert_close(model(INPUTS["batch"], adapter_names=names), want, rtol=0, atol=0)
-        assert "arguments beside x" in fused.describe()
+        assert "arguments other than x" in fused.describe()
     assert not torch.equal(want, model(INPUTS["batch"]))

@@ -28,7 +28,7 @@ def test_cast_once() -> None:
     fused = FusedLora(model)
     with fused.attached():
         want = values(model, x, amp=True)
-        with fused.cast_once(BF16):
+        with fused.precast_weights(BF16):
             assert_same(values(model, x, amp=True), want, rtol=0, atol=0)
             with Kernels() as kernels, torch.autocast("cpu", BF16):
                 model(x)
@@ -44,7 +44,7 @@ def test_one_cast_for_all_layers() -> None:
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.float() if "lora_" in name else parameter.data
     fused = FusedLora(model)
-    with fused.attached(), Kernels() as kernels, fused.cast_once(BF16):
+    with fused.attached(), Kernels() as kernels, fused.precast_weights(BF16):
         assert all("_lora_casts" in vars(layer) for layer in lora_layers(model))
     assert kernels.counts == {"empty": 1, "_foreach_copy_": 1}
 
@@ -53,7 +53,7 @@ def test_a_model_on_two_devices() -> None:
     model = adapted()
     lora_layers(model)[3].to("meta")
     fused = FusedLora(model)
-    with fused.attached(), fused.cast_once(BF16):
+    with fused.attached(), fused.precast_weights(BF16):
         for layer in lora_layers(model):
             for cast in vars(layer)["_lora_casts"]:
                 assert cast.rounded.device == cast.weight.device
@@ -70,7 +70,7 @@ def test_no_adapter_or_several(active: list[str]) -> None:
     with torch.autocast("cpu", BF16):
         want = model.base_model(x)
         fused = FusedLora(model)
-        with fused.attached(), fused.cast_once(BF16):
+        with fused.attached(), fused.precast_weights(BF16):
             assert torch.equal(model.base_model(x), want)
             assert f"{len(active)} adapters are active" in fused.describe()
 
@@ -100,7 +100,7 @@ def test_a_weight_that_changes_in_between(change: Callable[[Any], None]) -> None
     model = net(weights=BF16)
     x = INPUTS["batch"].to(BF16)
     fused = FusedLora(model)
-    with fused.attached(), fused.cast_once(BF16):
+    with fused.attached(), fused.precast_weights(BF16):
         before = values(model, x, amp=True)
         torch.manual_seed(1)
         change(model)
@@ -116,9 +116,9 @@ def test_another_autocast_than_expected() -> None:
     fused = FusedLora(model)
     with fused.attached():
         want = values(model, INPUTS["batch"], amp=True)
-        with fused.cast_once(torch.float16):
+        with fused.precast_weights(torch.float16):
             assert_same(values(model, INPUTS["batch"], amp=True), want, rtol=0, atol=0)
-        with fused.cast_once(None):
+        with fused.precast_weights(None):
             assert_same(values(model, INPUTS["batch"], amp=True), want, rtol=0, atol=0)
 
 
@@ -130,9 +130,9 @@ def test_graphs_outlive_their_casts() -> None:
     with fused.attached():
         want = values(model, x, amp=True)
         model.zero_grad()
-        with fused.cast_once(BF16), torch.autocast("cpu", BF16):
+        with fused.precast_weights(BF16), torch.autocast("cpu", BF16):
             y = model(x)
-        with fused.cast_once(BF16):
+        with fused.precast_weights(BF16):
             y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(y.dtype))
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert grads.keys() == want.keys() - {"x", "y"}
@@ -160,7 +160,7 @@ def test_on_a_gpu(inputs: torch.dtype) -> None:
 
     want = measured(model, x, True)
     fused = FusedLora(model)
-    with fused.attached(), fused.cast_once(BF16):
+    with fused.attached(), fused.precast_weights(BF16):
         got = measured(model, x, True)
         again = measured(model, x, True)
         assert fused.describe() == "fused, 1 of 1 layers"

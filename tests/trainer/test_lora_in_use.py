@@ -58,7 +58,7 @@ def test_switching() -> None:
     with switched(model, True) as fused:
         for step, value in walk():
             got[step] = value
-            served[step] = "left to PEFT" not in fused.describe()
+            served[step] = "run by PEFT" not in fused.describe()
     assert [step for step, ours in served.items() if not ours] == ["disabled", "merged"]
     for step in want:
         assert_same(got[step], want[step], atol=1e-5)
@@ -119,14 +119,14 @@ def test_forward_that_somebody_replaced() -> None:
     layer_of(model).forward = lambda x: x + 1
     with switched(model, True) as fused:
         assert torch.equal(model(INPUTS["rows"]), INPUTS["rows"] + 1)
-        assert fused.describe() == "fused, 0 of 1 layers (1 left to PEFT: no plain lora.Linear)"
+        assert fused.describe() == "fused, 0 of 1 layers (1 run by PEFT: no plain lora.Linear)"
     assert torch.equal(model(INPUTS["rows"]), INPUTS["rows"] + 1)
 
 
 def test_no_layers() -> None:
     model = build_model()
     assert lora_layers(model) == []
-    assert FusedLora(model).describe() == "PEFT's own, the model has no LoRA layers"
+    assert FusedLora(model).describe() == "PEFT's forward, the model has no LoRA layers"
     with pytest.raises(ValueError, match="use_fused_lora=True, but the model has no LoRA layers: leave it None"):
         FusedLora(model, True)
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
@@ -204,7 +204,7 @@ def run(make_trainer: Make, **changes: Any) -> tuple[list[dict[str, Tensor]], li
 def test_trainer(make_trainer: Make, capsys: pytest.CaptureFixture[str], changes: dict[str, Any]) -> None:
     """The same steps with and without; with beta the reference is the model without its adapter."""
     want, want_lines = run(make_trainer, use_fused_lora=False, **changes)
-    assert "LoRA layers: PEFT's own, use_fused_lora=False\n" in capsys.readouterr().out
+    assert "LoRA layers: PEFT's forward, use_fused_lora=False\n" in capsys.readouterr().out
     got, got_lines = run(make_trainer, use_fused_lora=True, **changes)
     assert "LoRA layers: fused, 14 of 14 layers\n" in capsys.readouterr().out
     assert len(want) == len(want_lines) == len(got) == len(got_lines) == 2
@@ -227,7 +227,7 @@ def test_trainer_in_bf16(make_trainer: Make, capsys: pytest.CaptureFixture[str])
 
 def test_trainer_says_what_it_left(make_trainer: Make, capsys: pytest.CaptureFixture[str]) -> None:
     make_trainer(model=adapted(lora_dropout=0.1), engine=FixedEngine()).train()
-    assert "LoRA layers: fused, 0 of 14 layers (14 left to PEFT: lora_dropout)\n" in capsys.readouterr().out
+    assert "LoRA layers: fused, 0 of 14 layers (14 run by PEFT: lora_dropout)\n" in capsys.readouterr().out
     make_trainer(engine=FixedEngine()).train()
     assert "LoRA layers" not in capsys.readouterr().out
 
@@ -236,6 +236,6 @@ def test_trainer_refuses(make_trainer: Make) -> None:
     with pytest.raises(ValueError, match="use_fused_lora=True, but the model has no LoRA layers"):
         make_trainer(use_fused_lora=True)
     trainer = make_trainer(model=adapted(lora_dropout=0.1), engine=FixedEngine(), use_fused_lora=True)
-    with pytest.raises(RuntimeError, match="use_fused_lora=True, but of 14 LoRA layers 14 left to PEFT: lora_dropout"):
+    with pytest.raises(RuntimeError, match="use_fused_lora=True, but of 14 LoRA layers 14 run by PEFT: lora_dropout"):
         trainer.train()
     assert trainer.state.global_step == 0

@@ -24,7 +24,7 @@ from grpo_ext.update.filling import sorted_order
 from grpo_ext.update.guard import NonfiniteError, NonfiniteGuard
 from grpo_ext.update.layouts import LayoutChooser
 from grpo_ext.update.loss import ModelPass, companions
-from grpo_ext.update.metrics import MetricWindow
+from grpo_ext.update.metrics import MetricBuffer
 from grpo_ext.update.micro_batch import MicroBatch
 from grpo_ext.update.reference_model import ReferenceModel
 from grpo_ext.update.skipping import rows_with_gradient
@@ -226,7 +226,7 @@ def test_packed_equals_padded(attention: str) -> None:
 
 
 def test_packing_where_the_attention_does_not_allow_it() -> None:
-    """A model that ignores position ids mixes what lies end to end: found by trying, and said."""
+    """A model that ignores position ids mixes packed sequences: the test detects and reports it."""
 
     class Mixing(type(build_model())):  # type: ignore[misc]
         def forward(self, *args: Any, position_ids: Any = None, logits_to_keep: Any = 0, use_cache: Any = None,
@@ -238,7 +238,7 @@ def test_packing_where_the_attention_does_not_allow_it() -> None:
     forward = LayoutChooser(model, False, True)
     policy = ModelPass(forward, FusedHead(model), LossConfig())
     policy.loss(model, batch)
-    assert forward.padded_because == "the model does not keep sequences apart that lie end to end (sdpa)"
+    assert forward.padded_because == "the model does not separate packed sequences (sdpa)"
     assert policy.head.serves
 
 
@@ -463,7 +463,7 @@ def test_an_infinite_loss_under_a_scaler_takes_no_step(tmp_path: Path) -> None:
     model = torch.nn.ParameterList([weight])
     optimizer = torch.optim.AdamW([weight], lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    guard = NonfiniteGuard(9, MetricWindow(), lambda value: value, tmp_path, 0)
+    guard = NonfiniteGuard(9, MetricBuffer(), lambda value: value, tmp_path, 0)
     for number, extra in enumerate((0.0, math.inf, 0.0)):
         before = weight.detach().clone()
         loss = weight.square().sum() + extra

@@ -1,4 +1,4 @@
-"""The window between two logs, and what a run writes down."""
+"""The metrics collected between two logs, and what a run writes down."""
 
 from __future__ import annotations
 
@@ -17,47 +17,47 @@ from grpo_ext.generation.engine import Completions
 from grpo_ext.rollouts.data import check_dataset, columns_of
 from grpo_ext.rollouts.evaluation import evaluate_rows, evaluation_metrics, evaluation_rows
 from grpo_ext.trainer.records import MetricsFileCallback, print_completions, prompt_text, write_completions
-from grpo_ext.update.metrics import MetricWindow
+from grpo_ext.update.metrics import MetricBuffer
 
 
 def test_reductions() -> None:
-    window = MetricWindow()
+    metrics = MetricBuffer()
     for value, weight in ((1.0, 1.0), (torch.tensor(4.0), torch.tensor(3.0)), (math.nan, 5.0)):
-        window.add("mean", value, weight=weight)
+        metrics.add("mean", value, weight=weight)
         for reduce in ("sum", "min", "max", "last"):
-            window.add(reduce, value, reduce=reduce)
-    window.add("nothing", math.nan)
-    window.add("weightless", 3.0, weight=0.0)
-    result = window.flush()
+            metrics.add(reduce, value, reduce=reduce)
+    metrics.add("nothing", math.nan)
+    metrics.add("weightless", 3.0, weight=0.0)
+    result = metrics.flush()
     assert math.isnan(result.pop("nothing"))
     assert result == {"mean": 3.25, "sum": 5.0, "min": 1.0, "max": 4.0, "last": 4.0, "weightless": 0.0}
-    assert window.flush() == {}
+    assert metrics.flush() == {}
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, torch sees none")
 def test_values_of_two_devices() -> None:
     """A micro-batch that had nothing to compute leaves numbers on the CPU beside the others' on the GPU."""
-    window = MetricWindow()
+    metrics = MetricBuffer()
     for value in (torch.tensor(1.0, device="cuda"), torch.tensor(4.0), 7.0):
-        window.add("loss", value)
-    assert window.flush() == {"loss": 4.0}
+        metrics.add("loss", value)
+    assert metrics.flush() == {"loss": 4.0}
 
 
 def test_ranks_are_joined() -> None:
-    window = MetricWindow()
-    window.add("mean", 1.0, weight=2.0)
-    window.add("min", 1.0, reduce="min")
-    window.add("sum", 1.0, reduce="sum")
+    metrics = MetricBuffer()
+    metrics.add("mean", 1.0, weight=2.0)
+    metrics.add("min", 1.0, reduce="min")
+    metrics.add("sum", 1.0, reduce="sum")
     other = torch.tensor([[8.0, 2.0, 1.0], [-1.0, 1.0, 1.0], [2.0, 1.0, 1.0]], dtype=torch.float64)
-    result = window.flush(lambda mine: torch.cat([mine, other]))
+    result = metrics.flush(lambda mine: torch.cat([mine, other]))
     assert result == {"mean": 2.5, "min": -1.0, "sum": 3.0}
 
 
 def test_lengths() -> None:
-    window = MetricWindow()
-    window.add_lengths([1, 2, 6], [True, True, False])
-    result = window.flush()
+    metrics = MetricBuffer()
+    metrics.add_lengths([1, 2, 6], [True, True, False])
+    result = metrics.flush()
     assert result["completions/mean_length"] == 3
     assert result["completions/min_length"] == 1
     assert result["completions/max_length"] == 6

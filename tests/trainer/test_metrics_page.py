@@ -50,7 +50,7 @@ def test_names_of_a_run(make_trainer: Callable[..., GRPOTrainer], dataset: list[
 
 def test_names_in_the_code() -> None:
     """Those of branches that a short run does not take, too."""
-    call = re.compile(r'(?:\badd|_record|\btimed)\(\s*(?:self\.window, |window, )?"([\w/]+)"')
+    call = re.compile(r'(?:\badd|_record|\btimed)\(\s*(?:self\.metrics, |metrics, )?"([\w/]+)"')
     names = {name for file in (ROOT / "grpo_ext").rglob("*.py") for name in call.findall(file.read_text("utf-8"))}
     assert {"time/rewards_hidden", "time/vllm_check", "nonfinite_steps", "tokens/padded"} <= names
     assert sorted(name for name in names if not explained(name)) == []

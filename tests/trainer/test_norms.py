@@ -171,7 +171,7 @@ def test_halves(dtype: torch.dtype, amp: bool) -> None:
 @pytest.mark.parametrize(("weights", "inputs"), [(torch.float32, BF16), (BF16, torch.float32)], ids=str)
 def test_two_types_are_the_models(weights: torch.dtype, inputs: torch.dtype) -> None:
     want, got, served = both(Net().to(weights), INPUTS["batch"].to(inputs))
-    assert served == f"fused, 0 of 1 layers (1 left to the model: x in {inputs}, weight in {weights})"
+    assert served == f"fused, 0 of 1 layers (1 run by the model: x in {inputs}, weight in {weights})"
     for key, value in want.items():
         torch.testing.assert_close(got[key], value, rtol=0, atol=0)
 
@@ -197,7 +197,7 @@ def test_other_calls_are_the_models() -> None:
     fused = FusedNorms(model)
     with fused.attached():
         torch.testing.assert_close(model.norm(x, 2.0), 2 * OwnRMSNorm(24)(x))
-        assert fused.describe() == "fused, 0 of 1 layers (1 left to the model: arguments beside x)"
+        assert fused.describe() == "fused, 0 of 1 layers (1 run by the model: arguments other than x)"
         model.norm(x)
         assert str(fused) == "RMSNorm layers: fused, 1 of 1 layers"
 
@@ -211,7 +211,7 @@ def test_layers_of_a_class_may_differ(order: str) -> None:
     fused = FusedNorms(model)
     with fused.attached():
         torch.testing.assert_close(model(INPUTS["batch"]), want)
-        assert fused.describe() == "fused, 1 of 2 layers (1 left to the model: no plain RMSNorm)"
+        assert fused.describe() == "fused, 1 of 2 layers (1 run by the model: no plain RMSNorm)"
 
 
 def test_layers_that_no_call_reaches() -> None:
@@ -235,7 +235,7 @@ def test_nothing_stays_behind() -> None:
 
 def test_wanted() -> None:
     model = nn.Linear(2, 2)
-    assert FusedNorms(model).describe() == "the model's own, the model has no RMSNorm layers"
+    assert FusedNorms(model).describe() == "the model's forward, the model has no RMSNorm layers"
     with pytest.raises(ValueError, match="use_fused_norm=True, but the model has no RMSNorm layers: leave it None"):
         FusedNorms(model, True)
     with pytest.raises(ValueError, match=r"use_fused_norm=True, but torch.compile fuses them itself"):
@@ -245,7 +245,7 @@ def test_wanted() -> None:
     fused = FusedNorms(odd, True)
     with fused.attached():
         odd(INPUTS["batch"])
-        with pytest.raises(RuntimeError, match="of 1 RMSNorm layers 1 left to the model: no plain RMSNorm; leave it"):
+        with pytest.raises(RuntimeError, match="of 1 RMSNorm layers 1 run by the model: no plain RMSNorm; leave it"):
             fused.describe()
 
 
@@ -311,7 +311,7 @@ def run(make_trainer: Make, **changes: Any) -> tuple[list[dict[str, Tensor]], li
 @pytest.mark.parametrize("changes", [{}, {"beta": 0.1}, {"gradient_checkpointing": True}], ids=str)
 def test_trainer(make_trainer: Make, capsys: pytest.CaptureFixture[str], changes: dict[str, Any]) -> None:
     want, want_lines = run(make_trainer, use_fused_norm=False, **changes)
-    assert "RMSNorm layers: the model's own, use_fused_norm=False\n" in capsys.readouterr().out
+    assert "RMSNorm layers: the model's forward, use_fused_norm=False\n" in capsys.readouterr().out
     got, got_lines = run(make_trainer, use_fused_norm=True, **changes)
     assert "RMSNorm layers: fused, 5 of 5 layers\n" in capsys.readouterr().out
     assert len(want) == len(want_lines) == len(got) == len(got_lines) == 2

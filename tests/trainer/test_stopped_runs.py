@@ -16,7 +16,7 @@ from toys import reward_number
 from transformers import TrainerCallback
 
 from grpo_ext.trainer import GRPOTrainer
-from grpo_ext.trainer.checkpoint import fault_of, newest_whole
+from grpo_ext.trainer.checkpoint import checkpoint_fault, newest_complete
 from grpo_ext.trainer.run_lock import FolderInUseError, sole_run
 
 Make = Callable[..., GRPOTrainer]
@@ -113,7 +113,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(
     with pytest.raises(kind) as error:
         stopped.train()
     folder = tmp_path / "stopped" / f"checkpoint-{step}"
-    go_on = f"The state after step {step} is saved in {folder}: go on with"
+    go_on = f"The state after step {step} is saved in {folder}: resume with"
     assert error.value.__notes__ == [f"{go_on} trainer.train(resume_from_checkpoint='{folder}')"]
     assert [path.name for path in (tmp_path / "stopped").glob("checkpoint-*")] == [folder.name]
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
@@ -151,7 +151,7 @@ def test_a_second_ctrl_c_ends_the_saving(make_trainer: Make, monkeypatch: pytest
     monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", lambda _: ctrl_c())
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    assert "trainer_state.json is missing" in str(fault_of(Path(f"{trainer.args.output_dir}/checkpoint-1")))
+    assert "trainer_state.json is missing" in str(checkpoint_fault(Path(f"{trainer.args.output_dir}/checkpoint-1")))
 
 
 def test_what_is_saved_already_is_not_saved_again(make_trainer: Make) -> None:
@@ -176,7 +176,7 @@ def test_a_disk_that_is_full_leaves_the_error_and_the_checkpoint_before(
         save(value, path, *rest)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match=r"No space left(.|\n)*Step 2 cannot be saved \(OSError.*checkpoint-1: go on"):
+    with pytest.raises(OSError, match=r"No space left(.|\n)*Step 2 cannot be saved \(OSError.*checkpoint-1: resume"):
         trainer.train()
     assert not Path(f"{trainer.args.output_dir}/checkpoint-2").exists()
 
@@ -194,7 +194,7 @@ NEEDED = ["optimizer.pt", "scheduler.pt", "model.safetensors", "trainer_state.js
 @pytest.mark.parametrize(
     ("name", "damage"),
     [(name, "missing") for name in NEEDED]
-    + [(name, "cut short") for name in (*NEEDED, "rng_state.pth", "grpo_state_0.pt")],
+    + [(name, "truncated") for name in (*NEEDED, "rng_state.pth", "grpo_state_0.pt")],
 )
 def test_a_damaged_checkpoint_is_named_or_passed_over(
     make_trainer: Make, two_checkpoints: Path, name: str, damage: str, capsys: pytest.CaptureFixture[str]
@@ -209,12 +209,12 @@ def test_a_damaged_checkpoint_is_named_or_passed_over(
     with pytest.raises(ValueError, match=f"cannot resume from {path.parent}: {expected}"):
         make_trainer(max_steps=3).train(resume_from_checkpoint=str(path.parent))
     make_trainer(max_steps=3).train(resume_from_checkpoint=True)
-    assert f"going on from {two_checkpoints}/checkpoint-1: {expected}" in capsys.readouterr().out
+    assert f"resuming from {two_checkpoints}/checkpoint-1: {expected}" in capsys.readouterr().out
 
 
 def test_an_empty_newest_checkpoint(make_trainer: Make, two_checkpoints: Path) -> None:
     (two_checkpoints / "checkpoint-3").mkdir()
-    assert newest_whole(two_checkpoints)[0].name == "checkpoint-2"
+    assert newest_complete(two_checkpoints)[0].name == "checkpoint-2"
     for number in (1, 2):
         (two_checkpoints / f"checkpoint-{number}" / "optimizer.pt").unlink()
     with pytest.raises(

@@ -31,7 +31,7 @@ from transformers import TrainerCallback
 from grpo_ext.generation.engine import Completions, SamplingParams
 from grpo_ext.generation.errors import PromptError
 from grpo_ext.generation.vllm.weights import checkpoint_weights
-from grpo_ext.modules.sharding import is_sharded, whole
+from grpo_ext.modules.sharding import full_tensor, is_sharded
 from grpo_ext.trainer import GRPOConfig, GRPOTrainer
 from grpo_ext.update.guard import NonfiniteError
 
@@ -173,7 +173,7 @@ def make_trainer(
 def weights_of(trainer: GRPOTrainer) -> dict[str, torch.Tensor]:
     """All weights, put together; every rank must ask."""
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-    return {name: whole(p).cpu().clone() for name, p in model.named_parameters()}
+    return {name: full_tensor(p).cpu().clone() for name, p in model.named_parameters()}
 
 
 class Served(TrainerCallback):
@@ -214,7 +214,9 @@ def run(
         trainer.train(resume_from_checkpoint=resume)
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     result = {
-        "gradients": [torch.cat([whole(g).cpu().flatten() for g in step.values()]) for step in catcher.steps if step],
+        "gradients": [
+            torch.cat([full_tensor(g).cpu().flatten() for g in step.values()]) for step in catcher.steps if step
+        ],
         "logs": [line for line in trainer.state.log_history if "loss" in line],
         "eval_reward": trainer.evaluate()["eval_reward"],
         "weights": weights_of(trainer),

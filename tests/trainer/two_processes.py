@@ -16,7 +16,7 @@ import two_process_worker as worker
 
 # A step that replays logs no reward, so names are compared where they occur.
 SAME = ("loss", "reward", "reward_std", "kl", "entropy", "grad_norm", "num_tokens", "completions/mean_length")
-ALL_LEFT_TO_PEFT = "fused, 0 of 14 layers (14 left to PEFT: hooks on its parts)"
+ALL_RUN_BY_PEFT = "fused, 0 of 14 layers (14 run by PEFT: hooks on its parts)"
 
 
 def on_two(folder: Path, kinds: Sequence[str], timeout: float, **environment: str) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def compare(one: dict[str, Any], two: dict[str, Any], case: str, tolerance: floa
     if case == "lora":
         assert one["lora layers"] == "fused, 14 of 14 layers"
         in_hooks = two["kind"] == "zero3"  # it gathers the weights in hooks of the parts
-        assert two["lora layers"] == (ALL_LEFT_TO_PEFT if in_hooks else one["lora layers"])
+        assert two["lora layers"] == (ALL_RUN_BY_PEFT if in_hooks else one["lora layers"])
     assert one["eval_reward"] == pytest.approx(two["eval_reward"])
     assert one["generated"] == pytest.approx(two["generated"])
     assert two["generated"]["eval_completions/min_length"] < two["generated"]["eval_completions/max_length"]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from grpo_ext.generation.errors import WeightMismatchError
 from grpo_ext.generation.vllm.client import Answer
-from grpo_ext.modules.inspection import evaluating
+from grpo_ext.modules.inspection import eval_mode
 
 #: Tokens of the longest prefix, number of prefixes, and log probabilities per prefix.
 LENGTH, PREFIXES, TOP = 160, 8, 20
@@ -101,7 +101,7 @@ class WeightCheck:
         rows = len(self.lengths)
         base = getattr(model, "get_base_model", lambda: model)()
         keep = {"logits_to_keep": rows} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
-        with evaluating(model):
+        with eval_mode(model):
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **keep).logits[0]
         return logits[-rows:].float().log_softmax(dim=-1).cpu()
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo_ext.modules.inspection import is_peft_model
-from grpo_ext.modules.sharding import made_whole, whole
+from grpo_ext.modules.sharding import full_tensor, gathered_parameters
 
 
 def base_of(model: nn.Module) -> Any:
@@ -88,7 +88,7 @@ def _named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             del parts[at : at + 2]  # and the adapter's name
         if not tensor.is_floating_point():
             _refuse_quantised(name, tensor)
-        yield ".".join(parts), whole(tensor)
+        yield ".".join(parts), full_tensor(tensor)
 
 
 def _refuse_quantised(name: str, tensor: Tensor) -> None:
@@ -122,23 +122,23 @@ def _merged(layer: Any) -> Tensor:
             f"adapters {layer.merged_adapters} are merged into the base weights: call model.unmerge_adapter() first"
         )
     if layer.disable_adapters or not layer.active_adapters:
-        return whole(layer.get_base_layer().weight)
+        return full_tensor(layer.get_base_layer().weight)
     if _is_plain(layer):
-        weight = whole(layer.base_layer.weight)
+        weight = full_tensor(layer.base_layer.weight)
         total = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
         for name in layer.active_adapters:
             if name in layer.lora_A:
-                a, b = (whole(part[name].weight).to(total.dtype) for part in (layer.lora_A, layer.lora_B))
+                a, b = (full_tensor(part[name].weight).to(total.dtype) for part in (layer.lora_A, layer.lora_B))
                 total.addmm_(b, a, alpha=layer.scaling[name])
         return total.to(weight.dtype)
-    with made_whole(layer):
+    with gathered_parameters(layer):
         weight = layer.get_base_layer().weight
         before = weight.detach().clone()
         layer.merge()
         merged = weight.detach().clone()
         layer.unmerge()
         weight.copy_(before)
-        return whole(merged)
+        return full_tensor(merged)
 
 
 def _is_plain(layer: Any) -> bool:
@@ -186,7 +186,7 @@ def write_adapter(model: Any, folder: Path, write: bool = True) -> None:
     from safetensors.torch import save_file
 
     name = model.active_adapter
-    values = {key: whole(p) for key, p in model.named_parameters() if ".lora_" in key}
+    values = {key: full_tensor(p) for key, p in model.named_parameters() if ".lora_" in key}
     state = get_peft_model_state_dict(model, state_dict=values, adapter_name=name, save_embedding_layers=False)
     if not write:
         return

@@ -1,8 +1,8 @@
-"""How the tokens of a micro-batch lie in the model's input: one protocol, four layouts, one chooser.
+"""Layouts of a micro-batch as the model's input: one protocol, four layouts, one chooser.
 
-`padded` keeps prompts left-padded and completions right-padded. `left_aligned` moves all padding behind the rows, so
-that causal attention needs no mask. `shared_prompt` computes a prompt once for all its completions. `packed` lays the
-sequences end to end.
+`padded` pads prompts on the left and completions on the right. `left_aligned` moves all padding to the end of each row,
+so that causal attention needs no mask. `shared_prompt` computes a prompt once for all its completions. `packed`
+concatenates the sequences.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which layout a micro-batch takes: the one with the fewest positions that the model is proven to serve."""
+"""Choose the layout of a micro-batch: the one with the fewest positions among those that work with the model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from grpo_ext.modules.inspection import evaluating
+from grpo_ext.modules.inspection import eval_mode
 from grpo_ext.update.layouts.layout import Layout
 from grpo_ext.update.layouts.left_aligned import LeftAlignedLayout, reason_for_mask
 from grpo_ext.update.layouts.packed import PackedLayout, reason_against_packing
@@ -22,26 +22,27 @@ from grpo_ext.update.layouts.shared_prompt import (
 )
 from grpo_ext.update.micro_batch import MicroBatch
 
+#: Parameters that a model's forward needs for any layout but `PaddedLayout`.
 NEEDED = frozenset({"position_ids", "use_cache", "logits_to_keep"})
 
 
 class LayoutChooser:
-    """Lay out micro-batches for one model.
+    """Choose a layout for each micro-batch of one model.
 
-    Packing and the missing mask are each tried once on the first micro-batch, in eval mode and without gradients; a
-    model that computes other logits keeps its padding or its mask.
+    The first micro-batch tests packing and left alignment once each, in eval mode and without gradients. A model whose
+    logits change under the test keeps its padding or its mask.
 
     Args:
-        model: the causal language model, unwrapped; its forward signature decides what it is passed.
+        model: the causal language model, unwrapped; its forward signature determines the inputs.
         share_prompts: allow the shared-prompt layout. Pass False under gradient checkpointing, which drops the cache,
-            and with several processes, whose wrappers expect one forward a backward. On a GPU the layout is taken only
+            and with several processes, whose wrappers expect one forward per backward. On a GPU the layout is used only
             if it saves more than its extra pass costs the host, see `least_saving_on_gpu`.
         padding_free: allow the packed layout.
 
     Attributes:
         positions: token positions that went through the model so far.
-        padded_because: why ``padding_free`` is not in effect; None if it is, or not known yet.
-        masked_because: why rows keep an attention mask; None if they do not, or not known yet.
+        padded_because: why ``padding_free`` is not in effect; None if it is, or before the first micro-batch.
+        masked_because: why rows keep an attention mask; None if they do not, or before the first micro-batch.
     """
 
     def __init__(self, model: nn.Module, share_prompts: bool = True, padding_free: bool = False) -> None:
@@ -60,15 +61,17 @@ class LayoutChooser:
             self.stop_packing(missing)
 
     def stop_packing(self, reason: str) -> None:
-        """Pad from now on."""
+        """Pad all later micro-batches."""
         self.padding_free, self.padded_because = False, reason
 
     def choose(self, model: nn.Module, batch: MicroBatch, *, for_logits: bool = False) -> Layout:
-        """Lay out ``batch``. May run the model: the prompts' pass of the shared layout, and the trials.
+        """Choose and build the layout of ``batch``.
+
+        May run the model, for the tests and for the prompts of the shared-prompt layout.
 
         Args:
             model: the model that will run, wrapped or not.
-            for_logits: the model returns logits, so only layouts whose `completion_rows` is a view are possible.
+            for_logits: the model returns logits, so only layouts whose `completion_rows` is a view are allowed.
         """
         layout: Layout | None = None
         if not for_logits:
@@ -82,7 +85,7 @@ class LayoutChooser:
         if not self.padding_free:
             return None
         if not self._packing_proven:
-            with torch.no_grad(), evaluating(model):
+            with torch.no_grad(), eval_mode(model):
                 reason = reason_against_packing(model, batch)
             if reason is not None:
                 self.stop_packing(reason)
@@ -95,7 +98,7 @@ class LayoutChooser:
         if self.masked_because is not None or self._sharing_pays(batch):
             return None
         if not self._alignment_proven:
-            with torch.no_grad(), evaluating(model):
+            with torch.no_grad(), eval_mode(model):
                 self.masked_because = reason_for_mask(model, batch)
             self._alignment_proven = True
         return None if self.masked_because is not None else LeftAlignedLayout(batch)

@@ -1,4 +1,4 @@
-"""What every layout offers."""
+"""Protocol of the layouts, and the comparison of logits that tests a layout."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-#: Greatest relative difference between the logits of a sequence alone and beside others, by dtype; 1e-4 for fp32.
+#: Largest relative difference, by dtype, between the logits of a sequence in a layout and alone; 1e-4 for fp32.
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
 class Layout(Protocol):
-    """A micro-batch as model input. The last completion token predicts nothing, so no layout feeds it.
+    """A micro-batch as model input.
+
+    No layout passes a row's last completion token to the model, as the token after it is not part of the loss.
 
     Attributes:
         positions: token positions that go through the model, padding included.
@@ -21,19 +23,19 @@ class Layout(Protocol):
     positions: int
 
     def inputs(self) -> dict[str, Any]:
-        """Keyword arguments of the model's forward."""
+        """Return the keyword arguments of the model's forward."""
         ...
 
     def completion_rows(self, outputs: Tensor) -> Tensor:
-        """Rearrange what the model's head takes or returns into ``(B, T, ...)``: row t predicts completion token t.
+        """Rearrange hidden states or logits into ``(B, T, ...)``: row t predicts completion token t.
 
         Args:
-            outputs: hidden states or logits of the model under `inputs`.
+            outputs: hidden states or logits that the model computed from `inputs`.
         """
         ...
 
 
 def same_logits(ours: Tensor, reference: Tensor) -> bool:
-    """Whether logits agree within `TOLERANCE` of their dtype, relative to the reference's norm."""
+    """Whether logits agree within `TOLERANCE` of the reference's dtype, relative to its norm."""
     bound = TOLERANCE.get(reference.dtype, 1e-4) * reference.float().norm()
     return bool((ours.float() - reference.float()).norm() <= bound)

@@ -1,7 +1,7 @@
-"""Rows that all begin in the first column, so that causal attention needs no mask.
+"""Layout whose rows all begin in the first column, so that causal attention needs no mask.
 
-Left-padded prompts need a mask, and with a mask torch leaves FlashAttention, writes out ``(B, 1, N, N)`` and repeats
-grouped keys and values. With all padding behind a row's last token a causal model cannot attend to it.
+Left-padded prompts need a mask. With a mask torch cannot use FlashAttention: it materializes ``(B, 1, N, N)`` and
+repeats grouped keys and values. If all padding follows a row's last token, a causal model cannot attend to it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from grpo_ext.update.micro_batch import MicroBatch
 
 
 class LeftAlignedLayout:
-    """``(B, W)`` ids, prompt and completion joined, without the last token of the longest row.
+    """``(B, W)`` ids, prompt and completion concatenated, without the last token of the longest row.
 
     Attributes:
-        kept: number of last columns that hold every position which predicts a completion token.
+        logits_to_keep: number of trailing columns that include every position which predicts a completion token.
     """
 
     def __init__(self, batch: MicroBatch) -> None:
@@ -34,12 +34,12 @@ class LeftAlignedLayout:
         else:
             self._ids = both[:, :width]
         self.positions = self._ids.numel()
-        self.kept = width - (min(prompts) - 1)
+        self.logits_to_keep = width - (min(prompts) - 1)
         self._shape = batch.completion_ids.shape
         self._source: Tensor | None = None
         if len(set(prompts)) > 1:
             each = list(zip(prompts, completions, strict=True))
-            first = [row * self.kept + p - min(prompts) for row, (p, _) in enumerate(each)]
+            first = [row * self.logits_to_keep + p - min(prompts) for row, (p, _) in enumerate(each)]
             self._source = torch.cat([torch.arange(f, f + c) for f, c in zip(first, completions, strict=True)]).to(
                 device
             )
@@ -47,11 +47,11 @@ class LeftAlignedLayout:
             self._where = torch.cat(ranges).to(device)
 
     def inputs(self) -> dict[str, Any]:
-        return {"input_ids": self._ids, "logits_to_keep": self.kept, "use_cache": False}
+        return {"input_ids": self._ids, "logits_to_keep": self.logits_to_keep, "use_cache": False}
 
     def completion_rows(self, outputs: Tensor) -> Tensor:
-        """Any value where there is no completion token."""
-        outputs = outputs[:, -self.kept :]
+        """Rows without a completion token hold arbitrary values."""
+        outputs = outputs[:, -self.logits_to_keep :]
         if self._source is None:
             return outputs
         size = outputs.shape[-1]
@@ -60,21 +60,21 @@ class LeftAlignedLayout:
 
 
 def reason_for_mask(model: nn.Module, batch: MicroBatch) -> str | None:
-    """Run one row with and without tokens behind it: the reason why the model needs a mask, None if it needs none."""
+    """Run one row with and without tokens behind it; return why the model needs a mask, None if it needs none."""
     prompts, completions = batch.lengths()
     row = max(range(len(prompts)), key=lambda r: prompts[r] + completions[r])
     whole = torch.cat([batch.prompt_ids[row, -prompts[row] :], batch.completion_ids[row, : completions[row]]])
     ids = whole[-16:].unsqueeze(0)
     count = ids.shape[1]
     positions = torch.arange(count, device=ids.device).unsqueeze(0)
-    alone = model(
+    expected = model(
         input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, use_cache=False, logits_to_keep=1
     ).logits[0, -1]
     try:
-        followed = torch.cat([ids, (ids == 0).to(ids.dtype)], dim=1)  # any tokens that differ from the row's own
-        beside = model(input_ids=followed, use_cache=False, logits_to_keep=count + 1).logits[0, 0]
+        followed = torch.cat([ids, (ids == 0).to(ids.dtype)], dim=1)  # append tokens that differ from the row's
+        got = model(input_ids=followed, use_cache=False, logits_to_keep=count + 1).logits[0, 0]
     except (RuntimeError, ValueError, TypeError) as error:
         return f"the model does not run without a mask ({type(error).__name__})"
-    if same_logits(beside, alone):
+    if same_logits(got, expected):
         return None
     return "the model attends to tokens behind the one it predicts from"

@@ -1,4 +1,4 @@
-"""All sequences end to end in one row without padding; position ids that start again at 0 separate them."""
+"""Layout that concatenates all sequences in one row without padding; position ids restart at 0 to separate them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from grpo_ext.update.micro_batch import MicroBatch
 
 
 class PackedLayout:
-    """``(1, N)`` ids: the tokens of all rows without the last of each."""
+    """``(1, N)`` ids: the tokens of all rows, without the last token of each."""
 
     def __init__(self, batch: MicroBatch) -> None:
         ids = torch.cat([batch.prompt_ids, batch.completion_ids], dim=1)
@@ -21,7 +21,7 @@ class PackedLayout:
         fed = mask.clone()
         fed[torch.arange(len(mask), device=mask.device), last] = False
         counted = mask.cumsum(dim=1) - 1
-        # A position predicts the completion token after it: it is fed, and the next one is a completion token.
+        # A position predicts a completion token if the next position holds one.
         width = batch.prompt_ids.shape[1]
         predicts = torch.zeros_like(fed)
         predicts[:, width - 1 : -1] = batch.completion_mask.bool()
@@ -41,26 +41,26 @@ class PackedLayout:
         }
 
     def completion_rows(self, outputs: Tensor) -> Tensor:
-        """Zeros where there is no completion token."""
+        """Rows without a completion token hold zeros."""
         size = outputs.shape[-1]
         rows = outputs.new_zeros((self._shape.numel(), size)).index_copy(0, self._where, outputs.reshape(-1, size))
         return rows.view(*self._shape, size)
 
 
 def reason_against_packing(model: nn.Module, batch: MicroBatch) -> str | None:
-    """Run one sequence alone and behind another: the reason why the model cannot be packed, None if it can."""
+    """Run one sequence alone and behind another; return why packing changes its logits, None if it does not."""
     row = (batch.prompt_mask.sum(dim=1) + batch.completion_mask.sum(dim=1)).argmax()
     mask = torch.cat([batch.prompt_mask, batch.completion_mask], dim=1)[row].bool()
     ids = torch.cat([batch.prompt_ids, batch.completion_ids], dim=1)[row][mask][-16:].unsqueeze(0)
     count = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
-    alone = model(input_ids=ids, position_ids=count, use_cache=False, logits_to_keep=1).logits[0, -1]
+    expected = model(input_ids=ids, position_ids=count, use_cache=False, logits_to_keep=1).logits[0, -1]
     try:
-        # The sequence in front is the same one backwards, so that a model which attends to it computes other logits.
+        # Reversed ids in front: a model that attends to them computes other logits.
         both, positions = torch.cat([ids.flip(1), ids], dim=1), torch.cat([count, count], dim=1)
-        beside = model(input_ids=both, position_ids=positions, use_cache=False, logits_to_keep=1).logits[0, -1]
+        got = model(input_ids=both, position_ids=positions, use_cache=False, logits_to_keep=1).logits[0, -1]
     except (RuntimeError, ValueError, TypeError) as error:
-        return f"the model's attention refuses sequences that lie end to end ({type(error).__name__})"
-    if same_logits(beside, alone):
+        return f"the model's attention does not run on packed sequences ({type(error).__name__})"
+    if same_logits(got, expected):
         return None
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None) or "its attention"
-    return f"the model does not keep sequences apart that lie end to end ({attention})"
+    return f"the model does not separate packed sequences ({attention})"

@@ -1,4 +1,4 @@
-"""Whole rows: prompts padded on their left, completions on their right, an attention mask over both."""
+"""Layout with prompts padded on the left, completions on the right, and an attention mask over both."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from grpo_ext.update.micro_batch import MicroBatch
 
 
 class PaddedLayout:
-    """``(B, P + T - 1)`` ids with a mask. Serves every model.
+    """``(B, P + T - 1)`` ids with a mask. Works with every model.
 
     Args:
         batch: the micro-batch.
-        parameters: names of the model's forward parameters; optional ones are passed only if they are there.
+        parameters: names of the model's forward parameters; inputs that are not among them are omitted.
     """
 
     def __init__(self, batch: MicroBatch, parameters: frozenset[str]) -> None:

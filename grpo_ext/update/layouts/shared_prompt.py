@@ -1,4 +1,4 @@
-"""Completions behind the keys and values of prompts that are computed once, gradients included."""
+"""Layout that computes each distinct prompt once and shares its keys and values, with gradients."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from grpo_ext.modules.inspection import output_layer
 from grpo_ext.modules.prompt_cache import position_ids, shared_prompt_cache
 from grpo_ext.update.micro_batch import MicroBatch
 
-#: Least product of a layer's weights and the positions saved, from which a second pass over the layer (that of the
-#: prompts) pays on a GPU: half a millisecond of host time, forward and backward, at 400 TFLOP/s and 6 operations.
+#: Smallest product of weights per layer and saved positions for which the extra pass over the prompts pays on a GPU.
+#: The pass costs 0.5 ms of host time per layer, forward and backward; a GPU does 6 operations per weight and position
+#: at 400 TFLOP/s.
 SECOND_PASS = 3e10
 
 
 class UnsharableStateError(TypeError):
-    """The model keeps state other than plain keys and values, which rows cannot share."""
+    """Raised if the model's cache holds other state than keys and values of all positions; rows cannot share it."""
 
 
 class SharedPromptLayout:
     """``(B, T)`` ids behind a key-value cache of all but the last prompt token.
 
     Raises:
-        UnsharableStateError: after the pass over the prompts showed such state.
+        UnsharableStateError: the pass over the prompts returned such state.
     """
 
     def __init__(self, model: nn.Module, batch: MicroBatch) -> None:
@@ -51,17 +52,17 @@ class SharedPromptLayout:
 
 
 def shared_positions(batch: MicroBatch) -> int:
-    """Positions of the layout: each distinct prompt once, then the completions."""
+    """Count the positions of the layout: each distinct prompt once, and all completions."""
     return len(batch.distinct_prompts) * (batch.prompt_ids.shape[1] - 1) + batch.completion_ids.numel()
 
 
 def saved_positions(batch: MicroBatch) -> int:
-    """Prompt positions that repeat those of another row."""
+    """Count the prompt positions that repeat those of another row."""
     return (len(batch.prompt_index) - len(batch.distinct_prompts)) * (batch.prompt_ids.shape[1] - 1)
 
 
 def least_saving_on_gpu(model: nn.Module) -> int:
-    """Saved positions from which the pass of its own over the prompts pays on a GPU, see `SECOND_PASS`."""
+    """Return the number of saved positions from which the extra pass over the prompts pays on a GPU (`SECOND_PASS`)."""
     config: Any = getattr(model, "config", None)
     config = getattr(config, "text_config", None) or config
     layers = getattr(config, "num_hidden_layers", 0)
