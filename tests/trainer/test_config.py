@@ -110,7 +110,7 @@ def test_loss_config_takes_over_the_fields(make_config: Make) -> None:
         ({"vllm_gpu_memory_utilization": 0}, r"vllm_gpu_memory_utilization must be in \(0, 1\], got 0"),
         ({"vllm_max_model_length": 0}, "vllm_max_model_length must be at least 1, got 0"),
         ({"vllm_request_timeout": -1}, "vllm_request_timeout must be positive, got -1"),
-        ({"vllm_mode": "server", "vllm_tensor_parallel_size": 2}, "a server takes --tensor-parallel-size"),
+        ({"vllm_mode": "server", "vllm_tensor_parallel_size": 2}, "start a server with --tensor-parallel-size instead"),
         ({"use_vllm": True, "vllm_tensor_parallel_size": 2}, r"must divide the number of processes \(1\)"),
         ({"loss_type": "ppo"}, "loss_type must be one of grpo, bnpo, dr_grpo, dapo, .*; got 'ppo'"),
         ({"importance_sampling_level": "word"}, "importance_sampling_level must be one of token, sequence"),
@@ -232,9 +232,9 @@ def test_generation_kwargs_with_fields_of_their_own(make_config: Make) -> None:
     ("given", "message"),
     [
         ({"temperature": 0.5}, "has temperature=0.5: set temperature, by which the loss divides too"),
-        ({"seed": 1}, "has seed=1: set seed; with one in each request all completions of a prompt would be the same"),
+        ({"seed": 1}, "has seed=1: set the field seed; a seed in each request makes all completions of a prompt equal"),
         ({"num_return_sequences": 2}, "set num_generations"),
-        ({"num_beams": 2}, "completions have to be drawn from the policy"),
+        ({"num_beams": 2}, "completions must be sampled from the policy"),
         ({"do_sample": False}, "greedy completions of a prompt are all equal"),
     ],
 )

@@ -231,7 +231,7 @@ def changed(kind: type[nn.Module]) -> nn.Module:
     ("make", "reason"),
     [
         (lambda: changed(Doubled), "transforms its logits after the head in a way that its config does not state"),
-        (lambda: changed(WithBias), "changes its logits after the head"),
+        (lambda: changed(WithBias), "transforms its logits after the head"),
         (lambda: changed(Elsewhere), "called its output layer 0 times"),
         (lambda: changed(NeedsTheBatch), r"needs the logits themselves \(IndexError\)"),
         (
