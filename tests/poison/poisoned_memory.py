@@ -21,12 +21,13 @@ def fill(on: bool) -> None:
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
     """Fill uninitialized tensors for the duration of a block."""
-    before = torch.are_deterministic_algorithms_enabled()
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     fill(True)
     try:
         yield
     finally:
-        fill(before)
+        torch.use_deterministic_algorithms(before[0], warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]  # type: ignore[attr-defined]
 
 
 def pytest_configure() -> None:
