@@ -18,7 +18,7 @@ def sorted_order(lengths: Sequence[int], rows_per_step: int) -> list[int]:
 
 def filled_slices(
     lengths: Sequence[int],
-    trained: Sequence[bool],
+    computed: Sequence[bool],
     rows_per_slice: int,
     slices_per_step: int,
     agree: Agree | None = None,
@@ -31,7 +31,7 @@ def filled_slices(
 
     Args:
         lengths: tokens of each row, prompt plus completion.
-        trained: whether a row goes through the model. Other rows join the step's last slice and are not computed.
+        computed: whether a row goes through the model. Other rows join the step's last slice and are not computed.
         rows_per_slice: rows of a micro-batch without filling.
         slices_per_step: slices of an optimizer step.
         agree: returns equal numbers of slices on all processes; None if each process may skip backward independently.
@@ -41,14 +41,14 @@ def filled_slices(
     """
     window = slices_per_step * rows_per_slice
     steps = [range(start, min(start + window, len(lengths))) for start in range(0, len(lengths), window)]
-    filled = [_fill([row for row in rows if trained[row]], lengths, rows_per_slice) for rows in steps]
+    filled = [_fill([row for row in rows if computed[row]], lengths, rows_per_slice) for rows in steps]
     needed = [len(slices) for slices in filled]
     if agree is not None:
         needed = agree(needed)
     order: list[int] = []
     sizes: list[int] = []
     for rows, slices, number in zip(steps, filled, needed, strict=True):
-        idle = [row for row in rows if not trained[row]]
+        idle = [row for row in rows if not computed[row]]
         _spread(slices, idle, lengths, number)
         slices = [[] for _ in range(slices_per_step - len(slices))] + slices
         slices[-1] = slices[-1] + idle

@@ -8,7 +8,7 @@ from grpo_ext.config import LossConfig
 
 
 def rows_with_gradient(
-    config: LossConfig, advantages: Sequence[float], trained: Sequence[bool], advantage_decides: bool = True
+    config: LossConfig, advantages: Sequence[float], in_loss: Sequence[bool], advantage_decides: bool = True
 ) -> list[int]:
     """Return the positions of the rows whose gradient may be nonzero.
 
@@ -18,12 +18,12 @@ def rows_with_gradient(
     Args:
         config: the constants of the loss.
         advantages: advantage of each row.
-        trained: whether the loss mask includes the row.
+        in_loss: whether the loss mask includes the row.
         advantage_decides: False keeps rows of advantage 0.
     """
     policy_only = config.beta == 0 and config.entropy_coef == 0 and config.top_entropy_quantile >= 1
     drop_zero = advantage_decides and policy_only
-    return [i for i, (a, use) in enumerate(zip(advantages, trained, strict=True)) if use and not (drop_zero and a == 0)]
+    return [i for i, (a, use) in enumerate(zip(advantages, in_loss, strict=True)) if use and not (drop_zero and a == 0)]
 
 
 def kept_rows_weight(loss_type: str, rows: float, kept_rows: int, tokens: float, kept_tokens: int) -> float:
