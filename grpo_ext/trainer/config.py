@@ -238,7 +238,7 @@ class GRPOConfig(TrainingArguments):
     vllm_server_port: int = _field(8000, "The server's port.")
     vllm_server_allow_remote: bool = _field(
         False,
-        "Allow a server on another host. It is told paths of weights; its API key comes from the environment variable "
+        "Allow a server on another host. It receives paths of weights; its API key comes from the environment variable "
         "VLLM_API_KEY.",
     )
     vllm_server_timeout: float = _field(240.0, "Seconds to wait for the server to start.")

@@ -141,7 +141,7 @@ def test_a_torn_update_is_not_saved(make_trainer: Make) -> None:
         trainer.train()
     (note,) = error.value.__notes__
     assert note.startswith(
-        "The update of step 2 was cut off, so it cannot be saved. The state after step 1 is saved in"
+        "The update of step 2 was interrupted, so it cannot be saved. The state after step 1 is saved in"
     )
     assert not Path(f"{trainer.args.output_dir}/checkpoint-2").exists()
 

@@ -226,7 +226,7 @@ def test_stops_without_the_kernels(make_trainer: Make, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(grpo_ext, "linear_grpo_loss", in_torch)
     for fused in (None, False):
-        with pytest.raises(RuntimeError, match="step 1: the loss was not served by the compiled kernels"):
+        with pytest.raises(RuntimeError, match="step 1: the compiled kernels of grpo_ext did not compute the loss"):
             make_trainer(engine=FixedEngine(), use_fused_head=fused).train()
 
 
@@ -515,7 +515,7 @@ def test_other_set_ups_train(make_trainer: Make, changes: dict[str, Any]) -> Non
         ({"reward_funcs": "a/model"}, TypeError, "reward_funcs holds str"),
         ({"reward_weights": [1.0, 1.0]}, ValueError, r"reward_weights has 2 value\(s\) for 1"),
         ({"model": 3}, TypeError, "model is int: pass a hub name, a folder or a torch module"),
-        ({"model_init_kwargs": {"a": 1}}, ValueError, "model_init_kwargs is for a model given by name"),
+        ({"model_init_kwargs": {"a": 1}}, ValueError, "model_init_kwargs needs a model given by name"),
     ],
 )
 def test_bad_input(make_trainer: Make, changes: dict[str, Any], error: type[Exception], message: str) -> None:
