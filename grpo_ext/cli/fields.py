@@ -234,7 +234,7 @@ The columns *TRL* and *Unsloth* compare with `GRPOConfig` of TRL 1.16 and with U
 - *same*: same name and same default;
 - a value: same name, that default;
 - a name: the setting goes by that name;
-- –: there is none.
+- –: no such setting.
 """
 
 RUN_FILE = """These fields belong to `grpo-ext train`, not to `GRPOConfig`. A field of a section is indented in YAML and

@@ -16,7 +16,7 @@ from grpo_ext.tasks.arithmetic import TASKS
 
 @dataclasses.dataclass
 class DatasetSettings:
-    """Where the questions come from.
+    """The dataset of a run.
 
     Attributes:
         task: the arithmetic task to generate: products, basic_arithmetic or chain_sum.

@@ -167,7 +167,7 @@ def _unique_names(functions: Sequence[RewardFunction]) -> list[str]:
 
 
 def _accepted_arguments(function: RewardFunction) -> frozenset[str] | None:
-    """Names a function can take, None where it takes any."""
+    """Names of the arguments that a function accepts; None if it accepts any."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):

@@ -175,14 +175,12 @@ class ServerClient:
         """See `Client.reset_cache`."""
         if not self.pushes:
             return
-        for _ in range(20):  # refused while the last request's blocks are being given back
+        for _ in range(20):  # fails until the last request's blocks are freed
             answer = self._call("POST", "/reset_prefix_cache", missing="VLLM_SERVER_DEV_MODE=1")
             if not isinstance(answer, dict) or answer.get("success", True):
                 return
             time.sleep(0.1)
-        raise EngineError(
-            f"the server at {self.url} does not empty its prefix cache: is someone else generating with it?"
-        )
+        raise EngineError(f"the server at {self.url} does not empty its prefix cache: stop other clients that use it")
 
     def sleep(self, level: int) -> None:
         """See `Client.sleep`."""
@@ -199,21 +197,21 @@ class ServerClient:
                 self._sleep_level = 0
 
     def close(self) -> None:
-        """See `Client.close`; the server goes on, awake and without this run's adapter."""
+        """See `Client.close`. The server continues, awake and without this run's adapter."""
         if self.pushes:
             with contextlib.suppress(EngineError):
-                self._leave_awake()
+                self._restore_awake()
             if self.name != self.model:
-                with contextlib.suppress(EngineError):  # the server may be gone already, which is as well
+                with contextlib.suppress(EngineError):  # the server may have stopped already
                     self._call("POST", "/v1/unload_lora_adapter", {"lora_name": self.name})
             shutil.rmtree(self.folder, ignore_errors=True)
         self.name = self.model
 
     def _is_sleeping(self) -> bool:
         status, text = self._exchange("GET", "/is_sleeping")
-        return status == 200 and bool(json.loads(text)["is_sleeping"])  # 404: the server has no sleep mode
+        return status == 200 and bool(json.loads(text)["is_sleeping"])  # 404: without the endpoint a server cannot sleep
 
-    def _leave_awake(self) -> None:
+    def _restore_awake(self) -> None:
         if not self._sleep_level:
             return
         self.wake(["weights"])
