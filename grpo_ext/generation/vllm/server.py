@@ -180,7 +180,7 @@ class ServerClient:
             if not isinstance(answer, dict) or answer.get("success", True):
                 return
             time.sleep(0.1)
-        raise EngineError(f"the server at {self.url} does not empty its prefix cache: stop other clients that use it")
+        raise EngineError(f"the server at {self.url} does not empty its prefix cache: stop its other clients")
 
     def sleep(self, level: int) -> None:
         """See `Client.sleep`."""
@@ -209,7 +209,7 @@ class ServerClient:
 
     def _is_sleeping(self) -> bool:
         status, text = self._exchange("GET", "/is_sleeping")
-        return status == 200 and bool(json.loads(text)["is_sleeping"])  # 404: without the endpoint a server cannot sleep
+        return status == 200 and bool(json.loads(text)["is_sleeping"])  # 404: the server cannot sleep
 
     def _restore_awake(self) -> None:
         if not self._sleep_level:
