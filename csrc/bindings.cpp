@@ -87,7 +87,10 @@ Params read(py::handle from) {
                               : PySequence_Fast_GET_ITEM(from.ptr(), k);
     if (value == nullptr) fail("no value for " + std::string(names[k]));
     field = read_value<std::decay_t<decltype(field)>>(value);
-    if (PyErr_Occurred()) fail(std::string(py::repr(value)) + " for " + std::string(names[k]));
+    if (PyErr_Occurred()) {
+      PyErr_Clear();  // repr may run Python code
+      fail(std::string(py::repr(value)) + " for " + std::string(names[k]));
+    }
     ++k;
   };
   Params params{};

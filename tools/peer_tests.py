@@ -46,7 +46,7 @@ def ours(request: pytest.FixtureRequest) -> Iterator[None]:
     if mode == "stock":
         yield
         return
-    if test_name(request.node) in request.config.stash[STOCK_FAILED]:
+    if without_mode(request.node.nodeid) in request.config.stash[STOCK_FAILED]:
         pytest.skip("unpatched TRL does not pass")
     import grpo_ext.integrations.trl as trl
 
@@ -58,22 +58,33 @@ def ours(request: pytest.FixtureRequest) -> Iterator[None]:
         trl.unpatch()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep all modes of a test on one worker, which knows whether unpatched TRL passed."""
+    if config.getoption("--ours") in ("", "liger"):
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByTest(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return without_mode(nodeid)
+
+    return ByTest(config, log)
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Any:
     outcome = yield
-    if not outcome.get_result().passed:
-        item.config.stash[STOCK_FAILED].add(test_name(item))
+    stock = getattr(item, "callspec", None) is None or item.callspec.params.get("ours", "stock") == "stock"
+    if stock and not outcome.get_result().passed:
+        item.config.stash[STOCK_FAILED].add(without_mode(item.nodeid))
 
 
-def test_name(item: pytest.Item) -> str:
-    """The test's id without the mode."""
-    name = item.nodeid
+def without_mode(name: str) -> str:
+    """A test's id without the mode."""
     for mode in MODES:
         name = name.replace(f"[{mode}]", "").replace(f"[{mode}-", "[").replace(f"-{mode}]", "]")
     return name
-
-
-test_name.__test__ = False
 
 
 def replace_liger() -> None:
@@ -125,11 +136,12 @@ def serve_datasets(folder: Path) -> None:
 
 def outcomes(report: Path) -> dict[str, dict[str, tuple[str, str]]]:
     """Read a JUnit XML file: test → mode → (outcome, first line of the message or the patch's status)."""
-    from types import SimpleNamespace
     from xml.etree import ElementTree
 
     found: dict[str, dict[str, tuple[str, str]]] = {}
     for case in ElementTree.parse(report).getroot().iter("testcase"):
+        if "classname" not in case.attrib:  # the test that an interrupted run was in
+            continue
         node = case.attrib["classname"].split(".")[-1] + "::" + case.attrib["name"]
         mode = next((m for m in MODES if f"[{m}]" in node or f"[{m}-" in node or f"-{m}]" in node), "ours")
         counted = [item.attrib["value"] for item in case.iter("property") if item.attrib["name"] == "grpo_ext"]
@@ -138,7 +150,7 @@ def outcomes(report: Path) -> dict[str, dict[str, tuple[str, str]]]:
             if child.tag in ("failure", "error", "skipped"):
                 outcome = {"skipped": "skipped"}.get(child.tag, "failed")
                 note = (child.attrib.get("message") or "").split("\n")[0]
-        found.setdefault(test_name(SimpleNamespace(nodeid=node)), {})[mode] = outcome, note
+        found.setdefault(without_mode(node), {})[mode] = outcome, note
     return found
 
 

@@ -29,6 +29,7 @@ def run_folder(settings: RunSettings, config: str, resuming: bool) -> str:
     """
     given = settings.trainer.get("output_dir")
     if given:
+        given = os.path.expanduser(given)
         if not resuming and os.path.exists(os.path.join(given, METRICS_FILE)):
             raise SettingsError(
                 f"{given} already contains a run: choose another output_dir"

@@ -75,7 +75,11 @@ def train_command(config: str, arguments: Sequence[str]) -> dict[str, Any]:
     args = make_config(settings, folder)
     if resume is not None:
         check_same_run(settings, folder)
-        in_pieces = bool(args.fsdp or args.deepspeed)
+        # `accelerate launch --use_fsdp` sets the environment only.
+        launched = any(
+            os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1") for name in ("FSDP", "DEEPSPEED")
+        )
+        in_pieces = bool(args.fsdp or args.deepspeed or launched)
         try:
             checkpoint_to_resume(
                 resume, Path(folder), whole_weights=not in_pieces, with_optimizer=not args.save_only_model

@@ -50,13 +50,20 @@ def checkpoint_fault(folder: Path, whole_weights: bool = True, with_optimizer: b
         json.loads((folder / LAST_FILE).read_bytes())
     except ValueError:
         return f"{folder / LAST_FILE} is truncated"
-    found = [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".pt", ".pth", ".bin")]
+    # PEFT saves an adapter that is not named "default" into a folder of its name.
+    paths = sorted([*folder.iterdir(), *folder.glob("*/adapter_model.*")])
+    found = [path for path in paths if path.suffix in (".safetensors", ".pt", ".pth", ".bin")]
     for path in found:
         if not (_safetensors_is_whole(path) if path.suffix == ".safetensors" else zipfile.is_zipfile(path)):
             return f"{path} is truncated"
     if whole_weights and not any(re.match(r"(pytorch_|adapter_)?model\b", path.name) for path in found):
         return f"{folder} holds no weights (model.safetensors or adapter_model.safetensors)"
     return None
+
+
+def checkpoint_step(folder: Path) -> int:
+    """Return the optimizer step after which a complete checkpoint was saved."""
+    return int(json.loads((folder / LAST_FILE).read_bytes())["global_step"])
 
 
 def _safetensors_is_whole(path: Path) -> bool:

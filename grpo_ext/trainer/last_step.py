@@ -144,3 +144,22 @@ def append_line(error: BaseException, line: str) -> None:
     error.__notes__ = notes
     if isinstance(error, SystemExit) or sys.version_info < (3, 11):
         print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def first_signals_ignored() -> Iterator[None]:
+    """Ignore the first Ctrl-C and the first SIGTERM within the block, as far as the program has no own handlers."""
+    before: dict[signal.Signals, Any] = {}
+
+    def ignore(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, before[signal.Signals(number)])
+
+    if threading.current_thread() is threading.main_thread():
+        for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+            if signal.getsignal(number) == default:
+                before[number] = signal.signal(number, ignore)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

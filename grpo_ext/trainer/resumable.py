@@ -18,6 +18,8 @@ from grpo_ext.rollouts.rollout import Rollout
 from grpo_ext.trainer.checkpoint import (
     LAST_FILE,
     check_processes,
+    checkpoint_fault,
+    checkpoint_step,
     checkpoint_to_resume,
     load_reference,
     load_state,
@@ -25,8 +27,8 @@ from grpo_ext.trainer.checkpoint import (
     save_state,
 )
 from grpo_ext.trainer.config import GRPOConfig
-from grpo_ext.trainer.last_step import Boundary, LastStep, append_line
-from grpo_ext.trainer.run_lock import sole_run
+from grpo_ext.trainer.last_step import Boundary, LastStep, append_line, first_signals_ignored
+from grpo_ext.trainer.run_lock import FolderInUseError, sole_run
 from grpo_ext.update.reference_model import ReferenceModel
 
 
@@ -53,6 +55,7 @@ class ResumableTrainer(Trainer):
         # In front of the user's callbacks: if one of them raises, the step is already recorded as complete.
         self.callback_handler.callbacks.insert(0, self.last_step)
         self._saved: tuple[int, Path] | None = None
+        self._best_weights_loaded = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as transformers does; a run that stops early first saves the state after its last complete step.
@@ -68,7 +71,8 @@ class ResumableTrainer(Trainer):
             FolderInUseError: another run is writing into ``output_dir``.
         """
         run = Path(str(self.args.output_dir))
-        with sole_run(run) if self.accelerator.is_main_process else contextlib.nullcontext():
+        with contextlib.ExitStack() as held:
+            self._lock(run, held)
             checkpoint, line = checkpoint_to_resume(
                 resume_from_checkpoint,
                 run,
@@ -77,13 +81,32 @@ class ResumableTrainer(Trainer):
             )
             if line is not None:
                 self.accelerator.print(line)
-            self._saved = None
+            self._saved = None if checkpoint is None else (checkpoint_step(Path(checkpoint)), Path(checkpoint))
+            self._best_weights_loaded = False
             try:
                 with self.last_step.watched():
                     return super().train(checkpoint, *args, **kwargs)
             except BaseException as error:
-                append_line(error, self._save_last_step(error))
+                with first_signals_ignored():  # torchrun sends SIGTERM as soon as one process has failed
+                    append_line(error, self._save_last_step(error))
                 raise
+
+    def _lock(self, run: Path, held: contextlib.ExitStack) -> None:
+        """Lock the run folder on the main process until ``held`` closes; all processes raise if it is in use."""
+        in_use = None
+        if self.accelerator.is_main_process:
+            try:
+                held.enter_context(sole_run(run))
+            except FolderInUseError as error:
+                in_use = str(error)
+        for message in gather_object([in_use]):
+            if message is not None:
+                raise FolderInUseError(message)
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint's weights; from here on the weights are not those of the last step."""
+        self._best_weights_loaded = True
+        super()._load_best_model()
 
     @property
     def _state_is_sharded(self) -> bool:
@@ -105,24 +128,30 @@ class ResumableTrainer(Trainer):
         if self.last_step.update_interrupted:
             return f"The update of step {self.state.global_step + 1} was interrupted, so it cannot be saved. {before}"
         if last is None:
-            return "No step was taken before, so there is nothing to save."
+            return "No step was taken before, so there is nothing to save." if self._saved is None else before
+        if self._best_weights_loaded:
+            return f"The weights are those of the best checkpoint, so step {last.step} cannot be saved. {before}"
         if self._state_is_sharded and not isinstance(error, EngineError):
             return f"Step {last.step} cannot be saved: the weights are sharded over the processes. {before}"
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{last.step}"
         if self._saved is None or self._saved[0] != last.step:
             last.restore(self.state)
             self.kernel_calls, self._rollout = last.kernel_calls, last.rollout
-            strategy, model_only = self.args.save_strategy, self.args.save_only_model
+            names = ("save_strategy", "save_only_model", "push_to_hub")
+            given = {name: getattr(self.args, name) for name in names}
             # With a save strategy and a best checkpoint, transformers synchronizes all processes.
-            self.args.save_strategy, self.args.save_only_model = SaveStrategy.NO, False
+            self.args.save_strategy, self.args.save_only_model, self.args.push_to_hub = SaveStrategy.NO, False, False
             try:
                 self._save_checkpoint(self.model, trial=None)
             except Exception as failed:
-                if self.args.should_save:
+                if self.args.should_save and checkpoint_fault(folder) is not None:
                     shutil.rmtree(folder, ignore_errors=True)
                 return f"Step {last.step} cannot be saved ({type(failed).__name__}: {failed}). {before}"
             finally:
-                self.args.save_strategy, self.args.save_only_model = strategy, model_only
+                for name, value in given.items():
+                    setattr(self.args, name, value)
+        if not self.args.should_save:
+            return f"The main process saves step {last.step}; its message names the checkpoint to resume from."
         return self._resume_hint(last.step, folder)
 
     def _resume_hint(self, step: int, folder: Path) -> str:
@@ -134,8 +163,12 @@ class ResumableTrainer(Trainer):
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             (folder / LAST_FILE).unlink(missing_ok=True)  # an older run's would make a mix of files look complete
-        super()._save_checkpoint(model, trial)
-        self._saved = self.state.global_step, folder
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            # The checkpoint is complete even if pushing it to the hub failed. Weights alone cannot be resumed.
+            if (folder / LAST_FILE).is_file() and not self.args.save_only_model:
+                self._saved = self.state.global_step, folder
 
     def store_flos(self) -> None:
         """Skip transformers' collective: `floating_point_ops` returns 0."""

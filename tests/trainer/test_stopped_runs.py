@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from grpo_ext.trainer import GRPOTrainer
 from grpo_ext.trainer.checkpoint import checkpoint_fault, newest_complete
+from grpo_ext.trainer.last_step import first_signals_ignored
 from grpo_ext.trainer.run_lock import FolderInUseError, sole_run
 
 Make = Callable[..., GRPOTrainer]
@@ -247,3 +248,63 @@ def test_two_runs_in_one_folder(make_trainer: Make, tmp_path: Path) -> None:
         other.wait()
     with sole_run(str(trainer.args.output_dir)):
         trainer.train()
+
+
+def test_a_failed_push_keeps_the_checkpoint(
+    make_trainer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(output_dir=str(tmp_path), max_steps=4, save_strategy="steps", save_steps=2)
+
+    def push(folder: str) -> None:
+        raise ConnectionError("the hub does not answer")
+
+    monkeypatch.setattr(trainer, "_push_from_checkpoint", push)
+    trainer.args.push_to_hub = True
+    with pytest.raises(ConnectionError) as error:
+        trainer.train()
+    assert checkpoint_fault(tmp_path / "checkpoint-2") is None
+    assert str(tmp_path / "checkpoint-2") in error.value.__notes__[-1]
+
+
+def test_the_weights_of_the_best_checkpoint_are_not_saved_as_the_last_step(
+    make_trainer: Make, dataset: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(
+        output_dir=str(tmp_path), max_steps=3, save_strategy="best", eval_strategy="steps", eval_steps=1,
+        load_best_model_at_end=True, metric_for_best_model="eval_reward", greater_is_better=True, eval_dataset=dataset,
+        callbacks=[At("on_train_end", 3, fail)],
+    )  # fmt: skip
+    evaluate, scores = trainer.evaluate, iter((3.0, 2.0, 1.0))
+    monkeypatch.setattr(trainer, "evaluate", lambda *a, **k: {**evaluate(*a, **k), "eval_reward": next(scores)})
+    with pytest.raises(ZeroDivisionError) as error:
+        trainer.train()
+    assert "cannot be saved" in error.value.__notes__[-1]
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_an_adapter_of_another_name_is_resumed(make_trainer: Make, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from toys import build_model
+
+    model = get_peft_model(build_model(), LoraConfig(r=2, target_modules="all-linear"), adapter_name="policy")
+    trainer = make_trainer(model=model, output_dir=str(tmp_path), max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    saved = tmp_path / "checkpoint-1" / "policy" / "adapter_model.safetensors"
+    assert checkpoint_fault(tmp_path / "checkpoint-1") is None
+    saved.write_bytes(saved.read_bytes()[:-4])
+    assert checkpoint_fault(tmp_path / "checkpoint-1") == f"{saved} is truncated"
+
+
+def test_the_first_signals_do_not_stop_a_save() -> None:
+    saved: list[str] = []
+
+    def save() -> None:
+        terminate()
+        ctrl_c()
+        saved.append("whole")
+        ctrl_c()
+
+    with first_signals_ignored(), pytest.raises(KeyboardInterrupt):
+        save()
+    assert saved == ["whole"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

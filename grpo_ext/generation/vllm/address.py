@@ -25,6 +25,10 @@ def server_address(base_url: str, allow_remote: bool) -> urllib.parse.SplitResul
         raise ValueError(f"vllm_server_base_url contains a user or password: put the server's key into {KEY_VARIABLE}")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"vllm_server_base_url must look like http://127.0.0.1:8000; got {base_url!r}")
+    try:
+        parts.port  # noqa: B018  parsed on access
+    except ValueError as error:
+        raise ValueError(f"vllm_server_base_url has no valid port: {base_url!r}; ports are 0 to 65535") from error
     if not allow_remote and not _is_loopback(parts.hostname):
         raise ValueError(
             f"the vLLM server's host {parts.hostname!r} is not this machine: set vllm_server_allow_remote=True if you "
