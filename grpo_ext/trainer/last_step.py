@@ -147,19 +147,16 @@ def append_line(error: BaseException, line: str) -> None:
 
 
 @contextlib.contextmanager
-def first_signals_ignored() -> Iterator[None]:
-    """Ignore the first Ctrl-C and the first SIGTERM within the block, as far as the program has no own handlers."""
-    before: dict[signal.Signals, Any] = {}
-
-    def ignore(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, before[signal.Signals(number)])
-
-    if threading.current_thread() is threading.main_thread():
-        for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
-            if signal.getsignal(number) == default:
-                before[number] = signal.signal(number, ignore)
+def first_sigterm_ignored() -> Iterator[None]:
+    """Ignore the first SIGTERM within the block, unless the program has a handler of its own."""
+    own = (
+        threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+    )
+    if own:
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

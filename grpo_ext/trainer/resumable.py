@@ -27,7 +27,7 @@ from grpo_ext.trainer.checkpoint import (
     save_state,
 )
 from grpo_ext.trainer.config import GRPOConfig
-from grpo_ext.trainer.last_step import Boundary, LastStep, append_line, first_signals_ignored
+from grpo_ext.trainer.last_step import Boundary, LastStep, append_line, first_sigterm_ignored
 from grpo_ext.trainer.run_lock import FolderInUseError, sole_run
 from grpo_ext.update.reference_model import ReferenceModel
 
@@ -87,7 +87,7 @@ class ResumableTrainer(Trainer):
                 with self.last_step.watched():
                     return super().train(checkpoint, *args, **kwargs)
             except BaseException as error:
-                with first_signals_ignored():  # torchrun sends SIGTERM as soon as one process has failed
+                with first_sigterm_ignored():  # torchrun sends SIGTERM as soon as one process has failed
                     append_line(error, self._save_last_step(error))
                 raise
 
