@@ -68,7 +68,7 @@ class Producer(torch.autograd.Function):
 
 
 def torch_loss(logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-    """The same loss in plain torch: log-softmax, gather, clip, divide."""
+    """Compute the loss in plain torch: log-softmax, gather, clip, divide."""
     logps = torch.log_softmax(logits.float(), dim=-1).gather(-1, inputs["ids"].unsqueeze(-1)).squeeze(-1)
     ratio = torch.exp(logps - inputs["old"])
     advantages = inputs["advantages"].unsqueeze(1)

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(CMAKE is None, reason="needs cmake")
 
 
 def architectures(folder: Path, nvidia_smi: str | None) -> str:
-    """What the build compiles for on a machine whose nvidia-smi is this shell script."""
+    """Return the architectures that the build compiles for if nvidia-smi is this shell script."""
     if nvidia_smi is not None:
         (folder / "nvidia-smi").write_text(f"#!/bin/sh\n{nvidia_smi}\n")
         (folder / "nvidia-smi").chmod(0o755)

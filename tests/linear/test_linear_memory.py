@@ -89,7 +89,7 @@ def test_the_check_sees_padding(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize(("vocab", "size"), SIZES)
 def test_bf16_gradients_against_fp64(device: torch.device, vocab: int, size: int, trained: bool) -> None:
-    """On a processor with AMX: NaN where padding is read that nobody wrote."""
+    """A read of unwritten padding gives NaN on a processor with AMX."""
     leaves = inputs(vocab, size, torch.bfloat16, trained)
     config = LossConfig()
 

@@ -150,7 +150,7 @@ def test_rule(make_config: Make, changes: dict[str, Any], message: str) -> None:
 
 
 def test_text_of_a_command_line_or_a_file_is_converted_before(tmp_path: Path) -> None:
-    """What `HfArgumentParser` and YAML make of true, false and numbers fits the strict fields."""
+    """`HfArgumentParser` and YAML convert true, false and numbers to values that the strict fields accept."""
     parser = HfArgumentParser(GRPOConfig)
     words = "--beta 0.1 --shuffle_dataset false --use_fused_head no --max_completion_length 7 --reward_weights 1 0.5"
     words += f" --scale_rewards true --use_cpu true --output_dir {tmp_path}"

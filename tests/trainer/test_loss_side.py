@@ -278,7 +278,7 @@ def test_sorted_micro_batches(make_trainer: Make) -> None:
 
 
 def test_tokens_of_a_step_with_and_without_each_measure(make_trainer: Make) -> None:
-    """The same 32 completions of 1 to 40 tokens in every run (the manual's table): loss and gradient stay."""
+    """Runs on 32 completions of 1 to 40 tokens (the manual's table) have equal loss and gradient."""
 
     def right(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
         """Every second prompt is too hard for all of its completions."""

@@ -43,7 +43,7 @@ def gradients(model: nn.Module, fused: bool) -> Tensor:
 
 
 def test_the_gradients_of_the_fused_head_against_fp64() -> None:
-    """On a processor with AMX: NaN where padding is read that nobody wrote."""
+    """A read of unwritten padding gives NaN on a processor with AMX."""
     model = model_of_odd_sizes()
     exact = gradients(copy.deepcopy(model).double(), False)
     model.to(BF16)

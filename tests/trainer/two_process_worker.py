@@ -293,7 +293,7 @@ def resumed(folder: Path, kind: str, of_one: Path) -> dict[str, Any]:
 
 
 def too_long(folder: Path) -> list[str]:
-    """What each rank says of a prompt that is too long, which the second has."""
+    """Return each rank's error for a prompt that is too long; only the second rank has one."""
     trainer = make_trainer(folder, "dapo", 2, "ddp", shuffle_dataset=False)
     trainer.rollouts.dataset = [*ROWS[:2], {"prompt": "add " * 70}, *ROWS[3:]]
     try:
@@ -304,7 +304,7 @@ def too_long(folder: Path) -> list[str]:
 
 
 def no_prompt(folder: Path) -> list[str]:
-    """What each rank says of a row without a prompt, which the first has."""
+    """Return each rank's error for a row without a prompt; only the first rank has one."""
     trainer = make_trainer(folder, "dapo", 2, "ddp", shuffle_dataset=False)
     trainer.rollouts.dataset = [{"question": "add"}, *ROWS[1:]]
     try:
