@@ -32,7 +32,7 @@ def unsharded(tensor: Tensor | None) -> Tensor | None:
 def whole_head(
     gather: Gather | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, weight_grad: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yield the head as the products read it; one that is gathered here is checked here."""
+    """Yield the whole head for the products; check it if it had to be gathered."""
     if gather is None:
         yield weight, bias
         return

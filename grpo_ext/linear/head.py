@@ -143,7 +143,7 @@ class HeadGradient:
         self.weight, self.bias = weight, bias
         self._given = accumulate_into
         self._sum = accumulate_into
-        self._lower: Tensor | None = None  # lower plane of an fp32 sum whose upper one is `_sum`
+        self._lower: Tensor | None = None  # low 16 bits of an fp32 sum; `_sum` has the high ones
         self._bias_sum: Tensor | None = None
 
     def add(self, gradient: Tensor, right: Tensor, factor: Tensor | None = None, *, is_last: bool = False) -> None:
@@ -151,7 +151,7 @@ class HeadGradient:
 
         Args:
             gradient: (rows, V). right: (rows, H) hidden states, times ``factor`` if that is given.
-            factor: (rows,) that the gradient's rows still lack; None: 1.
+            factor: (rows,) to multiply the gradient's rows by; None: 1.
             is_last: nothing is added after this.
         """
         if self.weight is not None:

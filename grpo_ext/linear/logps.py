@@ -24,7 +24,7 @@ class Request(NamedTuple):
     numerics: Numerics
     wanted: Wanted
     with_entropy: bool
-    entropy_gradient: bool  # backward will need it: dlogp/dhidden alone, formed in the forward, would be wasted
+    entropy_gradient: bool  # backward will need it, so the forward does not form dlogp/dhidden
     valid_rows: int | None
     gather: Gather | None
 

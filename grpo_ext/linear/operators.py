@@ -154,13 +154,13 @@ def linear_gradient(a: LinearGradient) -> Outputs:
     weight, numerics, saved = a.inputs.weight, a.inputs.numerics, a.saved
     chosen = choose_route(weight, numerics, entropy_gradient=a.entropy_gradient or a.entropy_coef is not None)
     if chosen is not choose_route(weight, numerics, entropy_gradient=a.entropy_gradient):
-        saved = saved._replace(rows=None, product=None)  # by the forward on another route
+        saved = saved._replace(rows=None, product=None)  # the forward took another route
     route = chosen(a.inputs, mask, selection)
     gradients = route.gradients(a.wanted, a.weight_grad)
     entropy_coef = None if a.entropy_coef is None else a.entropy_coef.reshape(-1)
     gradients_of_logps(route, saved, a.coef.reshape(-1), entropy_coef, gradients)
     dhidden = route.finish_hidden(gradients.hidden)
-    del route  # its buffers, before the sums are copied to the dtype of the head
+    del route  # free its buffers before the sums are cast to the head's dtype
     return dhidden, *gradients.head.results(a.inputs.hidden)
 
 
@@ -188,7 +188,7 @@ def linear_loss(a: LinearLoss) -> Outputs:
     gradients_of_loss(route, a.policy, a.spec, a.schedule, lengths, gradients)
     dhidden = route.finish_hidden(gradients.hidden)
     logps, entropy = route.logps.view(mask.shape), route.entropy.view(mask.shape)
-    del route  # its buffers, before the sums are copied to the dtype of the head
+    del route  # free its buffers before the sums are cast to the head's dtype
     dweight, dbias = gradients.head.results(a.inputs.hidden)
     loss, _, _, kl, metrics = kernels.policy_loss(logps, entropy, *a.policy, a.spec)
     return loss, logps, entropy, kl, metrics, dhidden, dweight, dbias

@@ -1,6 +1,6 @@
 """The one-pass loss kernel on a chunk of compacted rows.
 
-The kernel takes ``(B,T)`` batches, and a chunk is none. But every loss is linear in the advantage up to its sign, and a
+The kernel takes ``(B,T)`` batches, and a chunk is none. But a positive factor on the advantage scales the loss, and a
 reduction that weighs all tokens alike is one divisor. So a chunk becomes a batch of its own, whose advantages or
 divisor carry the reduction of the whole batch.
 """
@@ -27,7 +27,7 @@ def fits_row_loss(config: LossConfig, tensors: PolicyTensors) -> bool:
     if not fits_one_pass(config, tensors):
         return False
     if config.loss_type in _PER_SEQUENCE_WEIGHT and (config.beta != 0 or config.entropy_coef != 0):
-        return False  # the KL term and the bonus have a weight per sequence, which no advantage carries
+        return False  # the advantage cannot carry the per-sequence weight of the KL term and the bonus
     if config.importance_sampling_level == "token":
         return True
     # On-policy the ratio of the sequence is 1, and so is that of each token: with one advantage and one weight for the

@@ -294,8 +294,8 @@ class GRPOTrainer(ResumableTrainer):
         """Skip the step if its loss or gradient is not finite. transformers calls this between backward and step."""
         norm = super()._get_grad_norm(model, grad_norm)
         scaled, taken = self.accelerator.scaler is not None, None
-        if scaled and not self.args.max_grad_norm:  # clipping would have unscaled; the guard may drop the gradients,
-            self.accelerator.unscale_gradients()  # and a scaler that has unscaled none raises
+        if scaled and not self.args.max_grad_norm:  # no clipping unscales: do it before the guard drops gradients,
+            self.accelerator.unscale_gradients()  # as scaler.step raises if it unscaled none
         if self.is_deepspeed_enabled:
             engine: Any = model
             scaled, taken = engine.fp16_enabled(), engine.was_step_applied()

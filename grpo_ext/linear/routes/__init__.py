@@ -96,5 +96,5 @@ def refusal(
     if compute_dtype != torch.bfloat16:
         return "the product is for bf16"
     if hidden_size % 8 or not aligned:
-        return "hidden size and the head's rows must be multiples of 8 elements"
+        return "hidden size and the head's row stride must be multiples of 8"
     return None

@@ -110,7 +110,7 @@ class Route(abc.ABC):
         return None if self.mask is None else self.mask[rows]
 
     def gradients(self, wanted: Wanted, weight_grad: Tensor | None = None) -> Gradients:
-        """Sums of nothing yet. `hidden` is fp32 if it will be added up over ranks."""
+        """Sums that start at 0. `hidden` is fp32 if it is summed over ranks."""
         weight, bias = self.inputs.weight, self.inputs.bias
         head = HeadGradient(weight if wanted.wants_weight else None, bias if wanted.wants_bias else None, weight_grad)
         if not wanted.wants_hidden:
@@ -148,7 +148,7 @@ class Route(abc.ABC):
 
     @abc.abstractmethod
     def again(self, start: int, end: int, saved: Saved) -> Chunk:
-        """The chunk of the saving `forward` again."""
+        """Rebuild the chunk that `forward` saved."""
 
     @abc.abstractmethod
     def save(self, chunk: Any, rows: Tensor) -> None:

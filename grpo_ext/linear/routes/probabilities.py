@@ -122,7 +122,7 @@ class ProbabilityRoute(Route):
         return self.group is None and self.hidden.dtype == self.weight.dtype
 
     def differentiate_logps(self) -> None:
-        """`forward` leaves d logp / d logits as it is."""
+        """``factor * E`` already is d logp / d logits."""
 
     def differentiate_loss(self, tensors: PolicyTensors, spec: list[float]) -> None:
         self._coefficients = self._kernels.row_coefficients(tensors, spec)

@@ -171,9 +171,9 @@ def fold(
     ``-others``: 1 - p of a confident token is a sum of what is small, not the difference of what is close. `residual`
     is what rounding that element leaves over. `coefficients` are multiplied into the factor.
 
-    A row with recentred tiles becomes relative to the greatest of their references, E too. `sums`: only that, into the
-    two of them, as if the row were one tile; `partials` and `recentred` may then have these of each rank, and `rank`
-    says whose are those of E.
+    A row with recentred tiles is rescaled to the greatest of their references, E too. `sums`: stop there and write the
+    row's sums and reference to it. A second call gets them as `partials` and `recentred`, one tile a rank; `rank`
+    is the one that holds E.
     """
     moved = partials[..., 0] < 0
     references = torch.where(moved, recentred, reference)

@@ -246,7 +246,7 @@ __device__ __forceinline__ void consume_rows(const RingParams& p, RingShared& sh
         continue;
       }
     }
-    // A parity does not distinguish a phase from the one two before it. `empty` therefore comes
+    // Phases two apart have the same parity: `full` alone is ambiguous. So `empty` is tested
     // first: once the row before ours has left the stage, the next fill holds our row.
     uint64_t *empty = &sh.empty[to_sum.stage], *full = &sh.full[to_sum.stage];
     const uint32_t lap = to_sum.lap;

@@ -95,7 +95,7 @@ class RowCursor {
   uint32_t count_, step_, row_;
   uint32_t window_ = 0u - 32;         // first row of the window
   uint32_t own_ = 0, live_ = ~0u;     // bits: rows of this cluster not yet visited, unmasked rows
-  uint32_t next_live_, next_masked_;  // this cluster's next ones, counted from the next window on
+  uint32_t next_live_, next_masked_;  // rows of each kind to skip from the next window on
   uint32_t every_step_ = 0;           // bits 0, step, 2 step, ...
   uint32_t masks_ = 0;                // this lane's mask, a bit for each prefetched window
   uint8_t ahead_[kAheadWindows];

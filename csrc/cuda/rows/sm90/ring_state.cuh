@@ -36,7 +36,7 @@ struct Decided {
   uint32_t row;
 };
 
-// Counters that find the last cluster of a call to report; see take_report_counter.
+// Counters that tell a call's last reporting cluster; see take_report_counter.
 static __device__ uint32_t report_counters[kReportCounters];
 
 struct RingShared {
