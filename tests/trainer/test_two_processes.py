@@ -15,7 +15,7 @@ from two_processes import check_the_rest, compare, on_two
 @pytest.mark.timeout(240)
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     two = on_two(tmp_path, ["ddp", "fsdp2"], timeout=220, CUDA_VISIBLE_DEVICES="")
-    assert two.pop("fsdp without GPUs").startswith("fsdp=True, but accelerate spreads weights over GPUs only")
+    assert two.pop("fsdp without GPUs").startswith("fsdp=True, but accelerate shards weights on GPUs only")
     completions = two.pop("sampled")
     assert len(completions) == 8
     assert completions[:4] != completions[4:]  # each rank draws from a stream of its own
