@@ -98,6 +98,8 @@ fuzz: setup
 # torch hold memory until the process ends.
 SANITIZED := build/sanitize
 LIBASAN = $(shell $(or $(CXX),c++) -print-file-name=libasan.so)
+# Preloaded with it: ASan looks for __cxa_throw when it starts, before the extension has loaded the library.
+LIBSTDCXX = $(shell $(or $(CXX),c++) -print-file-name=libstdc++.so.6)
 
 $(SANITIZED)/built: $(CXX_SOURCES) CMakeLists.txt | $(VENV)/tools
 	PATH=$(CURDIR)/$(BIN):$$PATH cmake -S . -B $(SANITIZED) -G Ninja -DGRPO_EXT_CUDA=OFF -DGRPO_EXT_SANITIZE=ON \
@@ -110,7 +112,7 @@ sanitize: setup $(if $(filter /%,$(LIBASAN)),$(SANITIZED)/built)
 ifeq ($(filter /%,$(LIBASAN)),)
 	@echo "make sanitize: skipped, the compiler has no libasan.so (install it to run the tests under AddressSanitizer)"
 else
-	LD_PRELOAD=$(LIBASAN) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=tests/sanitizer \
+	LD_PRELOAD="$(LIBASAN) $(LIBSTDCXX)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=tests/sanitizer \
 	  GRPO_EXT_LIBRARY=$$(echo $(CURDIR)/$(SANITIZED)/_C.*.so) $(BIN)/python -m pytest -p sanitized_extension \
 	  tests/sanitizer tests/ops tests/losses/test_edge_cases.py
 endif
