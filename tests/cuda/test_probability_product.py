@@ -167,8 +167,7 @@ def make_improbable(case: Case, rows: Tensor) -> None:
     ("rows", "vocab", "size"), [(1, 3, 8), (65, 256, 64), (129, 1001, 1024), (300, 50_257, 256), (257, 151_936, 128)]
 )
 def test_recentred_rows_against_their_twins(rows: int, vocab: int, size: int, bias: bool) -> None:
-    """The same tiles are recentred; log probabilities and derivatives are those of fp64; the other rows have the bits
-    they have without such neighbours."""
+    """Kernel and twin recentre equal tiles and agree with fp64; a neighbour's recentring changes no bit of a row."""
     case = Case(rows, vocab, size, bias=bias)
     chosen = torch.arange(rows, device="cuda")
     chosen = chosen[chosen % 4 != 1]
