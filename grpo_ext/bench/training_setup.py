@@ -27,7 +27,7 @@ from grpo_ext.bench.training_workload import Workload
 from grpo_ext.generation.engine import Completions
 from grpo_ext.trainer import GRPOConfig, GRPOTrainer
 
-#: Trainer and settings of each candidate; ``patch`` is the ``fuse_loss`` of `grpo_ext.integrations.trl.patch`.
+#: Trainer and settings of each candidate; ``patch`` has the arguments of `grpo_ext.integrations.trl.patch`.
 CANDIDATES: dict[str, dict[str, Any]] = {
     "ours": {"trainer": "ours", "fill_micro_batches": True},
     "ours_unfused": {"trainer": "ours", "fill_micro_batches": True, "use_fused_lora": False, "use_fused_norm": False},
@@ -35,8 +35,10 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "ours_defaults": {"trainer": "ours"},
     "ours_packed": {"trainer": "ours", "length_sorted_batches": True, "padding_free": True},
     "trl": {"trainer": "trl"},
-    "trl_patch": {"trainer": "trl", "patch": False},
-    "trl_fused": {"trainer": "trl", "patch": True},
+    "trl_patch": {"trainer": "trl", "patch": {}},
+    "trl_filled": {"trainer": "trl", "patch": {"fill_micro_batches": True}},
+    "trl_fused": {"trainer": "trl", "patch": {"fuse_loss": True}},
+    "trl_fused_filled": {"trainer": "trl", "patch": {"fuse_loss": True, "fill_micro_batches": True}},
     # Settings with which TRL saves the same host work that this package's trainer saves by default.
     "trl_reentrant": {
         "trainer": "trl",
@@ -177,17 +179,18 @@ def start_adapter(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def patched(value: bool | None) -> Iterator[None]:
+def patched(arguments: dict[str, bool] | None) -> Iterator[None]:
     """Patch TRL inside this context, and raise an error if our kernels served no call; None does not patch."""
-    if value is None:
+    if arguments is None:
         yield
         return
     import grpo_ext.integrations.trl as integration
 
-    integration.patch(fuse_loss=value)
+    integration.patch(**arguments)
     try:
         yield
         status = integration.status()
+        print(status)
         if not status.served and not status.losses_served:
             raise RuntimeError(f"the patched TRL never called this package's kernels: {status}")
     finally:

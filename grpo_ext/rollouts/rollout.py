@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from grpo_ext.generation.engine import Completions, Prompt
-from grpo_ext.update.micro_batch import MicroBatch, left_pad, right_pad, unique_rows
+from grpo_ext.update.micro_batch import MicroBatch, left_pad, right_pad, to_device, unique_rows
 
 
 @dataclasses.dataclass
@@ -99,20 +99,22 @@ class Rollout:
         completion_ids, completion_mask = right_pad([self.completion_ids[row] for row in rows], pad_id, device)
         width = completion_ids.shape[1]
         first, which = unique_rows(prompts)
-        in_loss = torch.tensor([self.in_loss[row] for row in rows], device=device).unsqueeze(1)
+        in_loss = to_device([self.in_loss[row] for row in rows], device).unsqueeze(1)
+
+        positions = to_device(list(keep), device)
 
         def part(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values.to(device)[list(keep), :width]
+            return None if values is None else to_device(values, device).index_select(0, positions)[:, :width]
 
         return MicroBatch(
             prompt_ids=prompt_ids,
             prompt_mask=prompt_mask,
-            distinct_prompts=torch.tensor(first, device=device),
-            prompt_index=torch.tensor(which, device=device),
+            distinct_prompts=to_device(first, device),
+            prompt_index=to_device(which, device),
             completion_ids=completion_ids,
             completion_mask=completion_mask,
             loss_mask=completion_mask * in_loss,
-            advantages=self.advantages[rows].to(device),
+            advantages=to_device(self.advantages[rows], device),
             old_logps=part(self.old_logps[slice_index]),
             ref_logps=part(self.ref_logps[slice_index]),
             sampling_logps=self._sampling(rows, width, device),
@@ -132,7 +134,7 @@ class Rollout:
         if self.sampling_logps is None:
             return None
         padded = [self.sampling_logps[row] + [0.0] * (width - len(self.sampling_logps[row])) for row in rows]
-        return torch.tensor(padded, dtype=torch.float32, device=device)
+        return to_device(torch.tensor(padded, dtype=torch.float32), device)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for ``torch.save``."""

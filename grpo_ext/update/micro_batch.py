@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,19 +49,27 @@ class MicroBatch:
         return self.known_lengths
 
 
+def to_device(values: Tensor | Sequence[Any], device: torch.device | str) -> Tensor:
+    """Copy host values to a device without a host sync: a CUDA copy from pageable memory waits for the stream."""
+    tensor = torch.as_tensor(values)
+    if torch.device(device).type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Return ``(ids, mask)``, both ``(n, longest)`` int64, with the padding before the tokens."""
     width = max(len(row) for row in rows)
-    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    ids = to_device([[pad_id] * (width - len(row)) + list(row) for row in rows], device)
+    mask = to_device([[0] * (width - len(row)) + [1] * len(row) for row in rows], device)
     return ids, mask
 
 
 def right_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Return ``(ids, mask)``, both ``(n, longest)`` int64, with the padding after the tokens."""
     width = max(len(row) for row in rows)
-    ids = torch.tensor([list(row) + [pad_id] * (width - len(row)) for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+    ids = to_device([list(row) + [pad_id] * (width - len(row)) for row in rows], device)
+    mask = to_device([[1] * len(row) + [0] * (width - len(row)) for row in rows], device)
     return ids, mask
 
 

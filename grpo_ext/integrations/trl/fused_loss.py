@@ -17,6 +17,8 @@ from torch import Tensor
 from grpo_ext.config import LEVELS, LOSS_TYPES, LossConfig
 from grpo_ext.integrations.trl.counting import counts
 from grpo_ext.integrations.trl.metrics import log_metrics
+from grpo_ext.integrations.trl.one_forward import complete, lacks_ratio
+from grpo_ext.integrations.trl.passes import ROWS, Update, updating
 from grpo_ext.integrations.trl.seam import Outputs, Projection, gather_head, overriding_head, reason_to_hand_back
 from grpo_ext.linear import linear_grpo_loss
 from grpo_ext.linear.arguments import Gather
@@ -40,14 +42,27 @@ def reason_to_keep_trl(trainer: Any, inputs: dict[str, Any]) -> str | None:
         return f"loss_type {trainer.loss_type!r}"
     if trainer.importance_sampling_level not in LEVELS:
         return f"importance_sampling_level {trainer.importance_sampling_level!r}"
+    if lacks_ratio(trainer, inputs) and trainer.vllm_importance_sampling_clip_max is None:
+        return "vllm_importance_sampling_clip_max=None"
     if getattr(trainer.args, "torch_compile", False):
         return "torch_compile"
     return None
 
 
-def loss_config(trainer: Any) -> LossConfig:
-    """Convert the trainer's settings; `HeadCall` adds temperature, softcap and scale."""
+def loss_config(trainer: Any, sampling: bool) -> LossConfig:
+    """Convert the trainer's settings; `HeadCall` adds temperature, softcap and scale.
+
+    Args:
+        sampling: the loss computes the importance weights.
+    """
     args = trainer.args
+    correction: dict[str, Any] = {}
+    if sampling:
+        correction = {
+            "vllm_importance_sampling_mode": trainer.vllm_importance_sampling_mode,
+            "vllm_importance_sampling_clip_max": trainer.vllm_importance_sampling_clip_max,
+            "vllm_importance_sampling_clip_min": trainer.vllm_importance_sampling_clip_min,
+        }
     return LossConfig(
         loss_type=trainer.loss_type,
         importance_sampling_level=trainer.importance_sampling_level,
@@ -64,6 +79,7 @@ def loss_config(trainer: Any) -> LossConfig:
         vespo_lambda_pos=args.vespo_lambda_pos,
         vespo_k_neg=args.vespo_k_neg,
         vespo_lambda_neg=args.vespo_lambda_neg,
+        **correction,
     )
 
 
@@ -140,9 +156,9 @@ def compute_loss(
         return original(trainer, model, inputs)
     ids, positions = inputs["completion_ids"], inputs["completion_mask"]
     mask = positions if "tool_mask" not in inputs else positions * inputs["tool_mask"]
-    weights = inputs.get("importance_sampling_ratio")
+    sampling = lacks_ratio(trainer, inputs)
     call = HeadCall(
-        loss_config(trainer),
+        loss_config(trainer, sampling),
         ids,
         positions.bool(),
         mask,
@@ -150,7 +166,8 @@ def compute_loss(
             "advantages": inputs["advantages"],
             "old_logps": inputs.get("old_per_token_logps"),
             "ref_logps": inputs["ref_per_token_logps"] if trainer.beta != 0.0 else None,
-            "importance_weights": weights,
+            "importance_weights": inputs.get("importance_sampling_ratio"),
+            "sampling_logps": inputs["sampling_per_token_logps"] if sampling else None,
             "num_items_in_batch": divisor_of(trainer, inputs),
         },
     )
@@ -158,7 +175,10 @@ def compute_loss(
         "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
         "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
     )  # fmt: skip
-    with overriding_head(call):
+    rows = inputs.get(ROWS)
+    if rows is not None:  # one call to the head computes every row
+        rows = dataclasses.replace(rows, has_gradient=[True] * len(ids))
+    with overriding_head(call), updating(Update(rows, lambda _: None)):
         carrier, _, _ = trainer._get_per_token_logps_and_entropies(
             model,
             torch.cat([inputs["prompt_ids"], ids], dim=1),
@@ -176,5 +196,6 @@ def compute_loss(
     if trainer.model.training and trainer.loss_type not in DIVIDED_BY_ITEMS:
         loss = loss / trainer.current_gradient_accumulation_steps
     counts.losses_served += 1
+    complete(trainer, inputs, call.output.logps)
     log_metrics(trainer, call.output, inputs, mask)
     return loss

@@ -26,6 +26,13 @@ class Layout(Protocol):
         """Return the keyword arguments of the model's forward."""
         ...
 
+    def first_positions(self) -> Tensor:
+        """Return ``(B,)`` int64: index, in the flattened input, of the position that predicts completion token 0.
+
+        The position of token t is t further.
+        """
+        ...
+
     def completion_rows(self, outputs: Tensor) -> Tensor:
         """Rearrange hidden states or logits into ``(B, T, ...)``: row t predicts completion token t.
 

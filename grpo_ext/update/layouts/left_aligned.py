@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo_ext.update.layouts.layout import same_logits
-from grpo_ext.update.micro_batch import MicroBatch
+from grpo_ext.update.micro_batch import MicroBatch, to_device
 
 
 class LeftAlignedLayout:
@@ -30,24 +30,28 @@ class LeftAlignedLayout:
         gap = [batch.prompt_ids.shape[1] - p for p in prompts]
         if any(gap):
             columns = torch.tensor(gap).unsqueeze(1) + torch.arange(width)
-            self._ids = both.gather(1, columns.clamp_(max=both.shape[1] - 1).to(device))
+            self._ids = both.gather(1, to_device(columns.clamp_(max=both.shape[1] - 1), device))
         else:
             self._ids = both[:, :width]
         self.positions = self._ids.numel()
         self.logits_to_keep = width - (min(prompts) - 1)
         self._shape = batch.completion_ids.shape
+        self._prompts = prompts
         self._source: Tensor | None = None
         if len(set(prompts)) > 1:
             each = list(zip(prompts, completions, strict=True))
             first = [row * self.logits_to_keep + p - min(prompts) for row, (p, _) in enumerate(each)]
-            self._source = torch.cat([torch.arange(f, f + c) for f, c in zip(first, completions, strict=True)]).to(
-                device
-            )
+            source = torch.cat([torch.arange(f, f + c) for f, c in zip(first, completions, strict=True)])
+            self._source = to_device(source, device)
             ranges = [torch.arange(row * self._shape[1], row * self._shape[1] + c) for row, c in enumerate(completions)]
-            self._where = torch.cat(ranges).to(device)
+            self._where = to_device(torch.cat(ranges), device)
 
     def inputs(self) -> dict[str, Any]:
         return {"input_ids": self._ids, "logits_to_keep": self.logits_to_keep, "use_cache": False}
+
+    def first_positions(self) -> Tensor:
+        width = self._ids.shape[1]
+        return to_device([row * width + p - 1 for row, p in enumerate(self._prompts)], self._ids.device)
 
     def completion_rows(self, outputs: Tensor) -> Tensor:
         """Rows without a completion token hold arbitrary values."""

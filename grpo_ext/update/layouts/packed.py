@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from grpo_ext.update.layouts.layout import same_logits
-from grpo_ext.update.micro_batch import MicroBatch
+from grpo_ext.update.micro_batch import MicroBatch, to_device
 
 
 class PackedLayout:
@@ -30,6 +31,7 @@ class PackedLayout:
         self._keep = torch.nonzero(predicts[fed]).flatten()
         self._where = torch.nonzero(batch.completion_mask.flatten()).flatten()
         self._shape = batch.completion_ids.shape
+        self._lengths = batch.lengths()
         self.positions = self._ids.shape[1]
 
     def inputs(self) -> dict[str, Any]:
@@ -39,6 +41,10 @@ class PackedLayout:
             "logits_to_keep": self._keep,
             "use_cache": False,
         }
+
+    def first_positions(self) -> Tensor:
+        ends = itertools.accumulate(p + c - 1 for p, c in zip(*self._lengths, strict=True))
+        return to_device([end - c for end, c in zip(ends, self._lengths[1], strict=True)], self._ids.device)
 
     def completion_rows(self, outputs: Tensor) -> Tensor:
         """Rows without a completion token hold zeros."""

@@ -35,5 +35,10 @@ class PaddedLayout:
     def inputs(self) -> dict[str, Any]:
         return self._inputs
 
+    def first_positions(self) -> Tensor:
+        ids = self._inputs["input_ids"]
+        rows, width = ids.shape
+        return torch.arange(rows, device=ids.device) * width + (width - self._width)
+
     def completion_rows(self, outputs: Tensor) -> Tensor:
         return outputs[:, -self._width :]

@@ -47,6 +47,10 @@ class SharedPromptLayout:
             "use_cache": True,
         }
 
+    def first_positions(self) -> Tensor:
+        rows, width = self._batch.completion_ids.shape
+        return torch.arange(rows, device=self._batch.completion_ids.device) * width
+
     def completion_rows(self, outputs: Tensor) -> Tensor:
         return outputs[:, -self._batch.completion_ids.shape[1] :]
 
