@@ -51,19 +51,19 @@ def check_logits(logits: Tensor, ids: Tensor, ids_name: str = "completion_ids") 
         raise ValueError(
             f"the vocabulary dimension of logits must be dense, got strides {logits.stride()}; pass logits.contiguous()"
         )
-    check_ids(ids, logits.shape[:-1], logits.device, ids_name)
+    check_ids(ids, ids_name, logits, "logits")
 
 
-def check_ids(ids: Tensor, shape: torch.Size, device: torch.device, name: str) -> None:
-    """Require int64 ``ids`` with this shape and device."""
+def check_ids(ids: Tensor, name: str, source: Tensor, source_name: str) -> None:
+    """Require int64 ``ids`` with the leading shape and the device of ``source``, which predicts them."""
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
         raise TypeError(f"{name} must be an int64 tensor, got {describe(ids)}; pass {name}.long()")
-    if ids.shape != shape:
+    if ids.shape != source.shape[:-1]:
         raise ValueError(
-            f"{name} must have the leading shape of the logits {tuple(shape)}, got {describe(ids)}; "
-            "logits[:, t] predicts ids[:, t]: slice both to the completion"
+            f"{name} must have the leading shape of {source_name} {tuple(source.shape[:-1])}, got {describe(ids)}; "
+            f"{source_name}[:, t] predicts {name}[:, t]: slice both to the completion"
         )
-    check_device(name, ids, device, "logits")
+    check_device(name, ids, source.device, source_name)
 
 
 def check_device(name: str, tensor: Tensor, device: torch.device, other: str) -> None:

@@ -1,9 +1,9 @@
-"""The losses from hidden states: the product with the language-model head and what follows it, chunk by chunk.
+"""The losses from hidden states and language-model head, one chunk of rows at a time.
 
 From the outside in: `loss` and `logps` (public functions, autograd), `arguments` (checks), `schedule` (how many passes
-a loss needs), `operators` (``torch.ops.grpo_ext.linear_*``), `chunks` (the loops), `routes` (what a chunk's product
-holds, and its kernels), `head` (products), `row_loss` (the one-pass kernel on a chunk), `rows` and `plan` (which rows,
-how many at once). `grpo_ext.vocabulary` has the row kernels on logits.
+a loss needs), `operators` (``torch.ops.grpo_ext.linear_*``), `chunks` (the loops), `routes` (a chunk as logits or as
+unnormalised probabilities), `head` (matrix products), `row_loss` (the one-pass kernel on a chunk), `rows` and `plan`
+(which rows, how many at once). The row kernels on logits are in `grpo_ext.vocabulary`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Arguments of the fused linear functions: checked once, with errors that name argument, shape and remedy."""
+"""Check and convert the arguments of `linear_grpo_loss` and `linear_selective_log_softmax`."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_ext._checks import check_device, checked_mask, describe
+from grpo_ext._checks import check_device, check_ids, checked_mask, describe
 from grpo_ext._ops import DTYPE_CODES, logit_transform, statistics_dtype
 from grpo_ext.config import LossConfig
-from grpo_ext.linear.plan import Numerics, parse_logits_dtype, product_dtypes
+from grpo_ext.linear.plan import Numerics, product_dtypes
 from grpo_ext.linear.routes.base import Wanted
 from grpo_ext.vocabulary.shards import group_name
 
-#: Called with (weight, bias), of a sharded head. Inside the context that it returns the head is whole: what the context
-#: yields, (weight, bias), or, if that is None, the same tensors, filled in place (ZeRO-3).
+#: Takes weight and bias of a sharded head, and returns a context manager inside which the head is whole. That yields
+#: the whole (weight, bias), or None if it fills the given tensors in place (ZeRO-3).
 Gather = Callable[[Tensor, Tensor | None], AbstractContextManager[tuple[Tensor, Tensor | None] | None]]
 
 
 def unsharded(tensor: Tensor | None) -> Tensor | None:
-    """A sharded parameter (DTensor) as a plain tensor, by a gathering that autograd follows."""
+    """Gather a sharded parameter (DTensor) to a plain tensor; autograd differentiates the gathering."""
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
 
@@ -46,9 +46,12 @@ def checked_head(
     hidden: Tensor, ids: Tensor, ids_name: str, weight: Tensor, bias: Tensor | None, weight_grad: Tensor | None,
     gather: Gather | None, memory_budget: int | None, valid_rows: int | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Check what both public functions take; return weight and bias as plain tensors."""
+    """Check the arguments that both functions share; return weight and bias as plain tensors."""
     check_hidden(hidden, ids, ids_name)
-    check_sizes(memory_budget, valid_rows)
+    if memory_budget is not None and (not isinstance(memory_budget, int) or memory_budget < 1):
+        raise ValueError(f"memory_budget must be None or a number of bytes above 0, got {memory_budget!r}")
+    if valid_rows is not None and (not isinstance(valid_rows, int) or valid_rows < 0):
+        raise ValueError(f"valid_rows must be None or a count of rows, at least 0, got {valid_rows!r}")
     plain, plain_bias = unsharded(weight), unsharded(bias)
     assert plain is not None
     if gather is None:
@@ -63,15 +66,8 @@ def check_hidden(hidden: Tensor, ids: Tensor, ids_name: str) -> None:
     if hidden.dtype not in DTYPE_CODES:
         raise TypeError(f"hidden must be float32, bfloat16, float16 or float64, got {describe(hidden)}; cast it first")
     if hidden.dtype == torch.float64 and hidden.device.type != "cpu":
-        raise TypeError(f"float64 is served on the CPU only, hidden is {describe(hidden)}; pass float32")
-    if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
-        raise TypeError(f"{ids_name} must be an int64 tensor, got {describe(ids)}; pass {ids_name}.long()")
-    if ids.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"{ids_name} must have the leading shape of hidden {tuple(hidden.shape[:-1])}, got {describe(ids)}; "
-            "hidden[:, t] predicts ids[:, t]: slice both to the completion"
-        )
-    check_device(ids_name, ids, hidden.device, "hidden")
+        raise TypeError(f"float64 is supported on the CPU only, hidden is {describe(hidden)}; pass float32")
+    check_ids(ids, ids_name, hidden, "hidden")
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, weight_grad: Tensor | None) -> None:
@@ -91,16 +87,16 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, weight_grad:
             raise ValueError(f"bias must be ({weight.shape[0]},), one value per row of weight, got {describe(bias)}")
         check_device("bias", bias, hidden.device, "hidden")
     if weight_grad is not None:
-        wide = statistics_dtype(weight.dtype)
-        if weight_grad.shape != weight.shape or weight_grad.dtype != wide or not weight_grad.is_contiguous():
+        dtype = statistics_dtype(weight.dtype)
+        if weight_grad.shape != weight.shape or weight_grad.dtype != dtype or not weight_grad.is_contiguous():
             raise ValueError(
-                f"weight_grad must be a contiguous {tuple(weight.shape)} tensor of {wide}, got {describe(weight_grad)}"
+                f"weight_grad must be a contiguous {tuple(weight.shape)} tensor of {dtype}, got {describe(weight_grad)}"
             )
         check_device("weight_grad", weight_grad, hidden.device, "hidden")
 
 
 def check_mask(mask: Tensor | None, ids: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """As `checked_mask`."""
+    """Check that a mask has the shape and device of ids; return the result of `checked_mask`, or None twice."""
     if mask is None:
         return None, None
     if not isinstance(mask, Tensor) or mask.shape != ids.shape:
@@ -109,22 +105,11 @@ def check_mask(mask: Tensor | None, ids: Tensor) -> tuple[Tensor | None, Tensor 
     return checked_mask("mask", mask)
 
 
-def check_sizes(memory_budget: int | None, valid_rows: int | None) -> None:
-    for name, value in (("memory_budget", memory_budget), ("valid_rows", valid_rows)):
-        if value is not None and (not isinstance(value, int) or value < (1 if name == "memory_budget" else 0)):
-            what = "a number of bytes above 0" if name == "memory_budget" else "a count of rows, at least 0"
-            raise ValueError(f"{name} must be None or {what}, got {value!r}")
-
-
 def numerics_of(
-    config: LossConfig,
-    hidden: Tensor,
-    weight: Tensor,
-    logits_dtype: torch.dtype | str | None,
-    memory_budget: int | None,
-    process_group: Any | None,
-) -> Numerics:
-    compute, logits = product_dtypes(hidden, weight, parse_logits_dtype(logits_dtype))
+    config: LossConfig, hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype | str | None,
+    memory_budget: int | None, process_group: Any | None,
+) -> Numerics:  # fmt: skip
+    compute, logits = product_dtypes(hidden, weight, logits_dtype)
     transform = logit_transform(config.temperature, config.logit_softcap, config.logit_scale)
     return Numerics(transform, compute, logits, memory_budget, group_name(process_group))
 

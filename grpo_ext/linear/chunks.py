@@ -1,7 +1,7 @@
 """The loops over chunks of rows: log probabilities, gradients of given coefficients, gradients of a loss.
 
-Nothing here has the size tokens x vocabulary: a chunk's product lies in one buffer, becomes its own gradient there, and
-is overwritten by the next chunk. What the product holds is known to the `Route` alone.
+No tensor has the size tokens x vocabulary. All chunks use one buffer: a chunk's product is overwritten by its gradient,
+then by the next chunk's product. Only the `Route` knows whether a product holds logits or probabilities.
 """
 
 from __future__ import annotations
@@ -15,39 +15,42 @@ from grpo_ext.linear.rows import row_chunks, sequence_chunks
 from grpo_ext.vocabulary.statistics import kernels
 
 
-def log_probabilities(route: Route, gradients: Gradients, keep: bool) -> Saved:
-    """Fill ``route.logps`` and ``route.entropy``; return what a backward needs.
+def log_probabilities(route: Route, gradients: Gradients, save_product: bool) -> Saved:
+    """Fill ``route.logps`` and ``route.entropy``; return them with the statistics and product that a backward needs.
 
     Args:
-        gradients: receives dlogp/dhidden if it has a tensor for it: backward then scales its rows, whatever the
-            upstream gradient, and needs nothing saved.
-        keep: save the product, of all rows in one chunk.
+        gradients: dlogp/dhidden is added to ``hidden`` unless that is None. Backward then only scales its rows by the
+            upstream gradient, so no statistics are saved.
+        save_product: save the product; one chunk must hold all rows.
     """
     selection = route.selection
-    derivative = gradients.hidden is not None
-    rows, product = route.per_token(1 + keep), None
-    if derivative:
+    differentiate = gradients.hidden is not None
+    row_stats, product = route.zeros_per_token(1 + save_product), None
+    if differentiate:
         route.differentiate_logps()
     for start, end in row_chunks(selection.size, route.capacity):
-        needed = end - start if keep else selection.gradient_rows_between(start, end) if derivative else 0
+        needed = end - start if save_product else selection.gradient_rows_between(start, end) if differentiate else 0
         chunk = route.forward(start, end, needed)
-        if not derivative:
-            route.save(chunk, rows)
+        if not differentiate:
+            route.save(chunk, row_stats)
         elif needed:
             route.accumulate(chunk.part(0, needed), gradients)
-        if keep:
+        if save_product:
             product = chunk.product
-    return Saved(route.logps, route.entropy, rows, product)
+    return Saved(route.logps, route.entropy, row_stats, product)
 
 
 def gradients_of_logps(
     route: Route, saved: Saved, coef: Tensor, entropy_coef: Tensor | None, gradients: Gradients
 ) -> None:
-    """Add the gradients for upstream gradients ``coef`` of the log probabilities and ``entropy_coef`` of the entropies,
-    both (tokens,), from the saved product or a new one."""
+    """Add the gradients of log probabilities and entropies to ``gradients``, from the saved product or a new one.
+
+    Args:
+        coef, entropy_coef: (tokens,) upstream gradients of the log probabilities and the entropies; None: 0.
+    """
     count = route.selection.size
     for start, end in row_chunks(count, route.capacity):
-        chunk = route.multiply(route.again(start, end, saved), coef, entropy_coef)
+        chunk = route.multiply(route.rebuild(start, end, saved), coef, entropy_coef)
         route.accumulate(chunk, gradients, is_last=end == count)
 
 
@@ -62,21 +65,23 @@ def gradients_of_loss(
     """Fill ``route.logps`` and ``route.entropy``, and add the gradients of a loss.
 
     Args:
-        sequence_lengths: rows with a gradient of each completion, if chunks must hold whole completions.
+        tensors: of the loss. spec: its constants, see `grpo_ext._ops.loss_spec`.
+        sequence_lengths: number of gradient rows of each completion if chunks must hold whole completions, else None.
     """
     selection, shape = route.selection, tensors.mask.shape
-    whole = sequence_chunks(sequence_lengths or [], route.capacity)
+    ranges = sequence_chunks(sequence_lengths or [], route.capacity)
+    ranges += row_chunks(selection.size, route.capacity, start=ranges[-1][1] if ranges else 0)
     fused = schedule in route.fused_schedules
     if fused:
         route.differentiate_loss(tensors, spec)
-    for start, end in whole + row_chunks(selection.size, route.capacity, start=whole[-1][1] if whole else 0):
+    for start, end in ranges:
         needed = selection.gradient_rows_between(start, end)
         chunk = route.forward(start, end, needed)
         if not needed:
             continue
         chunk = chunk.part(0, needed)
         if not fused:
-            # On all tokens: those without a log probability yet do not enter this chunk's coefficients.
+            # For all tokens at once: later chunks, whose log probabilities are still 0, do not affect this one.
             logps, entropy = route.logps.view(shape), route.entropy.view(shape)
             _, coef, entropy_coef, _, _ = kernels.policy_loss(logps, entropy, *tensors, spec)
             entropy_coef = given(entropy_coef)

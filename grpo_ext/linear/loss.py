@@ -24,10 +24,10 @@ from grpo_ext.vocabulary.statistics import kernels
 
 
 class _Options(NamedTuple):
-    """Arguments of `_LinearLoss` beside its tensors."""
+    """Arguments of `_LinearLoss` other than tensors."""
 
     numerics: Numerics
-    spec: list[float]
+    spec: list[float]  # constants of the loss, see `grpo_ext._ops.loss_spec`
     schedule: str
     wanted: Wanted
     valid_rows: int | None
@@ -35,7 +35,7 @@ class _Options(NamedTuple):
 
 
 class _LinearLoss(torch.autograd.Function):
-    """Form loss and gradients together in the forward; backward hands the gradients over once."""
+    """Compute the loss and its gradients in the forward; backward hands the gradients to autograd, once."""
 
     @staticmethod
     def forward(
@@ -72,13 +72,13 @@ class _LinearLoss(torch.autograd.Function):
                 "backward"
             )
         grads = ctx.grads
-        no_more = (None,) * (4 + len(PolicyTensors._fields))
+        rest = (None,) * (4 + len(PolicyTensors._fields))  # the other arguments have no gradient
         if grads[0].dtype == torch.float64 and not ctx.accumulated and grad_loss is not None:
-            # fp64 is for checking: gradcheck asks again
-            return *(g * grad_loss if wanted else None for g, wanted in zip(grads, ctx.wanted, strict=True)), *no_more
+            # keep the gradients: gradcheck, which needs fp64, calls backward several times
+            return *(g * grad_loss if wanted else None for g, wanted in zip(grads, ctx.wanted, strict=True)), *rest
         ctx.grads = None
         if grad_loss is None:
-            return None, None, None, *no_more
+            return None, None, None, *rest
         if ctx.accumulated:
             torch._assert_async(
                 grad_loss == 1,
@@ -90,10 +90,10 @@ class _LinearLoss(torch.autograd.Function):
             if not wanted or (grad is grads[1] and ctx.accumulated):
                 handed.append(None)
                 continue
-            # Scales in place, without reading the gradient if the factor is 1.
+            # in place; a no-op if the factor is 1
             kernels.scale_rows_(grad.view(1, -1, grad.shape[-1]), grad_loss)
             handed.append(grad)
-        return *handed, *no_more
+        return *handed, *rest
 
 
 def linear_grpo_loss(
@@ -119,22 +119,22 @@ def linear_grpo_loss(
     weight_grad: Tensor | None = None,
     gather: Gather | None = None,
 ) -> GRPOLossOutput:
-    """`grpo_loss` of ``hidden @ weight.T + bias``, chunk by chunk: no tensor of the size tokens x vocabulary.
+    """Compute `grpo_loss` of ``hidden @ weight.T + bias`` without a tensor of the size tokens x vocabulary.
 
     Rows with mask 0 enter no product. Rows with advantage 0 enter no product of the gradient, unless the loss has a KL
-    term or an entropy bonus; on the CPU neither do clipped rows. `choose_schedule` lists the costs.
+    term or an entropy bonus. On the CPU the same holds for clipped rows. `choose_schedule` lists the costs.
 
     Args:
         hidden: ``(B,T,H)``, or ``(N,H)`` for one sequence; ``hidden[b,t]`` predicts ``completion_ids[b,t]``.
         weight: ``(V,H)``, bias: ``(V,)`` or None. Hidden, weight and bias get a gradient if they require one.
         weight_grad: fp32 ``(V,H)`` (fp64 for fp64) to which the gradient of ``weight`` is added; autograd then gets
-            none for it. This call may add it already, for an upstream gradient of 1: call ``backward()`` on the loss
-            itself and pass other factors as ``grad_scale``; another upstream gradient raises in backward.
+            none for it. This call may already add it, for an upstream gradient of 1. So call ``backward()`` on the loss
+            itself and pass factors as ``grad_scale``; any other upstream gradient raises an error in backward.
         logits_dtype, process_group, memory_budget, valid_rows, gather: as in `linear_selective_log_softmax`.
 
     The other arguments, the result and the errors are those of `grpo_loss`. In float16 pass the loss scale as
-    ``grad_scale``: the forward then forms the gradients. Without it backward forms them, from an upstream gradient that
-    holds the scale, at the cost of schedule ``logps``.
+    ``grad_scale``: the forward then forms the gradients. Without it backward forms them, because the upstream gradient
+    holds the scale; that costs as much as the schedule ``logps_then_loss``.
     """
     plain_weight, plain_bias = checked_head(
         hidden, completion_ids, "completion_ids", weight, bias, weight_grad, gather, memory_budget, valid_rows
@@ -160,15 +160,15 @@ def linear_grpo_loss(
         buffer_rows = numerics.plan(head[0]).rows
     grad_scale = float(grad_scale)
     schedule = choose_schedule(config, tensors, wanted, numerics, buffer_rows, valid_rows, grad_scale)
-    tokens, shape = gradient_mask(config, tensors), completion_ids.shape
+    has_gradient, shape = gradient_mask(config, tensors), completion_ids.shape
     inputs = hidden, plain_weight, plain_bias, completion_ids
-    if schedule != "logps":
+    if schedule != "logps_then_loss":
         options = _Options(numerics, loss_spec(config, grad_scale), schedule, wanted, valid_rows, gather)
-        loss, logps, entropy, kl, metrics = _LinearLoss.apply(*inputs, tokens, weight_grad, options, *tensors)
+        loss, logps, entropy, kl, metrics = _LinearLoss.apply(*inputs, has_gradient, weight_grad, options, *tensors)
         return loss_output(loss, logps, entropy, kl, metrics, shape)
     request = Request(numerics, wanted, True, config.entropy_coef != 0, valid_rows, gather)
-    tokens = None if tokens is None else tokens.reshape(shape)
-    logps, entropy = linear_logps(*inputs, tensors.mask.view(shape), tokens, weight_grad, request)
+    has_gradient = None if has_gradient is None else has_gradient.reshape(shape)
+    logps, entropy = linear_logps(*inputs, tensors.mask.view(shape), has_gradient, weight_grad, request)
     if config.entropy_coef == 0:
         entropy = entropy.detach()
     return checked_policy_loss(logps, entropy, tensors, config, grad_scale)

@@ -1,6 +1,6 @@
-"""The chunk loops as operators, opaque to torch.compile: only they know how many rows are unmasked.
+"""The chunk loops as operators that torch.compile does not trace: the number of chunks depends on the masks.
 
-Shapes of the outputs follow from the inputs. An output that is not asked for is empty.
+Output shapes follow from the inputs alone. An output that the arguments turn off is an empty tensor.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from grpo_ext.linear.chunks import gradients_of_logps, gradients_of_loss, log_pr
 from grpo_ext.linear.routes import choose_route
 from grpo_ext.linear.routes.base import Inputs, Saved, Wanted
 from grpo_ext.linear.rows import RowArguments, select_rows, select_sequences
-from grpo_ext.vocabulary.shards import total_vocabulary
+from grpo_ext.vocabulary.shards import check_id_range, total_vocabulary
 from grpo_ext.vocabulary.statistics import kernels
 
 library = torch.library.Library("grpo_ext", "FRAGMENT")
@@ -26,7 +26,7 @@ library = torch.library.Library("grpo_ext", "FRAGMENT")
 Arguments = TypeVar("Arguments")
 Outputs = tuple[Tensor, ...]
 _GRADIENTS = "Tensor dhidden, Tensor dweight, Tensor dbias"
-_cudagraph_unsafe = getattr(torch.Tag, "cudagraph_unsafe", None)  # the host may wait for a count
+_cudagraph_unsafe = getattr(torch.Tag, "cudagraph_unsafe", None)  # an operator may synchronize to count rows
 _TAGS = () if _cudagraph_unsafe is None else (_cudagraph_unsafe,)
 
 
@@ -34,21 +34,21 @@ class LinearLogps(NamedTuple):
     """Arguments of ``linear_logps``."""
 
     inputs: Inputs
-    which: RowArguments
+    row_arguments: RowArguments
     with_entropy: bool
-    derivative: bool  # form dlogp/dhidden
-    keep: bool  # return the product of all rows
-    entropy_gradient: bool  # backward will need that of an entropy: see `choose_route`
+    differentiate: bool  # form dlogp/dhidden
+    save_product: bool  # return the product of all rows
+    entropy_gradient: bool  # backward will need the gradient of an entropy
 
 
 class LinearGradient(NamedTuple):
     """Arguments of ``linear_gradient``."""
 
     inputs: Inputs
-    which: RowArguments
+    row_arguments: RowArguments
     saved: Saved
-    coef: Tensor  # upstream gradients, shape of the ids: of the log probabilities
-    entropy_coef: Tensor | None  # and of the entropies
+    coef: Tensor  # upstream gradients of the log probabilities, shape of the ids
+    entropy_coef: Tensor | None  # upstream gradients of the entropies
     wanted: Wanted
     weight_grad: Tensor | None
     entropy_gradient: bool  # as in the forward
@@ -59,7 +59,7 @@ class LinearLoss(NamedTuple):
 
     inputs: Inputs
     policy: PolicyTensors
-    spec: list[float]  # `loss_spec`
+    spec: list[float]  # constants of the loss, see `grpo_ext._ops.loss_spec`
     gradient_mask: Tensor | None
     valid_rows: int | None
     schedule: str
@@ -68,7 +68,7 @@ class LinearLoss(NamedTuple):
 
 
 def flat(arguments: tuple[Any, ...]) -> list[Any]:
-    """The values of nested NamedTuples in the order of the schema."""
+    """Flatten nested NamedTuples into the argument list of the operator's schema."""
     values: list[Any] = []
     for value in arguments:
         values += flat(value) if isinstance(value, tuple) else [value]
@@ -78,7 +78,7 @@ def flat(arguments: tuple[Any, ...]) -> list[Any]:
 def _operator(
     arguments: type[Arguments], outputs: str, fake: Callable[[Arguments], Outputs], mutates: Sequence[str] = ()
 ) -> Callable[[Callable[[Arguments], Outputs]], None]:
-    """Register a function of one NamedTuple as the operator of its name, run without autocast."""
+    """Register a function of one NamedTuple as an operator named like the function; it runs without autocast."""
 
     def register(function: Callable[[Arguments], Outputs]) -> None:
         def without_autocast(a: Any) -> Outputs:
@@ -94,48 +94,41 @@ def _operator(
 
 
 def _check_ids(inputs: Inputs, mask: Tensor | None) -> None:
-    """Raise IndexError for an unmasked id outside the vocabulary. On the CPU only: on a GPU it would be a host sync."""
+    """Check unmasked ids on the CPU, and equal shards on every device."""
     ids = inputs.ids
     vocab = total_vocabulary(inputs.weight.shape[0], inputs.numerics.group, ids.device)
-    if ids.is_cuda:
-        return
-    wrong = (ids < 0) | (ids >= vocab)
-    if mask is not None:
-        wrong = wrong & mask
-    if bool(wrong.any()):
-        position = tuple(int(i) for i in wrong.nonzero()[0])
-        raise IndexError(
-            f"ids[{', '.join(map(str, position))}] = {int(ids[position])} is outside [0, {vocab}), the vocabulary of "
-            "the head; set the mask to 0 there, or pass the whole head"
-        )
+    check_id_range(ids, vocab, mask, "the head; set the mask to 0 there, or pass the whole head")
 
 
 def _logps_shapes(a: LinearLogps) -> Outputs:
     hidden, weight, _, ids, numerics = a.inputs
     logps, entropy = (ids.new_empty(ids.shape, dtype=numerics.statistics_dtype) for _ in range(2))
-    rows = logps.new_empty((1 + a.keep, *ids.shape))
-    derivative = hidden.new_empty(hidden.shape if a.derivative else (0,))
-    if not a.keep:
-        return logps, entropy, rows, derivative, hidden.new_empty(0)
-    count = torch.library.get_ctx().new_dynamic_size()
-    return logps, entropy, rows, derivative, hidden.new_empty((count, weight.shape[0]), dtype=numerics.logits_dtype)
+    row_stats = logps.new_empty((1 + a.save_product, *ids.shape))
+    dlogp_dhidden = hidden.new_empty(hidden.shape if a.differentiate else (0,))
+    product = hidden.new_empty(0)
+    if a.save_product:
+        rows = torch.library.get_ctx().new_dynamic_size()
+        product = hidden.new_empty((rows, weight.shape[0]), dtype=numerics.logits_dtype)
+    return logps, entropy, row_stats, dlogp_dhidden, product
 
 
-@_operator(LinearLogps, "Tensor logps, Tensor entropy, Tensor rows, Tensor derivative, Tensor product", _logps_shapes)
+@_operator(
+    LinearLogps, "Tensor logps, Tensor entropy, Tensor row_stats, Tensor dlogp_dhidden, Tensor product", _logps_shapes
+)
 def linear_logps(a: LinearLogps) -> Outputs:
     ids = a.inputs.ids
-    _check_ids(a.inputs, a.which.mask)
-    selection, mask = a.which.select(ids.numel())
+    _check_ids(a.inputs, a.row_arguments.mask)
+    selection, mask = a.row_arguments.select(ids.numel())
     chosen = choose_route(a.inputs.weight, a.inputs.numerics, entropy_gradient=a.entropy_gradient)
-    route = chosen(a.inputs, mask, selection, a.with_entropy, stores=a.derivative or a.keep)
-    gradients = route.gradients(Wanted(a.derivative, False, False))
-    saved = log_probabilities(route, gradients, a.keep)
+    route = chosen(a.inputs, mask, selection, a.with_entropy, a.differentiate or a.save_product)
+    gradients = route.gradients(Wanted(a.differentiate, False, False))
+    saved = log_probabilities(route, gradients, a.save_product)
     assert saved.entropy is not None
-    assert saved.rows is not None
+    assert saved.row_stats is not None
     product = a.inputs.hidden.new_empty(0) if saved.product is None else saved.product
-    rows = saved.rows.view(1 + a.keep, *ids.shape)
-    derivative = route.finish_hidden(gradients.hidden)
-    return saved.logps.view(ids.shape), saved.entropy.view(ids.shape), rows, derivative, product
+    row_stats = saved.row_stats.view(1 + a.save_product, *ids.shape)
+    dlogp_dhidden = route.finish_hidden(gradients.hidden)
+    return saved.logps.view(ids.shape), saved.entropy.view(ids.shape), row_stats, dlogp_dhidden, product
 
 
 def _gradient_shapes(a: LinearGradient | LinearLoss) -> Outputs:
@@ -149,12 +142,12 @@ def _gradient_shapes(a: LinearGradient | LinearLoss) -> Outputs:
 
 @_operator(LinearGradient, _GRADIENTS, _gradient_shapes, mutates=("weight_grad", "product"))
 def linear_gradient(a: LinearGradient) -> Outputs:
-    # Masked rows get no gradient: their log probability is 0 whatever the hidden state.
-    selection, mask = a.which.select(a.inputs.ids.numel())
+    # Masked rows get no gradient: their log probability is the constant 0.
+    selection, mask = a.row_arguments.select(a.inputs.ids.numel())
     weight, numerics, saved = a.inputs.weight, a.inputs.numerics, a.saved
     chosen = choose_route(weight, numerics, entropy_gradient=a.entropy_gradient or a.entropy_coef is not None)
     if chosen is not choose_route(weight, numerics, entropy_gradient=a.entropy_gradient):
-        saved = saved._replace(rows=None, product=None)  # the forward took another route
+        saved = saved._replace(row_stats=None, product=None)  # the forward took another route
     route = chosen(a.inputs, mask, selection)
     gradients = route.gradients(a.wanted, a.weight_grad)
     entropy_coef = None if a.entropy_coef is None else a.entropy_coef.reshape(-1)
@@ -178,12 +171,12 @@ def linear_loss(a: LinearLoss) -> Outputs:
     ids, mask = a.inputs.ids, a.policy.mask
     _check_ids(a.inputs, mask.view(ids.shape))
     lengths: list[int] | None = None
-    if a.schedule == "sequences":
+    if a.schedule == "three_pass_sequences":
         selection, lengths = select_sequences(mask, a.gradient_mask)
     else:
         selection = select_rows(mask, a.gradient_mask, ids.numel(), a.valid_rows)
     chosen = choose_route(a.inputs.weight, a.inputs.numerics, entropy_gradient=a.spec[ENTROPY_COEF] != 0)
-    route = chosen(a.inputs, None if selection.exact else mask, selection)
+    route = chosen(a.inputs, None if selection.excludes_masked else mask, selection)
     gradients = route.gradients(a.wanted, a.weight_grad)
     gradients_of_loss(route, a.policy, a.spec, a.schedule, lengths, gradients)
     dhidden = route.finish_hidden(gradients.hidden)

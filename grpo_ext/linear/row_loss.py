@@ -1,8 +1,9 @@
-"""The one-pass loss kernel on a chunk of compacted rows.
+"""The one-pass loss kernel on a chunk of rows.
 
-The kernel takes ``(B,T)`` batches, and a chunk is none. But a positive factor on the advantage scales the loss, and a
-reduction that weighs all tokens alike is one divisor. So a chunk becomes a batch of its own, whose advantages or
-divisor carry the reduction of the whole batch.
+The kernel reduces the loss of a ``(B,T)`` batch, but a chunk holds arbitrary rows of one. `RowLoss` therefore passes
+each chunk as a small batch and puts the whole batch's reduction into its numbers. If all tokens have equal weight, the
+reduction is a divisor. A weight per sequence is multiplied into the advantages: a positive factor scales the policy
+term.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ from grpo_ext import _C
 from grpo_ext._checks import PolicyTensors
 from grpo_ext._ops.packing import given
 from grpo_ext.advantages import importance_weights
-from grpo_ext.config import CLIPPED_LOSS_TYPES, IMPORTANCE_MODES, LOSS_TYPES, LossConfig
+from grpo_ext.config import CLIPPED_LOSS_TYPES, IMPORTANCE_MODES, LEVELS, LOSS_TYPES, LossConfig
 from grpo_ext.linear.rows import Rows
 from grpo_ext.losses import fits_one_pass
 from grpo_ext.vocabulary.statistics import Statistics, kernels
 
+#: Loss types whose reduction weighs the tokens of a sequence by its length.
 _PER_SEQUENCE_WEIGHT = ("grpo", "sapo")
+
+#: Position of each constant in ``spec``.
+_FIELD = {name: position for position, name in enumerate(_C.LOSS_SPEC_FIELDS)}
 
 
 def fits_row_loss(config: LossConfig, tensors: PolicyTensors) -> bool:
@@ -30,8 +35,8 @@ def fits_row_loss(config: LossConfig, tensors: PolicyTensors) -> bool:
         return False  # the advantage cannot carry the per-sequence weight of the KL term and the bonus
     if config.importance_sampling_level == "token":
         return True
-    # On-policy the ratio of the sequence is 1, and so is that of each token: with one advantage and one weight for the
-    # whole completion both levels have the same gradient.
+    # On-policy the ratios of a sequence and of its tokens are 1. With one advantage and one weight for the whole
+    # completion, token level and sequence level have the same gradient.
     weights = tensors.importance_weights
     return tensors.advantages.dim() == 1 and (weights is None or weights.dim() == 1)
 
@@ -40,16 +45,16 @@ class RowLoss:
     """`grpo_ext::row_loss_` for any rows of a batch whose loss `fits_row_loss`."""
 
     def __init__(self, tensors: PolicyTensors, spec: list[float], transform: list[float]) -> None:
-        loss_type = LOSS_TYPES[int(spec[_LOSS_TYPE])]
+        loss_type = LOSS_TYPES[int(spec[_FIELD["loss_type"]])]
         shape = tensors.mask.shape
 
         def per_token(tensor: Tensor | None) -> Tensor | None:
             if tensor is None:
                 return None
-            # The kernels read dense memory: reshape returns one expanded sequence as a view of stride 0.
+            # The kernels read dense memory, and the reshape of one expanded sequence is a view of stride 0.
             return (tensor if tensor.dim() == 2 else tensor.unsqueeze(1)).expand(shape).reshape(-1).contiguous()
 
-        #: sapo keeps its own reduction, a mean over sequences: rows become sequences of one token.
+        #: Dimension of length 1 in a chunk's batch. The kernel averages sapo over sequences: (rows, 1), else (1, rows).
         self._axis = 1 if loss_type == "sapo" else 0
         self._transform = transform
         dtype = tensors.advantages.dtype
@@ -65,7 +70,7 @@ class RowLoss:
         elif loss_type == "bnpo":
             divisor = tokens
         elif loss_type == "dr_grpo":
-            divisor = tokens.new_full((), sequences * spec[_MAX_COMPLETION_LENGTH])
+            divisor = tokens.new_full((), sequences * spec[_FIELD["max_completion_length"]])
         elif loss_type == "luspo":
             divisor = tokens.new_full((), float(sequences))
         elif tensors.num_items is not None:
@@ -73,22 +78,26 @@ class RowLoss:
         else:
             divisor = tokens
         weights = _weights_of_sequences(tensors, spec)
-        companions = (tensors.old_logps, tensors.ref_logps, tensors.sampling_logps, weights)
-        self._advantages, self._companions = advantages, [per_token(t) for t in companions]
+        optional = (tensors.old_logps, tensors.ref_logps, tensors.sampling_logps, weights)
+        self._advantages, self._optional_inputs = advantages, [per_token(t) for t in optional]
         self._divisor, self._entropy_threshold = divisor, tensors.entropy_threshold
         self._spec = list(spec)
         if loss_type in CLIPPED_LOSS_TYPES:
-            # The clipped objective is the same for all of these; dapo is the one with a divisor.
-            self._spec[_LOSS_TYPE] = LOSS_TYPES.index("dapo")
-        self._spec[_LEVEL] = 0.0
+            # These types differ in the reduction only; for dapo the kernel divides by a given number.
+            self._spec[_FIELD["loss_type"]] = LOSS_TYPES.index("dapo")
+        self._spec[_FIELD["level"]] = LEVELS.index("token")
 
     def overwrite(
         self, Z: Tensor, ids: Tensor, unmasked: Tensor | None, rows: Rows
     ) -> tuple[Statistics, Tensor | None]:
-        """Overwrite logits ``Z (rows,V)`` with their gradient; return statistics and, on the CPU, which rows are not 0.
+        """Overwrite logits ``Z (rows,V)`` with their gradient.
 
         Args:
-            unmasked: (rows,) bool; None: all of them are.
+            unmasked: (rows,) bool; None: all rows are unmasked.
+
+        Returns:
+            The rows' statistics, and (rows,) bool: rows whose gradient is not 0. None on a GPU, where it would cost a
+            kernel, and with an entropy bonus.
         """
         mask = torch.ones_like(ids, dtype=torch.bool) if unmasked is None else unmasked
 
@@ -98,8 +107,8 @@ class RowLoss:
         advantages = self._advantages[rows]
         if self._axis == 1:  # undo the mean over the chunk's rows
             advantages = advantages * mask.numel()
-        companions = [None if t is None else batch(t[rows]) for t in self._companions]
-        policy = batch(mask), batch(advantages), *companions, self._divisor, self._entropy_threshold, self._spec
+        optional = [None if t is None else batch(t[rows]) for t in self._optional_inputs]
+        policy = batch(mask), batch(advantages), *optional, self._divisor, self._entropy_threshold, self._spec
         _, logps, entropy, _, _ = kernels.row_loss_(batch(Z), batch(ids), *policy, self._transform)
         nonzero = None
         if not Z.is_cuda:
@@ -109,26 +118,16 @@ class RowLoss:
 
 
 def _weights_of_sequences(tensors: PolicyTensors, spec: list[float]) -> Tensor | None:
-    """The importance weights given, or those of whole sequences, which a chunk of rows cannot form."""
-    mode = int(spec[_IMPORTANCE_MODE]) - 1
+    """Return the given importance weights, or compute those at sequence level, which need whole sequences.
+
+    None: the kernel computes them for each token, or there are none.
+    """
+    mode = int(spec[_FIELD["importance_mode"]]) - 1
     weights = tensors.importance_weights
     if weights is not None or mode < 0 or tensors.old_logps is None or tensors.sampling_logps is None:
         return weights
     if not IMPORTANCE_MODES[mode].startswith("sequence"):
         return None
-    return importance_weights(
-        tensors.old_logps,
-        tensors.sampling_logps,
-        tensors.mask,
-        mode=IMPORTANCE_MODES[mode],
-        cap=spec[_IMPORTANCE_CAP],
-        min=spec[_IMPORTANCE_MIN],
-    )
-
-
-_LOSS_TYPE = _C.LOSS_SPEC_FIELDS.index("loss_type")
-_MAX_COMPLETION_LENGTH = _C.LOSS_SPEC_FIELDS.index("max_completion_length")
-_IMPORTANCE_MODE = _C.LOSS_SPEC_FIELDS.index("importance_mode")
-_IMPORTANCE_CAP = _C.LOSS_SPEC_FIELDS.index("importance_cap")
-_IMPORTANCE_MIN = _C.LOSS_SPEC_FIELDS.index("importance_min")
-_LEVEL = _C.LOSS_SPEC_FIELDS.index("level")
+    cap, least = spec[_FIELD["importance_cap"]], spec[_FIELD["importance_min"]]
+    old, sampling = tensors.old_logps, tensors.sampling_logps
+    return importance_weights(old, sampling, tensors.mask, mode=IMPORTANCE_MODES[mode], cap=cap, min=least)

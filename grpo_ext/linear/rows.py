@@ -14,17 +14,31 @@ Rows = Tensor | slice  # rows of the flattened tokens: int64 indices, or a range
 
 
 def rows_between(rows: Rows, start: int, stop: int) -> Rows:
-    """``rows[start:stop]``, of a range too."""
+    """``rows[start:stop]``, also if ``rows`` is a range."""
     return slice(rows.start + start, rows.start + stop) if isinstance(rows, slice) else rows[start:stop]
+
+
+def copy_rows(hidden: Tensor, rows: Rows, unmasked: Tensor | None, out: Tensor) -> None:
+    """``out = hidden[rows]`` in the dtype of ``out``, with zeros in masked rows.
+
+    Args:
+        unmasked: (rows,) bool; None: all rows are unmasked.
+    """
+    if isinstance(rows, Tensor) and hidden.dtype == out.dtype:
+        torch.index_select(hidden, 0, rows, out=out)
+    else:
+        out.copy_(hidden[rows])
+    if unmasked is not None:  # a masked row may hold NaN, and 0 * NaN is NaN
+        out.masked_fill_(~unmasked.unsqueeze(1), 0)
 
 
 class Selection(NamedTuple):
     """The rows of a call: first those whose gradient may differ from 0, then the other unmasked ones."""
 
-    indices: Tensor | None  # (size,) int64 into the flattened tokens; None: all of them, in order
+    indices: Tensor | None  # (size,) int64 into the flattened tokens; None: all tokens, in order
     size: int
-    gradient_rows: int  # how many of them may have a gradient
-    exact: bool  # no masked row is among them
+    gradient_rows: int  # number of leading rows that may have a gradient
+    excludes_masked: bool  # no masked row is selected
 
     def rows(self, start: int, end: int) -> Rows:
         return slice(start, end) if self.indices is None else self.indices[start:end]
@@ -34,23 +48,23 @@ class Selection(NamedTuple):
 
 
 class RowArguments(NamedTuple):
-    """Which rows an operator takes: those selected already, or the masks to select them by."""
+    """An operator's row arguments: the masks, and the fields of a `Selection` if the rows are selected already."""
 
-    mask: Tensor | None  # bool, shape of the ids; None: all rows
-    gradient_mask: Tensor | None  # bool, where a gradient may differ from 0; None: as the mask
-    valid_rows: int | None  # bound on the unmasked rows
-    indices: Tensor | None = None  # with the next two: a `Selection`
-    gradient_rows: int | None = None  # None: select inside the operator
-    exact: bool = False
+    mask: Tensor | None  # bool, shape of the ids; None: no row is masked
+    gradient_mask: Tensor | None  # bool: rows whose gradient may differ from 0; None: all unmasked rows
+    valid_rows: int | None  # upper bound on the number of unmasked rows; None: count them
+    indices: Tensor | None = None
+    gradient_rows: int | None = None  # None: the operator selects the rows
+    excludes_masked: bool = False
 
     def select(self, total: int) -> tuple[Selection, Tensor | None]:
-        """The selection among ``total`` rows, and the mask if masked rows may be in it."""
+        """Return the selection among ``total`` rows, and the mask if it may include masked rows."""
         if self.gradient_rows is None:
             selection = select_rows(self.mask, self.gradient_mask, total, self.valid_rows)
         else:
             size = total if self.indices is None else self.indices.numel()
-            selection = Selection(self.indices, size, self.gradient_rows, self.exact)
-        return selection, None if selection.exact else self.mask
+            selection = Selection(self.indices, size, self.gradient_rows, self.excludes_masked)
+        return selection, None if selection.excludes_masked else self.mask
 
 
 def select_rows(
@@ -59,19 +73,19 @@ def select_rows(
     """Select the rows of ``total`` that enter a product.
 
     Args:
-        mask: bool, None = all rows. gradient_mask: bool, None = as the mask.
-        valid_rows: an upper bound on the number of unmasked rows. With it the host does not wait for the device: masked
-            rows fill the selection up to the bound and are ignored. More unmasked rows than that fail a device assert.
+        mask: bool; None: no row is masked. gradient_mask: bool; None: all unmasked rows.
+        valid_rows: an upper bound on the number of unmasked rows. With it there is no host sync: masked rows fill the
+            selection up to the bound and are ignored. More unmasked rows than the bound fail a device assert.
 
-    Without the bound the host waits once, for two counts, unless both masks are None. A CUDA graph capture cannot wait:
-    all rows are selected then, and masked ones are ignored.
+    Without the bound a host sync reads two counts, unless both masks are None. A CUDA graph capture cannot synchronize,
+    so it selects all rows and ignores the masked ones.
     """
     if mask is None and gradient_mask is None:
         return Selection(None, total, total, True)
     device = (mask if mask is not None else gradient_mask).device  # type: ignore[union-attr]
     mask = torch.ones(total, dtype=torch.bool, device=device) if mask is None else mask.reshape(-1)
     gradient_mask = mask if gradient_mask is None else gradient_mask.reshape(-1) & mask
-    exact = False
+    excludes_masked = False
     if valid_rows is not None:
         count = min(valid_rows, total)
         torch._assert_async(mask.sum() <= count, "valid_rows is less than the number of unmasked rows")
@@ -80,14 +94,14 @@ def select_rows(
         count = gradient_rows = total
     else:
         count, gradient_rows = torch.stack([mask.sum(), gradient_mask.sum()]).tolist()
-        exact = True
+        excludes_masked = True
     if count == total and gradient_rows == total:
-        return Selection(None, total, total, exact)
-    return Selection(_order(mask, gradient_mask)[:count], count, gradient_rows, exact)
+        return Selection(None, total, total, excludes_masked)
+    return Selection(_order(mask, gradient_mask)[:count], count, gradient_rows, excludes_masked)
 
 
 def select_sequences(mask: Tensor, gradient_mask: Tensor | None) -> tuple[Selection, list[int]]:
-    """Select rows of (B,T) tokens so that completions stay whole; also the rows of each with a gradient."""
+    """Select rows of (B,T) tokens so that completions stay whole; also return the gradient rows of each completion."""
     gradient_mask = mask if gradient_mask is None else mask & gradient_mask.any(dim=1, keepdim=True)
     counts = torch.cat([mask.sum().unsqueeze(0), gradient_mask.sum(dim=1)]).tolist()
     lengths = counts[1:]
@@ -100,7 +114,7 @@ def _order(mask: Tensor, gradient_mask: Tensor) -> Tensor:
 
 
 def sequence_chunks(lengths: list[int], capacity: int) -> list[tuple[int, int]]:
-    """Row ranges of whole sequences, each of at most `capacity` rows; no length exceeds that."""
+    """Return ranges of at most `capacity` rows that hold whole sequences; no length may exceed `capacity`."""
     chunks: list[tuple[int, int]] = []
     start = end = 0
     for length in lengths:
@@ -114,16 +128,16 @@ def sequence_chunks(lengths: list[int], capacity: int) -> list[tuple[int, int]]:
 
 
 def row_chunks(count: int, capacity: int, start: int = 0) -> list[tuple[int, int]]:
-    """Ranges of at most `capacity` rows that cover ``[start, count)``."""
+    """Return ranges of at most `capacity` rows that cover ``[start, count)``."""
     step = max(capacity, 1)
     return [(first, min(first + step, count)) for first in range(start, count, step)]
 
 
 def gradient_mask(config: LossConfig, tensors: PolicyTensors) -> Tensor | None:
-    """(B,T) bool: where the gradient may differ from 0, as far as known before any logit; None = everywhere.
+    """Return (B,T) bool: tokens whose gradient may differ from 0, judged without logits; None: all tokens.
 
-    An advantage (or a given weight) of 0 removes the policy term, not the KL term nor the entropy bonus. At sequence
-    level the tokens of a completion share one ratio: one token with an advantage keeps the whole completion.
+    An advantage or importance weight of 0 removes the policy term, but neither the KL term nor the entropy bonus. At
+    sequence level the tokens of a completion share one ratio, so one nonzero advantage keeps the whole completion.
     """
     if config.beta != 0 or config.entropy_coef != 0:
         return None

@@ -1,8 +1,7 @@
-"""`selective_log_softmax` of logits whose vocabulary is split over ranks: each holds some columns of every row.
+"""`selective_log_softmax` of logits whose vocabulary is split over ranks: each rank holds some columns of every row.
 
-Ranks exchange what those of a sharded head do (`shards`): one all-gather of four numbers per row in the forward. In
-backward every rank forms the gradient of its own columns. Shards may differ in size: both passes begin with an
-all-gather of one number per rank.
+The exchange is that of `shards`, one all-gather of four numbers per row in the forward. In backward every rank forms
+the gradient of its own columns. Shards may differ in size, so both passes first gather the sizes, one number per rank.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from grpo_ext._autograd import first_order
 from grpo_ext._ops import statistics_dtype
-from grpo_ext.vocabulary.shards import VocabularyShard, group_name, resolve_group, shard_sizes
+from grpo_ext.vocabulary.shards import VocabularyShard, check_id_range, group_name, resolve_group, shard_sizes
 from grpo_ext.vocabulary.statistics import Statistics, kernels
 
 library = torch.library.Library("grpo_ext", "FRAGMENT")
@@ -29,29 +28,15 @@ library.define(
 )
 
 
-def _check_ids(ids: Tensor, vocab: int) -> None:
-    """Raise IndexError on all ranks for an id outside the vocabulary; on the CPU only, since it is a host sync."""
-    wrong = (ids < 0) | (ids >= vocab)
-    if bool(wrong.any()):
-        position = tuple(int(i) for i in wrong.nonzero()[0])
-        raise IndexError(
-            f"ids[{', '.join(map(str, position))}] = {int(ids[position])} is outside [0, {vocab}), the vocabulary of "
-            "all ranks together; ids are those of the whole vocabulary, not of the shard"
-        )
-
-
 def _shard(logits: Tensor, transform: list[float], group: str, ids: Tensor | None = None) -> VocabularyShard:
-    """This rank's columns, whose offset stays on the device. Checks the range of ids if they are given."""
+    """Build this rank's shard, with its offset on the device; check the range of ids if they are given."""
     process_group = resolve_group(group)
     sizes = shard_sizes(logits.shape[-1], process_group, logits.device)
     if ids is not None and not logits.is_cuda:
-        _check_ids(ids, int(sizes.sum()))
+        remedy = "all ranks together; ids are those of the whole vocabulary, not of the shard"
+        check_id_range(ids, int(sizes.sum()), None, remedy)
     offset = sizes[: dist.get_rank(process_group)].sum()
     return VocabularyShard(transform, logits.shape[-1], process_group, offset)
-
-
-def _own_logit(logits: Tensor, own_ids: Tensor) -> Tensor:
-    return logits.gather(2, own_ids.unsqueeze(2)).flatten()
 
 
 @torch.library.impl(library, "sharded_logps", "CompositeExplicitAutograd")
@@ -59,7 +44,8 @@ def _sharded_logps(logits: Tensor, ids: Tensor, transform: list[float], group: s
     shard = _shard(logits, transform, group, ids)
     own_ids, here = shard.localize(ids)
     part = Statistics(*(t.flatten() for t in kernels.row_stats(logits, own_ids, None, transform, True)))
-    logps, entropy, lse = shard.join(part, _own_logit(logits, own_ids), here.flatten(), None)
+    own_logit = logits.gather(2, own_ids.unsqueeze(2)).flatten()
+    logps, entropy, lse = shard.join(part, own_logit, here.flatten(), None)
     assert entropy is not None
     assert lse is not None
     return logps.view(ids.shape), entropy.view(ids.shape), lse.view(ids.shape)
@@ -69,12 +55,8 @@ def _sharded_logps(logits: Tensor, ids: Tensor, transform: list[float], group: s
 def _sharded_logps_fake(
     logits: Tensor, ids: Tensor, transform: list[float], group: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = statistics_dtype(logits.dtype)
-    return (
-        ids.new_empty(ids.shape, dtype=dtype),
-        ids.new_empty(ids.shape, dtype=dtype),
-        ids.new_empty(ids.shape, dtype=dtype),
-    )
+    logps = ids.new_empty(ids.shape, dtype=statistics_dtype(logits.dtype))
+    return logps, torch.empty_like(logps), torch.empty_like(logps)
 
 
 @torch.library.impl(library, "sharded_gradient", "CompositeExplicitAutograd")
@@ -86,9 +68,9 @@ def _sharded_gradient(
     own_ids, here = shard.localize(ids)
     stats = Statistics(logps.flatten(), entropy.flatten(), lse.flatten())
     of_entropy = None if entropy_coef is None else entropy_coef.flatten()
-    ordinary = shard.foreign_gradient(_own_logit(logits, own_ids), stats, coef.flatten(), of_entropy)
-    gradient: Tensor = kernels.row_gradient(logits, own_ids, None, logps, entropy, lse, coef, entropy_coef, transform)
     column = own_ids.unsqueeze(2)
+    ordinary = shard.foreign_gradient(logits.gather(2, column).flatten(), stats, coef.flatten(), of_entropy)
+    gradient: Tensor = kernels.row_gradient(logits, own_ids, None, logps, entropy, lse, coef, entropy_coef, transform)
     wrong = ordinary.view(column.shape).to(gradient.dtype)
     return gradient.scatter_(2, column, torch.where(here.unsqueeze(2), gradient.gather(2, column), wrong))
 
@@ -125,7 +107,7 @@ class _ShardedLogSoftmax(torch.autograd.Function):
 def sharded_log_softmax(
     logits: Tensor, ids: Tensor, transform: list[float], process_group: Any, with_entropy: bool
 ) -> tuple[Tensor, Tensor] | None:
-    """(logps, entropy) ``(B,T)`` of ``(B,T,V/world)`` logits; None where the group has one rank only."""
+    """Return (logps, entropy), ``(B,T)`` each, of ``(B,T,V/world)`` logits; None if the group has one rank."""
     group = group_name(process_group)
     if group is None:
         return None

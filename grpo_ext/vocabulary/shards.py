@@ -1,9 +1,8 @@
-"""The vocabulary split over ranks: each holds consecutive rows of the head (or columns of the logits), and all see the
-same tokens.
+"""A vocabulary split over ranks: every rank holds one shard, and all ranks have the same tokens.
 
-Ranks exchange four numbers per row, once: the logsumexp and entropy of their shard, the target's processed logit and
-whether it is theirs. From then on each forms the gradient of its own logits; the gradients of the hidden states are
-summed over the ranks in one reduction.
+A shard is a range of consecutive rows of the head, or of columns of the logits. One all-gather exchanges four numbers
+per row: logsumexp and entropy of the shard, the target's processed logit, and whether the shard holds the target.
+Then each rank forms the gradient of its own logits. One reduction sums the gradients of the hidden states.
 """
 
 from __future__ import annotations
@@ -15,11 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from grpo_ext._ops import statistics_dtype
 from grpo_ext.vocabulary.statistics import Statistics, WholeVocabulary
 
 
 def group_name(process_group: Any | None) -> str | None:
-    """The name by which operators find the group; None without a group and for one of a single rank."""
+    """Return the name by which operators find the group; None without a group or for a group of one rank."""
     if process_group is None or dist.get_world_size(process_group) == 1:
         return None
     if dist.get_rank(process_group) < 0:
@@ -34,20 +34,18 @@ def resolve_group(name: str | None) -> Any | None:
 
 
 def shard_sizes(local_vocab: int, group: Any, device: torch.device) -> Tensor:
-    """(world,) int64 on the device: tokens of each rank's shard."""
-    sizes = torch.empty(dist.get_world_size(group), dtype=torch.int64, device=device)
-    _all_gather(sizes, torch.full((1,), local_vocab, dtype=torch.int64, device=device), group)
-    return sizes
+    """Gather the size of each rank's shard: (world,) int64 on the device."""
+    return all_gather(torch.full((), local_vocab, dtype=torch.int64, device=device), group)
 
 
 def total_vocabulary(local_vocab: int, name: str | None, device: torch.device) -> int:
-    """Tokens of all shards of a head together.
+    """Return the size of the whole vocabulary, of which this rank's head holds ``local_vocab`` tokens.
 
-    Shards must have the same size: it decides how many rows a chunk has, and the ranks exchange rows chunk by chunk.
+    Shards must have equal sizes: the size determines the rows of a chunk, and ranks exchange results chunk by chunk.
 
     Raises:
-        ValueError: on all ranks, for shards of different sizes. On a GPU a device assert fails instead, because the
-            host does not wait for the sizes.
+        ValueError: on all ranks, for shards of different sizes. On a GPU a device assert fails instead, without a host
+            sync.
     """
     if name is None:
         return local_vocab
@@ -62,51 +60,63 @@ def total_vocabulary(local_vocab: int, name: str | None, device: torch.device) -
     return local_vocab * len(sizes)
 
 
-def _all_gather(out: Tensor, own: Tensor, group: Any) -> None:
-    # The newer name of the same; the older one warns where both exist.
+def check_id_range(ids: Tensor, vocab: int, mask: Tensor | None, remedy: str) -> None:
+    """Raise IndexError for an unmasked id outside [0, vocab). On the CPU only: on a GPU it would be a host sync.
+
+    Args:
+        remedy: what the vocabulary belongs to, and how to avoid the error.
+    """
+    if ids.is_cuda:
+        return
+    wrong = (ids < 0) | (ids >= vocab)
+    if mask is not None:
+        wrong = wrong & mask
+    if bool(wrong.any()):
+        position = tuple(int(i) for i in wrong.nonzero()[0])
+        index = ", ".join(map(str, position))
+        raise IndexError(f"ids[{index}] = {int(ids[position])} is outside [0, {vocab}), the vocabulary of {remedy}")
+
+
+def all_gather(tensor: Tensor, group: Any) -> Tensor:
+    """Concatenate the equal-shaped tensors of all ranks as (world, ...)."""
+    # torch's newer name; the older function warns if both exist.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(out, own, group=group)
-
-
-def from_all_ranks(record: Tensor, group: Any) -> Tensor:
-    """(world, n) of every rank's (n,)."""
-    out = record.new_empty((dist.get_world_size(group), record.numel()))
-    _all_gather(out.view(-1), record, group)
+    out = tensor.new_empty((dist.get_world_size(group), *tensor.shape))
+    gather(out.view(-1), tensor.reshape(-1), group=group)
     return out
 
 
 def sum_over_ranks(tensor: Tensor, group: Any) -> Tensor:
-    """In fp32 (fp64 for fp64), in the dtype of the tensor."""
-    wide = tensor if tensor.dtype == torch.float64 else tensor.float()
-    dist.all_reduce(wide, group=group)
-    return wide.to(tensor.dtype)
+    """Sum over ranks in fp32 (fp64 for fp64) and return the sum in the tensor's dtype."""
+    total = tensor.to(statistics_dtype(tensor.dtype))
+    dist.all_reduce(total, group=group)
+    return total.to(tensor.dtype)
 
 
 class VocabularyShard:
-    """A range of consecutive tokens is on this rank; the ranges follow one another in the order of the ranks.
+    """`Vocabulary` of which this rank holds a range of consecutive tokens; ranges are in the order of the ranks.
 
     Args:
-        offset: 0-d, the first token of this rank; None: all ranges are as long as this one.
+        transform: from raw to processed logits, see `grpo_ext._ops.logit_transform`.
+        offset: 0-d, the first token of this rank; None: all ranges have the length `local_vocab`.
     """
 
     def __init__(self, transform: list[float], local_vocab: int, group: Any, offset: Tensor | None = None) -> None:
         self.transform = transform
         self.local_vocab = local_vocab
         self.group = group
-        self.world = dist.get_world_size(group)
-        #: The first token here.
         self.offset: int | Tensor = dist.get_rank(group) * local_vocab if offset is None else offset
         self.local = WholeVocabulary(transform)
 
     def localize(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(ids within the shard, 0 for foreign ones; whether the id is here)."""
+        """Return each id's column in this shard (0 if another rank holds the id), and whether this rank holds it."""
         here = (ids >= self.offset) & (ids < self.offset + self.local_vocab)
         return torch.where(here, ids - self.offset, 0), here
 
     def _processed(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """(x, dx/dz) of raw logits, in the statistics' dtype."""
+        """Return processed logits x and dx/dz of raw logits z, in the statistics' dtype."""
         scale, softcap, temperature = self.transform
-        u = scale * (z if z.dtype == torch.float64 else z.float())
+        u = scale * z.to(statistics_dtype(z.dtype))
         if not softcap:
             return u / temperature, torch.full_like(u, scale / temperature)
         capped = torch.tanh(u / softcap)
@@ -118,22 +128,23 @@ class VocabularyShard:
         return self.join(part, Z.gather(1, own_ids.unsqueeze(1)).squeeze(1), here, mask)
 
     def join(self, part: Statistics, own_logit: Tensor, here: Tensor, mask: Tensor | None) -> Statistics:
-        """Statistics of the whole vocabulary from those of each rank's part; one all-gather of four numbers per row.
+        """Combine the statistics of all shards, with one all-gather of four numbers per row.
 
-        own_logit: (rows,) raw logits of the targets that are `here`, anything else elsewhere.
+        Args:
+            part: statistics of this shard.
+            own_logit: (rows,) raw logit of the target if it is `here`; arbitrary values elsewhere.
+            here: (rows,) bool: whether this shard holds the target.
         """
         assert part.entropy is not None
         assert part.lse is not None
         target, _ = self._processed(own_logit)
         record = torch.stack([part.lse, part.entropy, torch.where(here, target, 0.0), here.to(target.dtype)], dim=1)
-        gathered = record.new_empty((self.world * record.shape[0], 4))
-        _all_gather(gathered, record.contiguous(), self.group)
-        lses, entropies, targets, owned = gathered.view(self.world, -1, 4).unbind(2)
+        lses, entropies, targets, owned = all_gather(record, self.group).unbind(2)
         lse = lses.logsumexp(dim=0)
-        share = torch.exp(lses - lse)  # of the probability, on each rank
-        # The entropy of a mixture of disjoint parts; a part without any finite logit has none.
+        share = torch.exp(lses - lse)  # probability of each shard's tokens together
+        # Entropy of a mixture of disjoint parts; a part whose logits are all -inf contributes 0.
         entropy = torch.where(share == 0, 0.0, share * (entropies + (lse - lses))).sum(dim=0)
-        # A target that nobody owns or that is -inf has probability 0.
+        # A target outside every shard has probability 0, like one whose logit is -inf.
         target = torch.where(owned.any(dim=0), torch.where(owned > 0, targets, 0.0).sum(dim=0), -math.inf)
         logps = target - lse
         if mask is not None:
@@ -148,10 +159,10 @@ class VocabularyShard:
     def foreign_gradient(
         self, own_logit: Tensor, stats: Statistics, coef: Tensor, entropy_coef: Tensor | None
     ) -> Tensor:
-        """(rows,) gradient of a logit that is not its row's target.
+        """Return the (rows,) gradient of one logit per row that is not the row's target.
 
-        The kernels take the column of `localize` for the target; where the target is elsewhere, that element is an
-        ordinary one and is put right with this.
+        The kernels treat the column of `localize` as the target. If another rank holds the target, this value replaces
+        that element of the kernels' gradient.
         """
         assert stats.lse is not None
         x, slope = self._processed(own_logit)

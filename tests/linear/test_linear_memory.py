@@ -69,7 +69,7 @@ def test_rounded_gradients_have_none_either() -> None:
     """The buffer of fp32 logits with a product in bf16, which only GPUs have."""
     numerics = Numerics([1.0, 0.0, 1.0], torch.bfloat16, torch.float32, None, None)
     head = Head(torch.randn(500, 33).bfloat16(), None, numerics, 43)
-    gradient = head.left_factor(torch.randn(43, 500))
+    gradient = head.in_compute_dtype(torch.randn(43, 500))
     assert rows_are_apart(gradient)
     check("factor", gradient, head.weight)
 

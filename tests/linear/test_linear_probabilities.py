@@ -40,7 +40,7 @@ from grpo_ext import reference
 from grpo_ext._ops import products
 from grpo_ext.config import LossConfig
 from grpo_ext.linear.plan import Numerics
-from grpo_ext.linear.routes import probabilities, probabilities_reference, refusal, select_route
+from grpo_ext.linear.routes import probabilities, probabilities_reference, reason_for_logits, select_route
 from grpo_ext.linear.routes.probabilities import ProbabilityChunk, ProbabilityRoute, probability_plan
 
 __all__ = [  # issued once more here, on this route
@@ -122,7 +122,7 @@ OPEN = {
 )
 def test_who_is_served(change: dict[str, Any], why: str | None) -> None:
     select_route("auto")
-    reason = refusal(**(OPEN | change))
+    reason = reason_for_logits(**(OPEN | change))
     if why is None:
         assert reason is None
     else:
@@ -203,7 +203,7 @@ def test_plan_stays_within_the_budget(hidden_size: int, vocab: int, budget: int)
 def test_plan_without_e_fills_l2_with_hidden_states(hidden_size: int, budget: int) -> None:
     """Log probabilities alone: a budget that holds the hidden states and partial sums does not cut the chunks."""
     numerics = Numerics([1.0, 0.0, 1.0], torch.bfloat16, torch.bfloat16, budget or None, None)
-    rows = probability_plan(151_936, hidden_size, numerics, "cuda", stores=False).rows
+    rows = probability_plan(151_936, hidden_size, numerics, "cuda", needs_products=False).rows
     largest = probabilities.HIDDEN_BYTES // (2 * hidden_size)
     if budget == 32 << 20:
         assert largest // 8 < rows < largest

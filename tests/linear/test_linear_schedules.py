@@ -38,20 +38,20 @@ def test_schedules() -> None:
             assert schedule(LossConfig(loss_type=loss_type), trained) == "one_pass"
         assert schedule(LossConfig(beta=0.1), trained) == "one_pass"
         assert schedule(sequence, trained, old_logps=None) == "one_pass"
-        assert schedule(sequence.replace(entropy_coef=0.1), trained) == "sequences"
-        assert schedule(LossConfig(loss_type="grpo", entropy_coef=0.1), trained) == "rows"
-        assert schedule(LossConfig(top_entropy_quantile=0.2), trained) == "logps"
-        assert schedule(LossConfig(), trained, dtype=torch.float16) == "logps"
+        assert schedule(sequence.replace(entropy_coef=0.1), trained) == "three_pass_sequences"
+        assert schedule(LossConfig(loss_type="grpo", entropy_coef=0.1), trained) == "three_pass"
+        assert schedule(LossConfig(top_entropy_quantile=0.2), trained) == "logps_then_loss"
+        assert schedule(LossConfig(), trained, dtype=torch.float16) == "logps_then_loss"
         assert schedule(LossConfig(), trained, dtype=torch.float16, grad_scale=1024.0) == "one_pass"
     for config in (sequence, LossConfig(loss_type="vespo"), LossConfig(off_policy_mask_threshold=0.1)):
-        assert schedule(config, trained=False) == "logps"  # dlogp/dhidden costs no more
-        assert schedule(config) == "sequences"
-        assert schedule(config, rows=40) == "logps"  # a completion is longer than the buffer
-        assert schedule(config, rows=200) == "logps"  # all logits fit and are kept
-        assert schedule(config, valid_rows=150) == "logps"  # counting the rows of each completion would be a wait
-    assert schedule(LossConfig(), group="0") == "rows"
-    assert schedule(LossConfig(), trained=False, group="0") == "logps"
-    assert schedule(LossConfig(loss_type="grpo", beta=0.1)) == "rows"
+        assert schedule(config, trained=False) == "logps_then_loss"  # dlogp/dhidden costs no more
+        assert schedule(config) == "three_pass_sequences"
+        assert schedule(config, rows=40) == "logps_then_loss"  # a completion is longer than the buffer
+        assert schedule(config, rows=200) == "logps_then_loss"  # all logits fit and are kept
+        assert schedule(config, valid_rows=150) == "logps_then_loss"  # row counts would be a host sync
+    assert schedule(LossConfig(), group="0") == "three_pass"
+    assert schedule(LossConfig(), trained=False, group="0") == "logps_then_loss"
+    assert schedule(LossConfig(loss_type="grpo", beta=0.1)) == "three_pass"
 
 
 @pytest.mark.parametrize(

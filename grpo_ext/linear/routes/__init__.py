@@ -1,7 +1,7 @@
-"""Routes: what the product with the head leaves in a chunk's buffer, logits or unnormalised probabilities.
+"""Routes: whether a chunk's product with the head is stored as logits or as unnormalised probabilities.
 
-`choose_route` returns the class of a call's route. `base.Route` is what the loops of `grpo_ext.linear.chunks` ask of
-it.
+`choose_route` returns the class of a call's route. The loops of `grpo_ext.linear.chunks` know only its base class
+`base.Route`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from grpo_ext.linear.plan import Numerics
 from grpo_ext.linear.routes.logits import LogitsRoute
 from grpo_ext.linear.routes.probabilities import ProbabilityRoute
 
-#: Bounds of |scale / temperature|: between them 1e30 divided by it is a finite logit that rounding leaves alone.
-SLOPES = (1e-8, 1e8)
+#: Bounds of |scale / temperature|. Within them -1e30 divided by it, the logit of a token with bias -inf, is finite.
+SLOPE_RANGE = (1e-8, 1e8)
 
 _ROUTES = ("auto", "logits", "probabilities")
 _selected = "auto"
@@ -25,8 +25,8 @@ def select_route(name: str) -> None:
     """Select a route for all calls, in tests and benchmarks.
 
     Args:
-        name: ``"auto"``: probabilities unless `refusal` gives a reason; ``"logits"``: never; ``"probabilities"``: on
-            CPUs too, in plain torch.
+        name: ``"auto"``: probabilities unless `reason_for_logits` returns a reason. ``"logits"``: always logits.
+            ``"probabilities"``: as ``"auto"``, but on CPUs too, in plain torch.
 
     Raises:
         ValueError: another name.
@@ -48,7 +48,7 @@ def choose_route(
     if _selected == "logits" or (_selected == "auto" and not weight.is_cuda):
         return LogitsRoute
     copied = weight.dtype != numerics.compute_dtype
-    reason = refusal(
+    reason = reason_for_logits(
         compute_dtype=numerics.compute_dtype,
         hidden_size=weight.shape[1],
         transform=numerics.transform,
@@ -60,7 +60,7 @@ def choose_route(
     return ProbabilityRoute if reason is None else LogitsRoute
 
 
-def refusal(
+def reason_for_logits(
     *,
     compute_dtype: torch.dtype,
     hidden_size: int,
@@ -70,23 +70,24 @@ def refusal(
     built: bool,
     capability: tuple[int, int] | None,
 ) -> str | None:
-    """Why a call takes the logits route; None: it takes the probability route.
+    """Return why a call takes the logits route; None if it takes the probability route.
 
     Args:
-        entropy_gradient: as for `choose_route`.
-        aligned: the head's rows start at multiples of 16 bytes. built: the extension holds the kernel.
-        capability: compute capability of the device, None for a CPU.
+        entropy_gradient: backward will need the gradient of an entropy.
+        aligned: the head's rows start at multiples of 16 bytes.
+        built: the extension was built with the kernel.
+        capability: compute capability of the device; None for a CPU.
     """
     scale, softcap, temperature = transform
-    if not SLOPES[0] < abs(scale / temperature) < SLOPES[1]:
-        return f"a column switched off needs a finite logit: scale / temperature within {SLOPES}"
+    if not SLOPE_RANGE[0] < abs(scale / temperature) < SLOPE_RANGE[1]:
+        return f"|scale / temperature| must lie in {SLOPE_RANGE}: tokens with bias -inf need finite logits"
     if softcap:
         return "a softcap needs an element-wise factor in the gradient"
     if entropy_gradient:
         return "the gradient of an entropy needs an element-wise factor"
     if compute_dtype == torch.float16:
-        # Without a gradient too: a log probability has the same bits with and without one.
-        return "fp16 has no room for exponentials that are not probabilities yet (above e^11)"
+        # Also without a gradient: log probabilities have the same bits with and without one.
+        return "fp16 overflows on exponentials that are not normalised yet (above e^11)"
     if _selected == "probabilities" and capability is None:
         return None
     if capability != (9, 0):
@@ -94,7 +95,7 @@ def refusal(
     if not built:
         return "the extension was built without it (architecture 90)"
     if compute_dtype != torch.bfloat16:
-        return "the product is for bf16"
+        return "the kernel is for bf16"
     if hidden_size % 8 or not aligned:
         return "hidden size and the head's row stride must be multiples of 8"
     return None

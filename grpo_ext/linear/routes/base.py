@@ -1,7 +1,7 @@
 """The protocol between chunk loops and routes.
 
-A route decides what the product with the head leaves in the chunk's buffer (logits, or unnormalised probabilities), and
-with it which kernels look at the buffer and where a row's coefficient is multiplied in.
+The product of a chunk is that of its hidden states with the head. A route decides whether the product's buffer holds
+logits or unnormalised probabilities. That determines which kernels read it and where a row's coefficient enters.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Saved(NamedTuple):
 
     logps: Tensor  # shape of the ids
     entropy: Tensor | None
-    rows: Tensor | None  # (1 or 2, *ids), numbers per row that are the route's own; 2 with a product
+    row_stats: Tensor | None  # (1 or 2, *ids), the route's statistics of each row; 2 with a product
     product: Tensor | None  # (rows, V), of all selected rows
 
 
@@ -56,13 +56,13 @@ class Gradients(NamedTuple):
 
 
 class Chunk(Protocol):
-    """Some of the selected rows, with their product."""
+    """A range of the selected rows, with their product."""
 
     @property
     def product(self) -> Tensor: ...
 
     def part(self, start: int, stop: int) -> Any:
-        """The chunk of rows ``[start, stop)`` of this one."""
+        """Cut rows ``[start, stop)`` out of this chunk."""
 
 
 class Route(abc.ABC):
@@ -70,47 +70,59 @@ class Route(abc.ABC):
 
     Args:
         mask: bool, shape of the ids; None: no masked row is selected.
-        with_entropy: whether `entropy` is asked for.
-
-    Both routes also take ``stores``: whether the product of any row is used after `forward`.
+        with_entropy: whether `entropy` is filled.
+        needs_products: whether any row's product is used after `forward`.
     """
 
-    #: Schedules in which `forward` multiplies the coefficients of the loss into the product.
+    #: Schedules in which `forward` multiplies the loss's coefficients into the product.
     fused_schedules: ClassVar[Sequence[str]]
-    capacity: int  # rows of a chunk
+    capacity: int  # maximum rows of a chunk
 
-    def __init__(self, inputs: Inputs, mask: Tensor | None, selection: Selection, with_entropy: bool) -> None:
+    def __init__(
+        self,
+        inputs: Inputs,
+        mask: Tensor | None,
+        selection: Selection,
+        with_entropy: bool = True,
+        needs_products: bool = True,
+    ) -> None:
         self.inputs = inputs
         self.numerics = inputs.numerics
         self.hidden = inputs.hidden.reshape(-1, inputs.hidden.shape[-1])
-        # The kernels read dense memory: reshape returns a strided view for one dimension, or for one sequence.
+        # The kernels read dense memory, and the reshape of one dimension or one sequence may be a strided view.
         self.ids = inputs.ids.reshape(-1).contiguous()
         self.mask = None if mask is None else mask.reshape(-1).contiguous()
         self.selection = selection
         self.with_entropy = with_entropy
+        self.needs_products = needs_products
         self.group = resolve_group(self.numerics.group)
+        self._allocate()
 
-    def per_token(self, *shape: int) -> Tensor:
-        """Zeros ``(*shape, tokens)`` in the statistics' dtype."""
+    @abc.abstractmethod
+    def _allocate(self) -> None:
+        """Set `capacity`, and prepare weights and buffers for chunks of that many rows."""
+
+    def zeros_per_token(self, *shape: int) -> Tensor:
+        """Return zeros ``(*shape, tokens)`` in the statistics' dtype."""
         size = (*shape, self.ids.numel())
         return torch.zeros(size, dtype=self.numerics.statistics_dtype, device=self.ids.device)
 
     @functools.cached_property
     def logps(self) -> Tensor:
         """(tokens,), 0 where masked; `forward` fills it chunk by chunk."""
-        return self.per_token()
+        return self.zeros_per_token()
 
     @functools.cached_property
     def entropy(self) -> Tensor:
-        """(tokens,), 0 where masked or not asked for; `forward` fills it chunk by chunk."""
-        return self.per_token()
+        """(tokens,), 0 where masked or without `with_entropy`; `forward` fills it chunk by chunk."""
+        return self.zeros_per_token()
 
     def unmasked(self, rows: Rows) -> Tensor | None:
-        """(rows,) bool; None: all of them."""
+        """(rows,) bool: whether each row is unmasked; None: all are."""
         return None if self.mask is None else self.mask[rows]
 
     def gradients(self, wanted: Wanted, weight_grad: Tensor | None = None) -> Gradients:
-        """Sums that start at 0. `hidden` is fp32 if it is summed over ranks."""
+        """Return sums that start at 0."""
         weight, bias = self.inputs.weight, self.inputs.bias
         head = HeadGradient(weight if wanted.wants_weight else None, bias if wanted.wants_bias else None, weight_grad)
         if not wanted.wants_hidden:
@@ -120,10 +132,11 @@ class Route(abc.ABC):
 
     @property
     def _writes_hidden_dtype(self) -> bool:
+        """Whether gradients of hidden states are written in their dtype; else in the statistics' dtype."""
         return self.group is None
 
     def finish_hidden(self, gradient: Tensor | None) -> Tensor:
-        """The gradient of the hidden states in their shape and dtype, added up over ranks; empty if not wanted."""
+        """Sum the gradient over ranks; return it in the shape and dtype of the hidden states, empty for None."""
         if gradient is None:
             return self.hidden.new_empty(0)
         if self.group is not None:
@@ -132,35 +145,47 @@ class Route(abc.ABC):
 
     @abc.abstractmethod
     def differentiate_logps(self) -> None:
-        """Let `forward` leave dlogp/dlogits in the product of rows with a gradient."""
+        """Make `forward` turn the product of rows with a gradient into dlogp/dlogits."""
 
     @abc.abstractmethod
     def differentiate_loss(self, tensors: PolicyTensors, spec: list[float]) -> None:
-        """Let `forward` leave dLoss/dlogits there; for the `fused_schedules`."""
-
-    @abc.abstractmethod
-    def forward(self, start: int, end: int, needed: int) -> Chunk:
-        """Rows ``[start, end)`` of the selection: product, log probabilities, entropies.
+        """Make `forward` turn the product of rows with a gradient into dLoss/dlogits; for `fused_schedules` only.
 
         Args:
-            needed: of how many leading rows the product will be used.
+            tensors: of the loss. spec: its constants, see `grpo_ext._ops.loss_spec`.
         """
 
     @abc.abstractmethod
-    def again(self, start: int, end: int, saved: Saved) -> Chunk:
-        """Rebuild the chunk that `forward` saved."""
+    def forward(self, start: int, end: int, needed: int) -> Chunk:
+        """Form the product of rows ``[start, end)`` of the selection; write their log probabilities and entropies.
+
+        Args:
+            needed: number of leading rows whose product is used later.
+        """
 
     @abc.abstractmethod
-    def save(self, chunk: Any, rows: Tensor) -> None:
-        """Write the route's numbers per row into ``rows``, for `again`."""
+    def rebuild(self, start: int, end: int, saved: Saved) -> Chunk:
+        """Return the chunk that `forward` returned for these rows, from ``saved`` or by computing it again."""
+
+    @abc.abstractmethod
+    def save(self, chunk: Any, row_stats: Tensor) -> None:
+        """Write the route's statistics of the chunk's rows into ``row_stats``, for `rebuild`."""
 
     @abc.abstractmethod
     def multiply(self, chunk: Any, coef: Tensor, entropy_coef: Tensor | None) -> Chunk:
-        """The chunk whose product is the gradient for these coefficients of all tokens, (tokens,)."""
+        """Return the chunk with each row multiplied by its coefficient: it then holds the gradient of the logits.
+
+        Args:
+            coef, entropy_coef: (tokens,) upstream gradients of the log probabilities and the entropies; None: 0.
+        """
 
     @abc.abstractmethod
     def accumulate(self, chunk: Any, gradients: Gradients, *, is_last: bool = False) -> None:
-        """Add the chunk's products with the head and with the hidden states. is_last: nothing is added after this."""
+        """Multiply the gradient with the head and the hidden states, and add the results to ``gradients``.
+
+        Args:
+            is_last: no other chunk follows.
+        """
 
 
 def put(out: Tensor, rows: Rows, values: Tensor) -> None:

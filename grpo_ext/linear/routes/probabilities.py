@@ -1,9 +1,7 @@
-"""The probability route: the product with the head leaves ``E = exp(z - z_target)`` instead of logits.
+"""The probability route: the product with the head stores ``E = exp(z - z_target)`` instead of the logits z.
 
-No pass over ``[tokens, V]`` remains: the product's epilogue forms the sums and the target's exponent, the gradient's
-products take E unchanged, and a row's coefficient is one factor on tensors of ``[tokens, H]``. So a row's derivative,
-its gradient and any later multiple of them cost the same two products. docs/inside/probabilities.md has the method and
-its errors.
+No pass over ``[tokens, V]`` remains. The product's epilogue sums E, the gradient's products read E unchanged, and a
+row's coefficient is multiplied into tensors of ``[tokens, H]``. Method and errors: docs/inside/probabilities.md.
 """
 
 from __future__ import annotations
@@ -21,38 +19,38 @@ from grpo_ext._ops.probability import TILE_COLUMNS, ChunkRows
 from grpo_ext.linear.head import padded_rows
 from grpo_ext.linear.plan import ChunkPlan, Numerics, chunk_plan, row_stride
 from grpo_ext.linear.routes import probabilities_reference
-from grpo_ext.linear.routes.base import Gradients, Inputs, Route, Saved, put
-from grpo_ext.linear.rows import Rows, Selection, rows_between
-from grpo_ext.vocabulary.shards import from_all_ranks, shard_sizes
+from grpo_ext.linear.routes.base import Gradients, Route, Saved, put
+from grpo_ext.linear.rows import Rows, copy_rows, rows_between
+from grpo_ext.vocabulary.shards import all_gather, shard_sizes
 
-#: Default memory budget in bytes: 4096 rows of 151,936 bf16 probabilities at H = 4096, and the buffers beside them.
+#: Default memory budget in bytes: 4096 rows of 151,936 bf16 probabilities at H = 4096, and the other buffers.
 DEFAULT_BUDGET = 1280 << 20
 
-#: Rows of a chunk are a multiple of this many, the height of a tile.
+#: The number of rows of a chunk is a multiple of this, the height of a tile.
 ROW_STEP = 128
 
-#: Bytes of a chunk's hidden states if no E is stored: every few tiles of the head read them again, from L2.
+#: Bytes of a chunk's hidden states if no E is stored: they stay in L2, where the tiles of the head reread them.
 HIDDEN_BYTES = 32 << 20
 
-#: Bytes of the fp32 product that is scaled into the gradient of the hidden states, a few thousand rows at a time.
+#: Bytes of the fp32 buffer for ``E @ weight``, which holds a few thousand rows before they are scaled.
 PRODUCT_BYTES = 32 << 20
 
 
 def probability_plan(
-    vocab: int, hidden_size: int, numerics: Numerics, device_type: str, stores: bool = True
+    vocab: int, hidden_size: int, numerics: Numerics, device_type: str, needs_products: bool = True
 ) -> ChunkPlan:
-    """Rows per chunk within the budget, counting E, the rows of hidden states, partial sums and the fp32 product.
+    """Return the rows per chunk within the budget, which covers E, hidden states, partial sums and fp32 product.
 
-    At least as many as on the logits route for the same budget: completions that fit there fit here. If no E is stored,
-    as many as keep their hidden states in L2.
+    There are at least as many as on the logits route for the same budget, so completions that fit there fit here.
+    Without ``needs_products`` no E is stored, and a chunk has as many rows as keep their hidden states in L2.
     """
     itemsize = numerics.compute_dtype.itemsize
     stride = row_stride(vocab)
     sums = 12 * -(-vocab // TILE_COLUMNS)
     per_row = (stride + hidden_size) * itemsize + sums
-    beside = PRODUCT_BYTES if device_type == "cuda" else 0
+    fixed_bytes = PRODUCT_BYTES if device_type == "cuda" else 0
     budget = numerics.memory_budget or DEFAULT_BUDGET
-    fitting = max(0, budget - beside) // per_row
+    fitting = max(0, budget - fixed_bytes) // per_row
     if device_type != "cuda" and not numerics.memory_budget:
         fitting = 0
     of_logits = chunk_plan(
@@ -60,20 +58,21 @@ def probability_plan(
     )
     step = ROW_STEP if fitting < 2 * ROW_STEP else 2 * ROW_STEP  # CTAs take tiles in pairs
     rows = max(fitting // step * step, of_logits.rows)
-    if not stores and device_type == "cuda":
-        most = min(HIDDEN_BYTES, budget * hidden_size * itemsize // (hidden_size * itemsize + sums))
-        rows = max(rows, most // (hidden_size * itemsize) // ROW_STEP * ROW_STEP)
+    if not needs_products and device_type == "cuda":
+        hidden_row = hidden_size * itemsize
+        hidden_bytes = min(HIDDEN_BYTES, budget * hidden_row // (hidden_row + sums))
+        rows = max(rows, hidden_bytes // hidden_row // ROW_STEP * ROW_STEP)
     return ChunkPlan(min(rows, ROW_STEP), rows, stride)
 
 
 class ProbabilityChunk(NamedTuple):
-    """A chunk whose first `needed` rows have an E."""
+    """A chunk whose first `needed` rows have an E. ``factor * E`` is dlogp/dlogits, or the gradient of the logits."""
 
     rows: Rows
     hidden: Tensor  # (rows, H) in the products' dtype
-    product: Tensor  # (needed, V): E, the target's element corrected
-    factor: Tensor  # (needed,) d logp / d logits = factor * E, or the gradient = factor * E
-    target: Tensor  # (needed,) int32 column of the target on this rank, -1: none
+    product: Tensor  # (needed, V) E; the target's element is minus the sum of the row's others
+    factor: Tensor  # (needed,)
+    target: Tensor  # (needed,) int32 column of the target on this rank; -1: another rank has it
     residual: Tensor  # (needed,) rounding error of the target's element of E
 
     def part(self, start: int, stop: int) -> ProbabilityChunk:
@@ -81,23 +80,21 @@ class ProbabilityChunk(NamedTuple):
 
 
 class ProbabilityRoute(Route):
-    fused_schedules = ("one_pass", "rows")
+    fused_schedules = ("one_pass", "three_pass")
 
-    def __init__(
-        self, inputs: Inputs, mask: Tensor | None, selection: Selection, with_entropy: bool = True, stores: bool = True
-    ) -> None:
-        super().__init__(inputs, mask, selection, with_entropy)
-        wide = self.numerics.statistics_dtype
-        self.weight, bias = inputs.weight, inputs.bias
+    def _allocate(self) -> None:
+        dtype = self.numerics.statistics_dtype
+        self.weight, bias = self.inputs.weight, self.inputs.bias
         if self.weight.dtype != self.numerics.compute_dtype:  # dense, as `choose_route` assumes of a copy
             self.weight = self.weight.to(self.numerics.compute_dtype, memory_format=torch.contiguous_format)
-        self.bias = None if bias is None else bias.to(wide).contiguous()
+        self.bias = None if bias is None else bias.to(dtype).contiguous()
         self.vocab, self.hidden_size = self.weight.shape
         scale, _, temperature = self.numerics.transform
-        self.slope = scale / temperature
-        plan = probability_plan(self.vocab, self.hidden_size, self.numerics, self.weight.device.type, stores)
-        self.capacity = min(plan.rows, -(-selection.size // plan.block) * plan.block)
-        self.shard: Tensor | None = None
+        self.slope = scale / temperature  # d(processed logit) / d(raw logit)
+        device = self.weight.device.type
+        plan = probability_plan(self.vocab, self.hidden_size, self.numerics, device, self.needs_products)
+        self.capacity = min(plan.rows, -(-self.selection.size // plan.block) * plan.block)
+        self.shard: Tensor | None = None  # (2,) int64: first token of this rank, size of the whole vocabulary
         if self.group is not None:
             sizes = shard_sizes(self.vocab, self.group, self.weight.device)
             self.shard = torch.stack([sizes[: dist.get_rank(self.group)].sum(), sizes.sum()])
@@ -105,24 +102,25 @@ class ProbabilityRoute(Route):
         self._stride = plan.stride
         new = self.weight.new_empty
         tiles = -(-self.vocab // TILE_COLUMNS)
-        self._partials = new((tiles, self.capacity, 2), dtype=wide)
-        self._recentred = new((tiles, self.capacity), dtype=wide)
-        self._reference, self._factor, self._residual = (new(self.capacity, dtype=wide) for _ in range(3))
+        self._partials = new((tiles, self.capacity, 2), dtype=dtype)
+        self._recentred = new((tiles, self.capacity), dtype=dtype)  # references of recentred tiles
+        self._reference, self._factor, self._residual = (new(self.capacity, dtype=dtype) for _ in range(3))
         self._target = new(self.capacity, dtype=torch.int32)
-        self._record = new(4 * self.capacity, dtype=wide)  # exponents; with ranks, sums and references before them
-        #: Coefficients that `forward` multiplies into `factor`.
+        #: What ranks exchange, per row of a chunk: two sums and a reference, then the target's exponent.
+        self._rank_message = new(4 * self.capacity, dtype=dtype)
+        #: dLoss/dlogp, which `forward` multiplies into `factor` if set.
         self._coefficients: kernels.RowCoefficients | probabilities_reference.RowCoefficients | None = None
-        self._stored: Tensor | None = None
-        self._rows: Tensor | None = None
-        self._product: Tensor | None = None
+        self._probability_buffer: Tensor | None = None
+        self._hidden_buffer: Tensor | None = None
+        self._product_buffer: Tensor | None = None
 
     @property
     def _writes_hidden_dtype(self) -> bool:
-        """The scaling kernel writes the products' dtype or that of the statistics."""
+        """See `Route`. The scaling kernel writes the dtype of the products or of the statistics, and no third one."""
         return self.group is None and self.hidden.dtype == self.weight.dtype
 
     def differentiate_logps(self) -> None:
-        """``factor * E`` already is d logp / d logits."""
+        """No-op: ``factor * E`` of `forward` is dlogp/dlogits."""
 
     def differentiate_loss(self, tensors: PolicyTensors, spec: list[float]) -> None:
         self._coefficients = self._kernels.row_coefficients(tensors, spec)
@@ -131,11 +129,11 @@ class ProbabilityRoute(Route):
         count = end - start
         rows = self.selection.rows(start, end)
         chunk_rows = self._chunk_rows(rows, slice(0, count))
-        # The kernel gathers rows that lie ready for the product.
-        gathers = self._ready() and (self.mask is not None or isinstance(rows, Tensor))
+        # The kernel gathers rows itself if the product can read the hidden states without a conversion.
+        gathers = self._readable_in_place() and (self.mask is not None or isinstance(rows, Tensor))
         X = self._buffer(count) if gathers else self._gather(rows, count)
         reference, target = self._reference[:count], self._target[:count]
-        exponent = self._record[3 * count : 4 * count]
+        exponent = self._rank_message[3 * count : 4 * count]
         self._kernels.target_reference(
             chunk_rows, self.hidden if gathers else X, X if gathers else None, self.weight, self.bias, self.ids,
             self.slope, self.shard, reference, target, exponent,
@@ -155,11 +153,11 @@ class ProbabilityRoute(Route):
         outputs = self.logps, self.entropy, factor, residual, E if needed else None, self.weight.dtype
         rank = -1
         if self.group is not None:
-            sums = self._record[: 2 * count].view(count, 2), self._record[2 * count : 3 * count]
+            sums = self._rank_message[: 2 * count].view(count, 2), self._rank_message[2 * count : 3 * count]
             self._kernels.fold(
                 chunk_rows, partials, recentred, reference, exponent, target, self.slope, sums, *outputs, None
             )  # fmt: skip
-            rank, all_ranks = dist.get_rank(self.group), from_all_ranks(self._record[: 4 * count], self.group)
+            rank, all_ranks = dist.get_rank(self.group), all_gather(self._rank_message[: 4 * count], self.group)
             partials, recentred = all_ranks[:, : 2 * count].view(-1, count, 2), all_ranks[:, 2 * count : 3 * count]
             exponent = all_ranks[:, 3 * count :].sum(dim=0)  # 0 except on the target's rank
         self._kernels.fold(
@@ -168,34 +166,34 @@ class ProbabilityRoute(Route):
         )  # fmt: skip
         return ProbabilityChunk(rows, X, E, factor[:needed], target[:needed], residual[:needed])
 
-    def again(self, start: int, end: int, saved: Saved) -> ProbabilityChunk:
-        if saved.product is None or saved.rows is None:
+    def rebuild(self, start: int, end: int, saved: Saved) -> ProbabilityChunk:
+        if saved.product is None or saved.row_stats is None:
             return self.forward(start, end, end - start)
         rows = self.selection.rows(start, end)
-        factor, residual = (numbers.reshape(-1)[rows] for numbers in saved.rows)
+        factor, residual = (statistic.reshape(-1)[rows] for statistic in saved.row_stats)
         hidden, target = self._gather(rows, end - start), self._target_columns(rows)
         return ProbabilityChunk(rows, hidden, saved.product, factor, target, residual)
 
-    def save(self, chunk: ProbabilityChunk, rows: Tensor) -> None:
-        if chunk.factor.numel():  # E is kept, and these belong to it
-            put(rows[0], chunk.rows, chunk.factor)
-            put(rows[1], chunk.rows, chunk.residual)
+    def save(self, chunk: ProbabilityChunk, row_stats: Tensor) -> None:
+        if chunk.factor.numel():  # only with a saved E
+            put(row_stats[0], chunk.rows, chunk.factor)
+            put(row_stats[1], chunk.rows, chunk.residual)
 
     def multiply(self, chunk: ProbabilityChunk, coef: Tensor, entropy_coef: Tensor | None) -> ProbabilityChunk:
         assert entropy_coef is None, "`choose_route` sends the gradient of an entropy to the logits route"
         return chunk._replace(factor=chunk.factor * coef[chunk.rows])
 
     def accumulate(self, chunk: ProbabilityChunk, gradients: Gradients, *, is_last: bool = False) -> None:
-        right = chunk.hidden
+        hidden = chunk.hidden
         if gradients.head.weight is not None:
-            right = self._buffer(chunk.factor.numel())
-            self._kernels.scaled_hidden(chunk.hidden, chunk.factor, right)
-        gradients.head.add(chunk.product, right, chunk.factor, is_last=is_last)
+            hidden = self._buffer(chunk.factor.numel())
+            self._kernels.scaled_hidden(chunk.hidden, chunk.factor, hidden)
+        gradients.head.add(chunk.product, hidden, chunk.factor, is_last=is_last)
         if gradients.hidden is not None:
             self._back_to_hidden(chunk, gradients.hidden)
 
     def _back_to_hidden(self, chunk: ProbabilityChunk, out: Tensor) -> None:
-        """``out[rows] = factor * (E @ weight)``, exact in the target's element of E."""
+        """``out[rows] = factor * (E @ weight)``, with the target's element of E unrounded."""
         count = chunk.factor.numel()
         step = max(1, PRODUCT_BYTES // (4 * self.hidden_size)) if out.is_cuda else max(count, 1)
         for start in range(0, count, step):
@@ -207,35 +205,30 @@ class ProbabilityRoute(Route):
             )  # fmt: skip
 
     def _times_weight(self, E: Tensor) -> Tensor:
-        wide = self.numerics.statistics_dtype
+        """Return ``E @ weight`` in the statistics' dtype; on a GPU in a buffer that the next call overwrites."""
+        dtype = self.numerics.statistics_dtype
         if not E.is_cuda:
-            return torch.mm(E.to(wide), self.weight.to(wide))
-        if self._product is None:
+            return torch.mm(E.to(dtype), self.weight.to(dtype))
+        if self._product_buffer is None:
             rows = min(self.capacity, max(1, PRODUCT_BYTES // (4 * self.hidden_size)))
-            self._product = self.weight.new_empty((rows, self.hidden_size), dtype=wide)
-        return torch.mm(E, self.weight, out_dtype=wide, out=self._product[: E.shape[0]])
+            self._product_buffer = self.weight.new_empty((rows, self.hidden_size), dtype=dtype)
+        return torch.mm(E, self.weight, out_dtype=dtype, out=self._product_buffer[: E.shape[0]])
 
-    def _ready(self) -> bool:
-        """Whether the products can read the hidden states where they are."""
+    def _readable_in_place(self) -> bool:
+        """Whether the products can read the hidden states without a copy."""
         hidden = self.hidden
         return hidden.dtype == self.weight.dtype and hidden.is_contiguous() and hidden.data_ptr() % 16 == 0
 
     def _gather(self, rows: Rows, count: int) -> Tensor:
-        """Rows of hidden states in the products' dtype, masked ones 0; a view if the products can read it."""
-        if isinstance(rows, slice) and self.mask is None and self._ready():
+        """Return rows of hidden states in the products' dtype, with zeros in masked rows; a view if possible."""
+        if isinstance(rows, slice) and self.mask is None and self._readable_in_place():
             return self.hidden[rows]
         X = self._buffer(count)
-        if isinstance(rows, Tensor) and self.hidden.dtype == X.dtype:
-            torch.index_select(self.hidden, 0, rows, out=X)
-        else:
-            X.copy_(self.hidden[rows])
-        unmasked = self.unmasked(rows)
-        if unmasked is not None:  # 0 times whatever a masked row holds must be 0
-            X.masked_fill_(~unmasked.unsqueeze(1), 0)
+        copy_rows(self.hidden, rows, self.unmasked(rows), X)
         return X
 
     def _target_columns(self, rows: Rows) -> Tensor:
-        """(rows,) int32: the column of each row's token on this rank, -1: another rank has it."""
+        """Return (rows,) int32: the column of each row's target on this rank; -1 if another rank has it."""
         column = self.ids[rows] if self.shard is None else self.ids[rows] - self.shard[0]
         return torch.where((column >= 0) & (column < self.vocab), column, -1).int()
 
@@ -246,13 +239,13 @@ class ProbabilityRoute(Route):
         return ChunkRows(count, 0, rows[part], self.mask)
 
     def _buffer(self, count: int) -> Tensor:
-        if self._rows is None:
-            self._rows = self.weight.new_empty((self.capacity, self.hidden_size))
-        return self._rows[:count]
+        if self._hidden_buffer is None:
+            self._hidden_buffer = self.weight.new_empty((self.capacity, self.hidden_size))
+        return self._hidden_buffer[:count]
 
     def _probabilities(self, needed: int) -> Tensor:
-        if needed and self._stored is None:
-            self._stored = padded_rows(self.weight, self.capacity, self.vocab, self._stride)
-        if self._stored is None:
+        if needed and self._probability_buffer is None:
+            self._probability_buffer = padded_rows(self.weight, self.capacity, self.vocab, self._stride)
+        if self._probability_buffer is None:
             return self.weight.new_empty((0, self.vocab))
-        return self._stored[:needed]
+        return self._probability_buffer[:needed]

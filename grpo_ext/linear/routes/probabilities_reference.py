@@ -1,7 +1,8 @@
-"""The kernels of the probability route in plain torch: what they compute, step by step.
+"""The kernels of the probability route in plain torch, step by step.
 
-Same functions, arguments and results in place as `grpo_ext._ops.probability`, on any device and in any dtype (sums in
-fp64 for fp64, else fp32). Tests run the whole route on them without a Hopper GPU: see `select_route`.
+The functions have the names, arguments and in-place results of `grpo_ext._ops.probability`. They run on any device and
+in any dtype, with sums in fp32 (fp64 for fp64). Tests run the whole route on them without a Hopper GPU, see
+`select_route`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from grpo_ext._checks import PolicyTensors
+from grpo_ext._ops import statistics_dtype
 from grpo_ext._ops.probability import TILE_COLUMNS, ChunkRows
 
 # The constants of csrc/cuda/probability/probability.h; exponents are to base 2.
@@ -20,12 +22,12 @@ GREATEST_SUM = 2.0**64
 LOWEST_EXPONENT = -1e30
 NO_EXPONENT = -1e29
 
-#: Rows of one product here: a row's bits then do not depend on how many rows there are.
+#: Rows of one product. The shape is fixed, so a row's bits do not depend on the number of rows.
 _BLOCK = 128
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    return tensor.to(statistics_dtype(tensor.dtype))
 
 
 def _tokens(rows: ChunkRows, device: torch.device) -> Tensor:
@@ -38,13 +40,14 @@ class RowCoefficients:
     spec: list[float]
 
     def of(self, logps: Tensor, entropy: Tensor) -> Tensor:
-        """(tokens,) dLoss/dlogp; right where `logps` and `entropy` are known.
+        """Return (tokens,) dLoss/dlogp, valid for tokens whose `logps` and `entropy` are filled in.
 
-        Half of the tokens at a time, the others hidden: the kernel does not look at a row's neighbours either.
+        Even and odd tokens are computed apart, with zeros for the rest: like the kernel, a row must not depend on its
+        neighbours.
         """
 
-        def coefficients(own: Tensor) -> Tensor:
-            now = (torch.where(own, t, 0.0).view(self.tensors.mask.shape) for t in (logps, entropy))
+        def coefficients(shown: Tensor) -> Tensor:
+            now = (torch.where(shown, t, 0.0).view(self.tensors.mask.shape) for t in (logps, entropy))
             _, coef, *_ = torch.ops.grpo_ext.policy_loss(*now, *self.tensors, self.spec)
             return coef.view(-1)
 
@@ -53,65 +56,58 @@ class RowCoefficients:
 
 
 def row_coefficients(tensors: PolicyTensors, spec: list[float]) -> RowCoefficients:
-    """For a loss in which dLoss/dlogp of a token depends on no other row's logits."""
+    """Prepare the coefficients of a loss in which a token's dLoss/dlogp depends on no other row's logits."""
     return RowCoefficients(tensors, spec)
 
 
 def target_reference(
-    rows: ChunkRows,
-    hidden: Tensor,
-    gathered: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    ids: Tensor,
-    slope: float,
-    shard: Tensor | None,
-    reference: Tensor,
-    target: Tensor,
-    exponent: Tensor,
-) -> None:
-    """Each row's softmax reference, base 2: the processed logit of its own token, in fp32.
+    rows: ChunkRows, hidden: Tensor, gathered: Tensor | None, weight: Tensor, bias: Tensor | None, ids: Tensor,
+    slope: float, shard: Tensor | None, reference: Tensor, target: Tensor, exponent: Tensor,
+) -> None:  # fmt: skip
+    """Write each row's softmax reference: the processed logit of its target, to base 2, in fp32.
 
-    A token switched off by a bias of -inf leaves `NO_EXPONENT`. `gathered`: (rows, H) for the chunk's rows, masked ones
-    0; `hidden` then has those of all tokens. `shard`: (2,) int64, the id of the first token here and the number of all
-    of them, where other ranks hold the rest.
+    Args:
+        rows: the rows of the chunk.
+        hidden: (rows, H), or (tokens, H) if ``gathered`` is given.
+        gathered: (rows, H), receives the chunk's rows of ``hidden``, masked ones as 0.
+        slope: d(processed logit) / d(raw logit), which is scale / temperature.
+        shard: (2,) int64, this rank's first token id and the size of the whole vocabulary; None: it is not split.
+        reference: (rows,) output; `NO_EXPONENT` for a target with bias -inf, NaN for an invalid id, 0 on other ranks.
+        target: (rows,) output, the target's column; -1 if another rank has it, or at a masked row.
+        exponent: (rows,) zeroed for the rows of which ``target`` is -1.
     """
     tokens = _tokens(rows, hidden.device)
     unmasked = torch.ones_like(tokens, dtype=torch.bool) if rows.mask is None else rows.mask[tokens]
     if gathered is not None:
         hidden = gathered.copy_(torch.where(unmasked.unsqueeze(1), hidden[tokens], 0))
-    own = torch.where(unmasked, ids[tokens], 0)
+    token_ids = torch.where(unmasked, ids[tokens], 0)
     offset, total = (0, weight.shape[0]) if shard is None else shard.unbind()
-    column = own - offset
+    column = token_ids - offset
     here = unmasked & (column >= 0) & (column < weight.shape[0])
     column = torch.where(here, column, 0)
     z = (_wide(hidden) * _wide(weight[column])).sum(dim=1)
     if bias is not None:
         z = z + bias[column]
     z = (z * (slope / math.log(2))).clamp(min=NO_EXPONENT)
-    wrong = unmasked & ((own < 0) | (own >= total))
+    wrong = unmasked & ((token_ids < 0) | (token_ids >= total))
     reference.copy_(torch.where(wrong, math.nan, torch.where(here, z, 0.0)))
     target.copy_(torch.where(here, column, -1))
     exponent.masked_fill_(~here, 0.0)
 
 
 def product(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    reference: Tensor,
-    target: Tensor,
-    slope: float,
-    probabilities: Tensor | None,
-    partials: Tensor,
-    recentred: Tensor,
-    exponent: Tensor,
-) -> None:
-    """``E = 2^t`` with ``t = processed logit / ln 2 - reference``, 0 at the target, whose t goes to `exponent`.
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, reference: Tensor, target: Tensor, slope: float,
+    probabilities: Tensor | None, partials: Tensor, recentred: Tensor, exponent: Tensor,
+) -> None:  # fmt: skip
+    """Write ``E = 2^t`` with ``t = processed logit / ln 2 - reference``; at the target E is 0 and `exponent` gets t.
 
-    Per tile of 256 columns the sums of E and of t E, before E is rounded. A tile whose sum would reach `GREATEST_SUM`
-    is recentred: its t are relative to its greatest exponent, a whole number that goes to `recentred` (tiles, rows),
-    and the sign of its sum says so.
+    A tile of 256 columns whose sum would reach `GREATEST_SUM` is recentred: its reference is its greatest exponent,
+    rounded to a whole number, and its sum is stored negative.
+
+    Args:
+        probabilities: (rows, V) output E; None: only the sums are written.
+        partials: (tiles, rows, 2) output, sums of E and of t E in a tile, before E is rounded.
+        recentred: (tiles, rows) output, the reference of a tile if it is recentred.
     """
     scale, tiles = slope / math.log(2), partials.shape[0]
     pad = (0, tiles * TILE_COLUMNS - weight.shape[0])
@@ -123,12 +119,12 @@ def product(
         z = (_wide(block) @ _wide(weight).t())[: rows.stop - start]
         if bias is not None:
             z = z + torch.where(bias * scale < LOWEST_EXPONENT, LOWEST_EXPONENT / scale, bias)
-        own = target[rows].long()
-        here = own >= 0
-        at = torch.arange(own.numel(), device=own.device)[here], own[here]
+        column = target[rows].long()
+        here = column >= 0
+        at = torch.arange(column.numel(), device=column.device)[here], column[here]
         exponent[rows][here] = _exponents(z, scale, reference[rows, None])[at]
         z[at] = LOWEST_EXPONENT / scale
-        z = torch.nn.functional.pad(z, pad, value=LOWEST_EXPONENT / scale).view(len(own), tiles, TILE_COLUMNS)
+        z = torch.nn.functional.pad(z, pad, value=LOWEST_EXPONENT / scale).view(len(column), tiles, TILE_COLUMNS)
         centre = reference[rows, None].expand(-1, tiles)
         t = _exponents(z, scale, centre[..., None])
         over = t.exp2().sum(dim=2) >= GREATEST_SUM
@@ -143,41 +139,38 @@ def product(
 
 
 def _exponents(z: Tensor, scale: float, reference: Tensor) -> Tensor:
-    """Rounded once, as a fused operation."""
+    """Return ``z * scale - reference``, rounded once like a fused multiply-add."""
     return (z.double() * scale - reference).to(z.dtype)
 
 
 def fold(
-    rows: ChunkRows,
-    partials: Tensor,
-    recentred: Tensor,
-    reference: Tensor,
-    exponent: Tensor,
-    target: Tensor,
-    slope: float,
-    sums: tuple[Tensor, Tensor] | None,
-    logps: Tensor,
-    entropy: Tensor,
-    factor: Tensor,
-    residual: Tensor,
-    probabilities: Tensor | None,
-    dtype: torch.dtype,
-    coefficients: RowCoefficients | None,
-    rank: int = -1,
-) -> None:
-    """Partial sums over the tiles -> log probability, entropy, row factor; the target's own element of E.
+    rows: ChunkRows, partials: Tensor, recentred: Tensor, reference: Tensor, exponent: Tensor, target: Tensor,
+    slope: float, sums: tuple[Tensor, Tensor] | None, logps: Tensor, entropy: Tensor, factor: Tensor, residual: Tensor,
+    probabilities: Tensor | None, dtype: torch.dtype, coefficients: RowCoefficients | None, rank: int = -1,
+) -> None:  # fmt: skip
+    """Add the sums of all tiles: write log probability, entropy, row factor, and the target's element of E.
 
-    With ``S = others + 2^t``: logp = -log(S / 2^t), d logp / d logits = -(slope / S) E where E at the target is
-    ``-others``: 1 - p of a confident token is a sum of what is small, not the difference of what is close. `residual`
-    is what rounding that element leaves over. `coefficients` are multiplied into the factor.
+    Let ``others`` be the sum of E without the target, t the target's exponent and ``S = others + 2^t``. Then
+    ``logp = -log(S / 2^t)``. With ``-others`` as the target's element of E, ``dlogp/dlogits = -(slope / S) E``. So
+    1 - p of a confident token is a sum of small terms, without cancellation.
 
-    A row with recentred tiles is rescaled to the greatest of their references, E too. `sums`: stop there and write the
-    row's sums and reference to it. A second call gets them as `partials` and `recentred`, one tile a rank; `rank`
-    is the one that holds E.
+    A row with recentred tiles, its E included, is rescaled to the greatest of their references.
+
+    With the vocabulary split over ranks there are two calls. The first one has ``sums``: it rescales, writes the row's
+    sums and reference, and returns. The second one gets those of all ranks, as one tile per rank.
+
+    Args:
+        sums: (rows, 2) and (rows,) outputs of the first of two calls; else None.
+        residual: output, the rounding error of the target's element of E.
+        dtype: of E.
+        coefficients: dLoss/dlogp, multiplied into the factor; None: 1.
+        rank: in the second call, the tile of this rank; -1: one call does all.
     """
-    moved = partials[..., 0] < 0
-    references = torch.where(moved, recentred, reference)
-    centre = torch.where(moved.any(dim=0), torch.where(moved, recentred, -math.inf).amax(dim=0), reference)
+    is_recentred = partials[..., 0] < 0
+    any_recentred = is_recentred.any(dim=0)
+    references = torch.where(is_recentred, recentred, reference)
+    greatest = torch.where(is_recentred, recentred, -math.inf).amax(dim=0)
+    centre = torch.where(any_recentred, greatest, reference)
     shift = references - centre  # exactly 0 in a row without recentred tiles
     total, weighted = partials[..., 0].abs(), partials[..., 1]
     others = (shift.exp2() * total).sum(dim=0)
@@ -187,51 +180,46 @@ def fold(
         of_tiles = shift[:, :stored] if rank < 0 else shift[rank : rank + 1, :stored]
         width = TILE_COLUMNS if rank < 0 else probabilities.shape[1]
         scales = of_tiles.exp2().t().repeat_interleave(width, dim=1)[:, : probabilities.shape[1]]
-        probabilities.copy_(torch.where(moved.any(dim=0)[:stored, None], probabilities * scales, probabilities))
+        probabilities.copy_(torch.where(any_recentred[:stored, None], probabilities * scales, probabilities))
     if sums is not None:
-        sums[0].copy_(torch.stack([torch.where(moved.any(dim=0), -others, others), weighted], dim=1))
+        sums[0].copy_(torch.stack([torch.where(any_recentred, -others, others), weighted], dim=1))
         sums[1].copy_(centre)
         return
     tokens = _tokens(rows, logps.device)
     unmasked = torch.ones_like(tokens, dtype=torch.bool) if rows.mask is None else rows.mask[tokens]
     t = exponent + (reference - centre)
-    own = torch.exp2(t)
-    own_weighted = own * t
+    target_exp = torch.exp2(t)
+    target_weighted = target_exp * t
     t = torch.where(reference <= NO_EXPONENT, -math.inf, t)
-    S = others + own
-    logp = torch.where(others < own, 0.0 - torch.log1p(others / own), t * math.log(2) - S.log())
-    of_entropy = S.log() - math.log(2) * ((weighted + own_weighted) / S)
+    S = others + target_exp
+    logp = torch.where(others < target_exp, 0.0 - torch.log1p(others / target_exp), t * math.log(2) - S.log())
+    row_entropy = S.log() - math.log(2) * ((weighted + target_weighted) / S)
     logps[tokens] = torch.where(unmasked, logp, 0.0)
-    entropy[tokens] = torch.where(unmasked, of_entropy, 0.0)
+    entropy[tokens] = torch.where(unmasked, row_entropy, 0.0)
     factor.copy_(torch.where(unmasked, -slope / S, 0.0))
     if coefficients is not None:
         factor.mul_(torch.where(unmasked, coefficients.of(logps, entropy)[tokens], 0.0))
     residual.zero_()
     if probabilities is not None:
         stored = probabilities.shape[0]
-        own_column = target[:stored].long()
-        put = (own_column >= 0) & unmasked[:stored]
-        at = torch.arange(stored, device=own_column.device)[put], own_column[put]
-        probabilities[at] = -others[:stored][put].to(probabilities.dtype)
-        residual[:stored][put] = -others[:stored][put] - probabilities[at].to(residual.dtype)
+        column = target[:stored].long()
+        here = (column >= 0) & unmasked[:stored]
+        at = torch.arange(stored, device=column.device)[here], column[here]
+        probabilities[at] = -others[:stored][here].to(probabilities.dtype)
+        residual[:stored][here] = -others[:stored][here] - probabilities[at].to(residual.dtype)
 
 
 def scale(
-    rows: ChunkRows,
-    product: Tensor,
-    factor: Tensor,
-    residual: Tensor | None,
-    target: Tensor | None,
-    weight: Tensor,
+    rows: ChunkRows, product: Tensor, factor: Tensor, residual: Tensor | None, target: Tensor | None, weight: Tensor,
     out: Tensor,
-) -> None:
+) -> None:  # fmt: skip
     """``out[token] = factor * (product + residual * weight[target])``, rounded once."""
     if residual is not None and target is not None:
-        own = torch.where((target >= 0).unsqueeze(1), weight[target.long().clamp(min=0)], 0.0)
-        product = product + residual.unsqueeze(1) * own.to(product.dtype)
+        target_weight = torch.where((target >= 0).unsqueeze(1), weight[target.long().clamp(min=0)], 0.0)
+        product = product + residual.unsqueeze(1) * target_weight.to(product.dtype)
     out[_tokens(rows, out.device)] = (product * factor.unsqueeze(1)).to(out.dtype)
 
 
 def scaled_hidden(hidden: Tensor, factor: Tensor, out: Tensor) -> None:
-    """``out = factor * hidden``, rounded once: the right factor of the head's gradient."""
+    """``out = factor * hidden``, rounded once; the product with E is the head's gradient."""
     torch.mul(hidden, factor.unsqueeze(1), out=out)
