@@ -88,12 +88,12 @@ class Rollout:
         return rows * (max(map(len, self.prompt_ids)) + max(map(len, self.completion_ids)))
 
     def micro_batch(
-        self, slice_index: int, pad_id: int, device: torch.device | str, keep: Sequence[int] | None = None
+        self, slice_index: int, pad_id: int, device: torch.device | str, kept: Sequence[int] | None = None
     ) -> MicroBatch:
-        """Tensors of one slice on ``device``; ``keep``, not empty, selects positions of the slice."""
+        """Build the tensors of one slice on ``device``; ``kept``, not empty, selects positions of the slice."""
         rows = self.rows_of(slice_index)
-        keep = range(len(rows)) if keep is None else keep
-        rows = [rows[position] for position in keep]
+        kept = range(len(rows)) if kept is None else kept
+        rows = [rows[position] for position in kept]
         prompts = [self.prompt_ids[row] for row in rows]
         prompt_ids, prompt_mask = left_pad(prompts, pad_id, device)
         completion_ids, completion_mask = right_pad([self.completion_ids[row] for row in rows], pad_id, device)
@@ -101,7 +101,7 @@ class Rollout:
         first, which = unique_rows(prompts)
         in_loss = to_device([self.in_loss[row] for row in rows], device).unsqueeze(1)
 
-        positions = to_device(list(keep), device)
+        positions = to_device(list(kept), device)
 
         def part(values: Tensor | None) -> Tensor | None:
             return None if values is None else to_device(values, device).index_select(0, positions)[:, :width]
@@ -109,7 +109,7 @@ class Rollout:
         return MicroBatch(
             prompt_ids=prompt_ids,
             prompt_mask=prompt_mask,
-            distinct_prompts=to_device(first, device),
+            first_row_of_prompt=to_device(first, device),
             prompt_index=to_device(which, device),
             completion_ids=completion_ids,
             completion_mask=completion_mask,
@@ -122,12 +122,12 @@ class Rollout:
             known_lengths=([len(ids) for ids in prompts], [len(self.completion_ids[row]) for row in rows]),
         )
 
-    def expand_to_slice(self, slice_index: int, keep: Sequence[int], values: Tensor) -> Tensor:
-        """Expand values of the positions ``keep`` to the ``(B, T)`` of the slice, with 0 at the other positions."""
+    def expand_to_slice(self, slice_index: int, kept: Sequence[int], values: Tensor) -> Tensor:
+        """Expand values of the positions ``kept`` to the ``(B, T)`` of the slice, with 0 at the other positions."""
         rows = self.rows_of(slice_index)
         width = max(len(self.completion_ids[row]) for row in rows)
         whole = values.new_zeros((len(rows), width))
-        whole[list(keep), : values.shape[1]] = values
+        whole[list(kept), : values.shape[1]] = values
         return whole
 
     def _sampling(self, rows: list[int], width: int, device: torch.device | str) -> Tensor | None:

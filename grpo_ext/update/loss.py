@@ -20,7 +20,7 @@ from grpo_ext.update.micro_batch import MicroBatch
 #: Maps ``(batch, hidden, weight, bias)`` to a loss or log probabilities; hidden is ``(B, T, H)``.
 AtHead = Callable[[MicroBatch, Tensor, Tensor, Tensor | None], Result]
 
-#: Maps entropies and loss mask of this rank's tokens, ``(B, T)`` each, to the entropy threshold over all ranks.
+#: Maps entropies and loss mask of a micro-batch, ``(B, T)`` each, to the entropy quantile over all ranks.
 Threshold = Callable[[Tensor, Tensor], Tensor | None]
 
 
@@ -29,14 +29,13 @@ class ModelPass:
 
     Args:
         layouts: chooses the layout of the model's input.
-        head: the fused head, or the reason for computing from logits.
+        head: the fused head; if it is not in use, the loss is computed from logits.
         config: the constants of the loss.
-        threshold: returns the entropy threshold of a micro-batch over all ranks; None: the loss uses its own tokens.
-        memory_budget: bytes of the fused head's buffers; None: `TRAINER_BUDGET`, or the loss's default if that has no
-            entry for the device.
+        threshold: computes the entropy mask's threshold over all ranks; None: over this rank's tokens only.
+        memory_budget: bytes of the fused head's buffers; None: `TRAINER_BUDGET` of the device, or the loss's default.
 
     Attributes:
-        passes: forward passes so far.
+        passes: number of forward passes so far.
     """
 
     def __init__(
@@ -54,7 +53,7 @@ class ModelPass:
         self.memory_budget = memory_budget
         self.passes = 0
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # `config` issued them already
+            warnings.simplefilter("ignore")  # `config` has issued the same warnings
             #: The fused head computes raw logits, so its loss applies the model's scale and softcap.
             self.head_config = config.replace(logit_scale=head.logit_scale, logit_softcap=head.logit_softcap)
 
@@ -74,7 +73,7 @@ class ModelPass:
         return found.masked_fill(batch.completion_mask == 0, 0.0)
 
     def _through_head(self, model: nn.Module, batch: MicroBatch, function: AtHead[Result]) -> Result | None:
-        """Call ``function`` with the batch, its hidden states ``(B, T, H)`` and the head; None without fused head."""
+        """Call ``function`` with batch, hidden states ``(B, T, H)`` and head; None if the fused head is not in use."""
         if not self.head.serves:
             return None
         layout = self.layouts.choose(model, batch)
@@ -112,7 +111,7 @@ class ModelPass:
             self.config,
             entropy_threshold=threshold,
             inplace=True,
-            **companions(batch),
+            **optional_arguments(batch),
         )
 
     def _loss_from_hidden(
@@ -134,7 +133,7 @@ class ModelPass:
             entropy_threshold=threshold,
             valid_rows=sum(batch.lengths()[1]),
             memory_budget=self._budget(hidden),
-            **companions(batch),
+            **optional_arguments(batch),
         )
 
     def _logps_from_hidden(self, batch: MicroBatch, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -162,7 +161,7 @@ class ModelPass:
         return self.memory_budget or TRAINER_BUDGET.get(hidden.device.type)
 
 
-def companions(batch: MicroBatch) -> dict[str, Any]:
+def optional_arguments(batch: MicroBatch) -> dict[str, Any]:
     """Return the optional keyword arguments of a loss that the batch holds."""
     return {
         "old_logps": batch.old_logps,

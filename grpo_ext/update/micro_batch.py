@@ -1,4 +1,4 @@
-"""Tensors of one micro-batch, and functions that pad rows to tensors."""
+"""The tensors of a micro-batch, and functions that pad token lists to tensors."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ class MicroBatch:
 
     Attributes:
         prompt_ids, prompt_mask: ``(B, P)`` int64, left-padded.
-        distinct_prompts: ``(u,)`` int64, the first row of each distinct prompt.
-        prompt_index: ``(B,)`` int64, index into ``distinct_prompts`` for each row.
+        first_row_of_prompt: ``(u,)`` int64, the first row of each distinct prompt.
+        prompt_index: ``(B,)`` int64, the number of each row's prompt, an index into ``first_row_of_prompt``.
         completion_ids, completion_mask: ``(B, T)`` int64, right-padded; the mask is 0 at padding.
         loss_mask: ``(B, T)`` int64, 1 at the tokens of the loss.
         advantages: ``(B,)`` fp32.
         old_logps, ref_logps, sampling_logps: ``(B, T)`` fp32 or None.
-        normaliser: divisor of the token-normalised losses.
+        normaliser: the loss's ``num_items_in_batch``, divisor of the losses that SPEC section 3 normalises by tokens.
         weight: factor on the loss that accounts for skipped rows, see `kept_rows_weight`.
         known_lengths: tokens of each prompt and of each completion; None computes them in `lengths`.
     """
 
     prompt_ids: Tensor
     prompt_mask: Tensor
-    distinct_prompts: Tensor
+    first_row_of_prompt: Tensor
     prompt_index: Tensor
     completion_ids: Tensor
     completion_mask: Tensor

@@ -26,7 +26,7 @@ class ReferenceModel:
     def __init__(self, model: nn.Module) -> None:
         self._frozen: nn.Module | None = None
         if is_peft_model(model):
-            # A new adapter has B = 0 and changes nothing; a trained one does.
+            # Only a trained adapter changes the model's output: a new one has B = 0.
             if any(p.any() for name, p in model.named_parameters() if ".lora_B." in name and not is_sharded(p)):
                 warnings.warn(
                     "the model has a trained adapter, but the reference of the KL term (beta > 0) is the model without "
@@ -50,8 +50,8 @@ class ReferenceModel:
             return
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         with eval_mode(model), model.disable_adapter():  # type: ignore[operator]
-            # PEFT freezes a disabled adapter, and enabling it unfreezes only one of FSDP2's two forms of a weight: a
-            # weight that this pass gathers would stay frozen.
+            # PEFT freezes a disabled adapter. Enabling it unfreezes only one of FSDP2's copies of a weight, sharded or
+            # gathered: weights gathered by this pass would stay frozen.
             for parameter in trained:
                 parameter.requires_grad_(True)
             yield model

@@ -13,13 +13,13 @@ def rows_with_gradient(
     """Return the positions of the rows whose gradient may be nonzero.
 
     A row outside the loss mask has no gradient. A row of advantage 0 has none if the loss consists of the policy term
-    only, without KL term, entropy bonus and entropy quantile over all tokens.
+    only: no KL term, no entropy bonus, and no entropy mask, whose quantile every row affects.
 
     Args:
         config: the constants of the loss.
         advantages: advantage of each row.
         in_loss: whether the loss mask includes the row.
-        advantage_decides: False keeps rows of advantage 0.
+        advantage_decides: False keeps rows of advantage 0 in any case.
     """
     policy_only = config.beta == 0 and config.entropy_coef == 0 and config.top_entropy_quantile >= 1
     drop_zero = advantage_decides and policy_only

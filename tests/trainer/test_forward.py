@@ -43,7 +43,7 @@ def test_micro_batch_is_trimmed_to_its_own_rows() -> None:
     assert first.prompt_ids.tolist()[0] == [PAD, 5, 8, 6]
     assert first.completion_mask.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 0]]
     assert first.loss_mask.tolist() == [[1, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0]]
-    assert first.distinct_prompts.tolist() == [0, 2]
+    assert first.first_row_of_prompt.tolist() == [0, 2]
     assert first.prompt_index.tolist() == [0, 0, 1, 1]
 
 

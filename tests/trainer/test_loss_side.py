@@ -23,7 +23,7 @@ from grpo_ext.trainer import GRPOTrainer
 from grpo_ext.update.filling import sorted_order
 from grpo_ext.update.guard import NonfiniteError, NonfiniteGuard
 from grpo_ext.update.layouts import LayoutChooser
-from grpo_ext.update.loss import ModelPass, companions
+from grpo_ext.update.loss import ModelPass, optional_arguments
 from grpo_ext.update.metrics import MetricBuffer
 from grpo_ext.update.micro_batch import MicroBatch
 from grpo_ext.update.reference_model import ReferenceModel
@@ -363,7 +363,7 @@ def test_autocast_with_a_gradient_scaler(dtype: torch.dtype, fused: bool) -> Non
 
     def plain() -> torch.Tensor:
         given = batch.completion_ids, batch.advantages, batch.loss_mask, policy.config
-        return reference.grpo_loss(policy.logits(model, batch).float(), *given, **companions(batch)).loss
+        return reference.grpo_loss(policy.logits(model, batch).float(), *given, **optional_arguments(batch)).loss
 
     def gradients(loss: Callable[[], torch.Tensor], autocast: bool) -> list[torch.Tensor]:
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, enabled=autocast and dtype == torch.float16)

@@ -193,7 +193,7 @@ def _as_batch(input_ids: Tensor, attention_mask: Tensor, width: int, rows: Rows 
     return MicroBatch(
         prompt_ids=input_ids[:, :-width],
         prompt_mask=attention_mask[:, :-width],
-        distinct_prompts=order,
+        first_row_of_prompt=order,
         prompt_index=order,
         completion_ids=input_ids[:, -width:],
         completion_mask=attention_mask[:, -width:],
@@ -271,7 +271,7 @@ def _selected(batch: MicroBatch, rows: Sequence[int]) -> MicroBatch:
     return MicroBatch(
         prompt_ids=part(batch.prompt_ids[:, first:]),
         prompt_mask=part(batch.prompt_mask[:, first:]),
-        distinct_prompts=order,
+        first_row_of_prompt=order,
         prompt_index=order,
         completion_ids=part(batch.completion_ids[:, :width]),
         completion_mask=mask,

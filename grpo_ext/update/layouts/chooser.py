@@ -22,7 +22,7 @@ from grpo_ext.update.layouts.shared_prompt import (
 )
 from grpo_ext.update.micro_batch import MicroBatch
 
-#: Parameters that a model's forward needs for any layout but `PaddedLayout`.
+#: Parameters that a model's forward must have for any layout but `PaddedLayout`.
 NEEDED = frozenset({"position_ids", "use_cache", "logits_to_keep"})
 
 
@@ -36,7 +36,7 @@ class LayoutChooser:
         model: the causal language model, unwrapped; its forward signature determines the inputs.
         share_prompts: allow the shared-prompt layout. Pass False under gradient checkpointing, which drops the cache,
             and with several processes, whose wrappers expect one forward per backward. On a GPU the layout is used only
-            if it saves more than its extra pass costs the host, see `least_saving_on_gpu`.
+            if it saves more time than its extra pass costs, see `least_saving_on_gpu`.
         padding_free: allow the packed layout.
 
     Attributes:

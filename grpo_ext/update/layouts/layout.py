@@ -7,7 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-#: Largest relative difference, by dtype, between the logits of a sequence in a layout and alone; 1e-4 for fp32.
+#: By dtype, how much a layout may change the logits of a sequence, relative to those computed without other tokens.
+#: 1e-4 for fp32.
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
@@ -42,7 +43,13 @@ class Layout(Protocol):
         ...
 
 
+def scatter_tokens(values: Tensor, index: Tensor, shape: torch.Size) -> Tensor:
+    """Copy ``values (n, size)`` to the positions ``index`` of zeros ``(*shape, size)``, flattened over ``shape``."""
+    size = values.shape[-1]
+    return values.new_zeros((shape.numel(), size)).index_copy(0, index, values).view(*shape, size)
+
+
 def same_logits(ours: Tensor, reference: Tensor) -> bool:
-    """Whether logits agree within `TOLERANCE` of the reference's dtype, relative to its norm."""
+    """Whether the norm of the difference is within `TOLERANCE`, for the reference's dtype, times its norm."""
     bound = TOLERANCE.get(reference.dtype, 1e-4) * reference.float().norm()
     return bool((ours.float() - reference.float()).norm() <= bound)

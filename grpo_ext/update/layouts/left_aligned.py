@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_ext.update.layouts.layout import same_logits
+from grpo_ext.update.layouts.layout import same_logits, scatter_tokens
 from grpo_ext.update.micro_batch import MicroBatch, to_device
 
 
@@ -37,14 +37,13 @@ class LeftAlignedLayout:
         self.logits_to_keep = width - (min(prompts) - 1)
         self._shape = batch.completion_ids.shape
         self._prompts = prompts
-        self._source: Tensor | None = None
+        self._gather_index: Tensor | None = None
         if len(set(prompts)) > 1:
-            each = list(zip(prompts, completions, strict=True))
-            first = [row * self.logits_to_keep + p - min(prompts) for row, (p, _) in enumerate(each)]
-            source = torch.cat([torch.arange(f, f + c) for f, c in zip(first, completions, strict=True)])
-            self._source = to_device(source, device)
+            first = [row * self.logits_to_keep + p - min(prompts) for row, p in enumerate(prompts)]
+            ranges = [torch.arange(f, f + c) for f, c in zip(first, completions, strict=True)]
+            self._gather_index = to_device(torch.cat(ranges), device)
             ranges = [torch.arange(row * self._shape[1], row * self._shape[1] + c) for row, c in enumerate(completions)]
-            self._where = to_device(torch.cat(ranges), device)
+            self._scatter_index = to_device(torch.cat(ranges), device)
 
     def inputs(self) -> dict[str, Any]:
         return {"input_ids": self._ids, "logits_to_keep": self.logits_to_keep, "use_cache": False}
@@ -54,17 +53,16 @@ class LeftAlignedLayout:
         return to_device([row * width + p - 1 for row, p in enumerate(self._prompts)], self._ids.device)
 
     def completion_rows(self, outputs: Tensor) -> Tensor:
-        """Rows without a completion token hold arbitrary values."""
+        """See `Layout`. Positions without a completion token hold arbitrary values."""
         outputs = outputs[:, -self.logits_to_keep :]
-        if self._source is None:
+        if self._gather_index is None:
             return outputs
-        size = outputs.shape[-1]
-        found = outputs.reshape(-1, size).index_select(0, self._source)
-        return outputs.new_zeros((self._shape.numel(), size)).index_copy(0, self._where, found).view(*self._shape, size)
+        found = outputs.reshape(-1, outputs.shape[-1]).index_select(0, self._gather_index)
+        return scatter_tokens(found, self._scatter_index, self._shape)
 
 
 def reason_for_mask(model: nn.Module, batch: MicroBatch) -> str | None:
-    """Run one row with and without tokens behind it; return why the model needs a mask, None if it needs none."""
+    """Run one sequence with and without tokens after it; return why the model needs a mask, None if it needs none."""
     prompts, completions = batch.lengths()
     row = max(range(len(prompts)), key=lambda r: prompts[r] + completions[r])
     whole = torch.cat([batch.prompt_ids[row, -prompts[row] :], batch.completion_ids[row, : completions[row]]])
@@ -75,7 +73,7 @@ def reason_for_mask(model: nn.Module, batch: MicroBatch) -> str | None:
         input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, use_cache=False, logits_to_keep=1
     ).logits[0, -1]
     try:
-        followed = torch.cat([ids, (ids == 0).to(ids.dtype)], dim=1)  # append tokens that differ from the row's
+        followed = torch.cat([ids, (ids == 0).to(ids.dtype)], dim=1)  # append tokens that differ from the sequence's
         got = model(input_ids=followed, use_cache=False, logits_to_keep=count + 1).logits[0, 0]
     except (RuntimeError, ValueError, TypeError) as error:
         return f"the model does not run without a mask ({type(error).__name__})"

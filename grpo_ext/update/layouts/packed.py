@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_ext.update.layouts.layout import same_logits
+from grpo_ext.update.layouts.layout import same_logits, scatter_tokens
 from grpo_ext.update.micro_batch import MicroBatch, to_device
 
 
@@ -19,17 +19,17 @@ class PackedLayout:
         ids = torch.cat([batch.prompt_ids, batch.completion_ids], dim=1)
         mask = torch.cat([batch.prompt_mask, batch.completion_mask], dim=1).bool()
         last = mask.shape[1] - 1 - mask.flip(1).to(torch.int8).argmax(dim=1)
-        fed = mask.clone()
-        fed[torch.arange(len(mask), device=mask.device), last] = False
-        counted = mask.cumsum(dim=1) - 1
+        is_input = mask.clone()
+        is_input[torch.arange(len(mask), device=mask.device), last] = False
+        position_in_row = mask.cumsum(dim=1) - 1
         # A position predicts a completion token if the next position holds one.
         width = batch.prompt_ids.shape[1]
-        predicts = torch.zeros_like(fed)
+        predicts = torch.zeros_like(is_input)
         predicts[:, width - 1 : -1] = batch.completion_mask.bool()
-        self._ids = ids[fed].unsqueeze(0)
-        self._position_ids = counted[fed].unsqueeze(0)
-        self._keep = torch.nonzero(predicts[fed]).flatten()
-        self._where = torch.nonzero(batch.completion_mask.flatten()).flatten()
+        self._ids = ids[is_input].unsqueeze(0)
+        self._position_ids = position_in_row[is_input].unsqueeze(0)
+        self._keep = torch.nonzero(predicts[is_input]).flatten()
+        self._scatter_index = torch.nonzero(batch.completion_mask.flatten()).flatten()
         self._shape = batch.completion_ids.shape
         self._lengths = batch.lengths()
         self.positions = self._ids.shape[1]
@@ -47,14 +47,12 @@ class PackedLayout:
         return to_device([end - c for end, c in zip(ends, self._lengths[1], strict=True)], self._ids.device)
 
     def completion_rows(self, outputs: Tensor) -> Tensor:
-        """Rows without a completion token hold zeros."""
-        size = outputs.shape[-1]
-        rows = outputs.new_zeros((self._shape.numel(), size)).index_copy(0, self._where, outputs.reshape(-1, size))
-        return rows.view(*self._shape, size)
+        """See `Layout`. Positions without a completion token hold zeros."""
+        return scatter_tokens(outputs.squeeze(0), self._scatter_index, self._shape)
 
 
 def reason_against_packing(model: nn.Module, batch: MicroBatch) -> str | None:
-    """Run one sequence alone and behind another; return why packing changes its logits, None if it does not."""
+    """Run one sequence with and without another before it; return why its logits change, None if they do not."""
     row = (batch.prompt_mask.sum(dim=1) + batch.completion_mask.sum(dim=1)).argmax()
     mask = torch.cat([batch.prompt_mask, batch.completion_mask], dim=1)[row].bool()
     ids = torch.cat([batch.prompt_ids, batch.completion_ids], dim=1)[row][mask][-16:].unsqueeze(0)

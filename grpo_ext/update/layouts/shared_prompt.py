@@ -11,25 +11,24 @@ from grpo_ext.modules.inspection import output_layer
 from grpo_ext.modules.prompt_cache import position_ids, shared_prompt_cache
 from grpo_ext.update.micro_batch import MicroBatch
 
-#: Smallest product of weights per layer and saved positions for which the extra pass over the prompts pays on a GPU.
-#: The pass costs 0.5 ms of host time per layer, forward and backward; a GPU does 6 operations per weight and position
-#: at 400 TFLOP/s.
-SECOND_PASS = 3e10
+#: On a GPU the extra pass over the prompts pays if weights per layer times saved positions exceed this. The pass costs
+#: 0.5 ms of host time per layer, forward and backward; a GPU does 6 operations per weight and position at 400 TFLOP/s.
+MIN_SAVED_WORK = 3e10
 
 
 class UnsharableStateError(TypeError):
-    """Raised if the model's cache holds other state than keys and values of all positions; rows cannot share it."""
+    """Raised if the model's cache holds more than keys and values of all positions: rows cannot share that state."""
 
 
 class SharedPromptLayout:
     """``(B, T)`` ids behind a key-value cache of all but the last prompt token.
 
     Raises:
-        UnsharableStateError: the pass over the prompts returned such state.
+        UnsharableStateError: the cache of the prompts cannot be shared.
     """
 
     def __init__(self, model: nn.Module, batch: MicroBatch) -> None:
-        first = batch.distinct_prompts
+        first = batch.first_row_of_prompt
         self._cache = shared_prompt_cache(model, batch.prompt_ids[first], batch.prompt_mask[first], batch.prompt_index)
         if self._cache is None:
             raise UnsharableStateError("the model keeps state other than plain keys and values")
@@ -57,16 +56,16 @@ class SharedPromptLayout:
 
 def shared_positions(batch: MicroBatch) -> int:
     """Count the positions of the layout: each distinct prompt once, and all completions."""
-    return len(batch.distinct_prompts) * (batch.prompt_ids.shape[1] - 1) + batch.completion_ids.numel()
+    return len(batch.first_row_of_prompt) * (batch.prompt_ids.shape[1] - 1) + batch.completion_ids.numel()
 
 
 def saved_positions(batch: MicroBatch) -> int:
     """Count the prompt positions that repeat those of another row."""
-    return (len(batch.prompt_index) - len(batch.distinct_prompts)) * (batch.prompt_ids.shape[1] - 1)
+    return (len(batch.prompt_index) - len(batch.first_row_of_prompt)) * (batch.prompt_ids.shape[1] - 1)
 
 
 def least_saving_on_gpu(model: nn.Module) -> int:
-    """Return the number of saved positions from which the extra pass over the prompts pays on a GPU (`SECOND_PASS`)."""
+    """Return how many positions must be saved for the extra pass to pay on a GPU, see `MIN_SAVED_WORK`."""
     config: Any = getattr(model, "config", None)
     config = getattr(config, "text_config", None) or config
     layers = getattr(config, "num_hidden_layers", 0)
@@ -74,4 +73,4 @@ def least_saving_on_gpu(model: nn.Module) -> int:
     ends = [module for module in model.modules() if isinstance(module, nn.Embedding) or module is head]
     ids = {id(p) for module in ends for p in module.parameters()}
     weights = sum(p.numel() for p in model.parameters() if id(p) not in ids)
-    return int(SECOND_PASS * layers / max(weights, 1))
+    return int(MIN_SAVED_WORK * layers / max(weights, 1))
