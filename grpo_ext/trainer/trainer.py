@@ -64,8 +64,8 @@ if TYPE_CHECKING:
 #: Autocast's dtype for each of accelerate's names of mixed precision.
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-#: Losses whose divisor covers the whole accumulation window. The others are divided by gradient_accumulation_steps.
-TOKEN_NORMALISED = frozenset(LOSS_TYPES) - {"grpo", "bnpo", "dr_grpo", "luspo", "sapo"}
+#: Losses whose divisor already covers the accumulation window; the others are divided by gradient_accumulation_steps.
+WINDOW_NORMALISED = frozenset(LOSS_TYPES) - {"grpo", "bnpo", "dr_grpo", "luspo", "sapo"}
 
 
 class GRPOTrainer(ResumableTrainer):
@@ -131,7 +131,7 @@ class GRPOTrainer(ResumableTrainer):
                 f"{args.device.type}: each process would hold all the weights; remove fsdp, or train on GPUs"
             )
         if self.accelerator.num_processes > 1:
-            # Ranks may hold completions of the same prompt: with equal random states they would draw equal tokens.
+            # Ranks may hold completions of one prompt, and with equal random states they would sample equal tokens.
             set_seed(args.seed, device_specific=True)
         self._choose_checkpointing(module)
         assert isinstance(tokenizer.pad_token_id, int)  # load_tokenizer sets it
@@ -199,35 +199,34 @@ class GRPOTrainer(ResumableTrainer):
         batch.
         """
         self._set_train_mode(model)
-        start, place = self._locate(inputs["micro_step"])
+        start, micro_step = self._locate(inputs["micro_step"])
         with self.faster_layers.lora.precast_weights(AUTOCAST.get(self.accelerator.mixed_precision)):
-            if self._rollout is None or self._rollout.key != place.epoch_and_generation:
-                from_start = place.slice_index == place.iteration == 0
-                self._rollout = self._make_rollout(model, place.epoch_and_generation, start, from_start)
-            rollout, index = self._rollout, place.slice_index
-            keep = self.slices.rows(rollout, index)
-            if keep:
-                loss = self._train_on(
-                    model, rollout, index, keep, replayed=place.iteration + 1 < self.plan.num_iterations
-                )
+            if self._rollout is None or self._rollout.key != micro_step.epoch_and_generation:
+                regenerated = micro_step.slice_index > 0 or micro_step.iteration > 0
+                self._rollout = self._make_rollout(model, micro_step.epoch_and_generation, start, regenerated)
+            rollout, index = self._rollout, micro_step.slice_index
+            kept = self.slices.kept(rollout, index)
+            if kept:
+                replayed = micro_step.iteration + 1 < self.plan.num_iterations
+                loss = self._train_on(model, rollout, index, kept, replayed=replayed)
             else:
                 loss = self.slices.without_gradient(model, rollout)
-        self.slices.count(rollout, len(rollout.rows_of(index)), len(keep))
+        self.slices.count(rollout, len(rollout.rows_of(index)), len(kept))
         self.guard.watch(loss, rollout, index)
         return loss
 
-    def _make_rollout(self, model: nn.Module, key: tuple[int, int], start: int, from_start: bool = True) -> Rollout:
+    def _make_rollout(self, model: nn.Module, key: tuple[int, int], start: int, regenerated: bool = False) -> Rollout:
         """Generate and score this rank's rows of a generation batch, and compute its old and reference log probs.
 
         Args:
             key: ``(epoch, generation)``.
             start: number of micro-steps of the run before this batch.
-            from_start: see `Slices.add_logps`.
+            regenerated: a resumed run generates the batch again, and may continue at any of its slices.
         """
         unwrapped = self.accelerator.unwrap_model(model)
         rollout, sample, rewards = self._sample_rollout(unwrapped, key, start)
         with self.metrics.timed("time/logps"):
-            self.slices.add_logps(model, unwrapped, rollout, from_start)
+            self.slices.add_logps(model, unwrapped, rollout, regenerated)
         self.state.num_input_tokens_seen += rollout.tokens_seen
         self.metrics.add("num_tokens", float(self.state.num_input_tokens_seen), reduce="last")
         self._record_completions(rollout, sample, rewards)
@@ -244,17 +243,18 @@ class GRPOTrainer(ResumableTrainer):
         advantages = self.rollouts.advantages(rewards, key)
         return self.rollouts.assemble(key, start, sample, advantages), sample, rewards
 
-    def _train_on(self, model: nn.Module, rollout: Rollout, index: int, keep: list[int], *, replayed: bool) -> Tensor:
-        """Run forward and backward on the rows ``keep`` of a slice; return the detached loss of the whole slice.
+    def _train_on(self, model: nn.Module, rollout: Rollout, index: int, kept: list[int], *, replayed: bool) -> Tensor:
+        """Run forward and backward on one slice; return the detached loss of the whole slice.
 
         Args:
-            replayed: a later iteration uses this slice again, so its old log probabilities are kept.
+            kept: positions in the slice of the rows that go through the model.
+            replayed: a later iteration uses this slice again, so its old log probabilities are stored.
         """
-        batch = self.slices.micro_batch(rollout, index, keep)
+        batch = self.slices.micro_batch(rollout, index, kept)
         with self.metrics.timed("time/forward"):
             loss, output = self.compute_loss(model, batch, return_outputs=True)
         if replayed and batch.old_logps is None:
-            rollout.old_logps[index] = rollout.expand_to_slice(index, keep, output.logps)
+            rollout.old_logps[index] = rollout.expand_to_slice(index, kept, output.logps)
         with self.metrics.timed("time/backward"):
             run_backward(self.accelerator, model, loss, self.guard, deepspeed=self.is_deepspeed_enabled)
         return loss.detach()
@@ -266,7 +266,7 @@ class GRPOTrainer(ResumableTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Compute the loss of one micro-batch, scaled so that an accumulation window sums to SPEC section 3.
+        """Compute the loss of a micro-batch; over an accumulation window these losses add up to that of SPEC section 3.
 
         Returns:
             The 0-d loss, or with ``return_outputs`` the loss and its `GRPOLossOutput`.
@@ -276,17 +276,17 @@ class GRPOTrainer(ResumableTrainer):
         """
         calls = kernel_calls()
         output = self.model_pass.loss(model, inputs)
-        served = kernel_calls() - calls
-        if served < 1:
+        new_calls = kernel_calls() - calls
+        if new_calls < 1:
             raise RuntimeError(
                 f"step {self.state.global_step + 1}: the compiled kernels of grpo_ext did not compute the loss, "
                 "so training stops; run `grpo-ext info` to see whether they are installed"
             )
-        self.kernel_calls += served
+        self.kernel_calls += new_calls
         self._report_path()
         self.metrics.add_loss(output.metrics, self.args.beta != 0, inputs.sampling_logps is not None)
         loss = output.loss if inputs.weight == 1 else output.loss * inputs.weight
-        if self.args.loss_type not in TOKEN_NORMALISED:
+        if self.args.loss_type not in WINDOW_NORMALISED:
             loss = loss / self.plan.gradient_accumulation_steps
         return (loss, output) if return_outputs else loss
 
@@ -294,8 +294,10 @@ class GRPOTrainer(ResumableTrainer):
         """Skip the step if its loss or gradient is not finite. transformers calls this between backward and step."""
         norm = super()._get_grad_norm(model, grad_norm)
         scaled, taken = self.accelerator.scaler is not None, None
-        if scaled and not self.args.max_grad_norm:  # no clipping unscales: do it before the guard drops gradients,
-            self.accelerator.unscale_gradients()  # as scaler.step raises if it unscaled none
+        if scaled and not self.args.max_grad_norm:
+            # The scaler's step raises if no gradient was unscaled. Without clipping, which unscales, do it before the
+            # guard may drop the gradients.
+            self.accelerator.unscale_gradients()
         if self.is_deepspeed_enabled:
             engine: Any = model
             scaled, taken = engine.fp16_enabled(), engine.was_step_applied()
@@ -305,25 +307,21 @@ class GRPOTrainer(ResumableTrainer):
 
     def _set_train_mode(self, model: nn.Module) -> None:
         # model.train() visits thousands of modules, 0.1 s on a slow host, so it runs only if needed. Check a leaf as
-        # well: a wrapper for several processes starts in train mode even if the model inside is in eval mode.
+        # well: a wrapper such as DDP starts in train mode even if the wrapped model is in eval mode.
         if not (model.training and self._leaf.training):
             model.train()
         optimizer_train = getattr(self.optimizer, "train", None)
         if callable(optimizer_train):
             optimizer_train()  # schedule-free optimizers keep separate weights for training
 
-    def _locate(self, micro_step: int) -> tuple[int, MicroStep]:
-        """Return the number of earlier micro-steps of the run, and the slice that this micro-step trains on.
-
-        Args:
-            micro_step: number within the epoch.
-        """
+    def _locate(self, number: int) -> tuple[int, MicroStep]:
+        """Return how many micro-steps of the run precede micro-step ``number`` of the epoch, and its position."""
         steps_per_epoch = len(self.schedule) // self.plan.gradient_accumulation_steps
-        before = self.state.global_step // steps_per_epoch * len(self.schedule) + micro_step
+        before = self.state.global_step // steps_per_epoch * len(self.schedule) + number
         return before, self.schedule.locate(before)
 
     def _entropy_threshold(self, entropy: Tensor, loss_mask: Tensor) -> Tensor | None:
-        """Compute the entropy quantile over the tokens of all ranks; None if there are none."""
+        """Compute the entropy quantile over the tokens of all ranks; None without tokens."""
         known = entropy.masked_fill(loss_mask == 0, float("nan")).flatten()
         padded = self.accelerator.pad_across_processes(known, pad_index=float("nan"))
         known = self._gather(padded)
@@ -336,7 +334,7 @@ class GRPOTrainer(ResumableTrainer):
         return self.fused_head.describe()
 
     def _report_path(self) -> None:
-        """Print how the loss and the faster layers are computed, once a run."""
+        """Print once per run how the loss and the faster layers are computed."""
         if not self._path_reported:
             self._path_reported = True
             for line in (f"loss from {self.loss_path}", *self.faster_layers.report()):
@@ -372,9 +370,9 @@ class GRPOTrainer(ResumableTrainer):
             return
         if args.save_completions:
             micro_steps = self.plan.micro_steps_per_generation
-            several = micro_steps % self.plan.gradient_accumulation_steps != 0
+            multiple_per_step = micro_steps % self.plan.gradient_accumulation_steps != 0
             folder = Path(str(args.output_dir)) / "completions"
-            write_completions(folder, step, rollout.start // micro_steps + 1, records, several)
+            write_completions(folder, step, rollout.start // micro_steps + 1, records, multiple_per_step)
         if show:
             print_completions(records, step, args.num_completions_to_print)
 
@@ -413,12 +411,7 @@ class GRPOTrainer(ResumableTrainer):
         model = self.accelerator.unwrap_model(self.model)
         metrics = measure(self.rollouts, model, dataset, metric_key_prefix)
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(
-            self.args,
-            self.state,
-            self.control,
-            metrics,
-        )
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     # ---- wiring --------------------------------------------------------------------------------------------
@@ -496,7 +489,7 @@ class GRPOTrainer(ResumableTrainer):
         return result
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Leave skipped steps out of the mean loss; transformers, which calls this after the last step, counts all."""
+        """Correct transformers' mean loss, which counts skipped steps. transformers calls this after the last step."""
         total: float = self._total_loss_scalar + self._tr_loss.item()  # type: ignore[has-type]
         self._total_loss_scalar = self.step_losses.of_run(total)
         self._tr_loss.zero_()
