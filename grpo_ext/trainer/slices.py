@@ -60,7 +60,7 @@ class Slices:
         self.autocast = autocast
         self.may_skip_backward = may_skip_backward
         self.replays_with_dropout = dropout and plan.num_iterations > 1
-        # Counts at the last call of `count`, and the reference's passes since then.
+        # Counts at the last call of `add_metrics`, and the reference's passes since then.
         self._positions = self._passes = self._reference_passes = 0
 
     def kept(self, rollout: Rollout, index: int) -> list[int]:
@@ -133,7 +133,7 @@ class Slices:
             self.metrics.add(name, 0.0, reduce="sum")
         return torch.zeros((), device=self.args.device)
 
-    def count(self, rollout: Rollout, rows: int, kept_rows: int) -> None:
+    def add_metrics(self, rollout: Rollout, rows: int, kept_rows: int) -> None:
         """Add the metrics of the passes since the last call: those of a micro-batch, and of `add_logps` before it.
 
         ``tokens/padded`` is for comparison: the positions of one pass that skips no row and pads each to the longest

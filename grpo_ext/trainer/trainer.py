@@ -211,7 +211,7 @@ class GRPOTrainer(ResumableTrainer):
                 loss = self._train_on(model, rollout, index, kept, replayed=replayed)
             else:
                 loss = self.slices.without_gradient(model, rollout)
-        self.slices.count(rollout, len(rollout.rows_of(index)), len(kept))
+        self.slices.add_metrics(rollout, len(rollout.rows_of(index)), len(kept))
         self.guard.watch(loss, rollout, index)
         return loss
 

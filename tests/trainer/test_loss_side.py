@@ -414,10 +414,10 @@ def test_a_generation_batch_made_inside_itself_has_old_logps(make_trainer: Make)
     """After a resume that found none: slice 0 comes last then, behind optimizer steps."""
     changes: dict[str, Any] = {"gradient_accumulation_steps": 1, "steps_per_generation": 2, "num_iterations": 2}
     trainer = make_trainer(engine=FixedEngine(), **changes)
-    for at_start in (True, False):
-        rollout = trainer._make_rollout(trainer.model, (0, 0), 0, at_start)
+    for regenerated in (False, True):
+        rollout = trainer._make_rollout(trainer.model, (0, 0), 0, regenerated)
         known = [rollout.old_logps[index] is not None for index in range(2)]
-        assert known == [not at_start, True]
+        assert known == [regenerated, True]
 
 
 def test_reference_moves_towards_the_policy(make_trainer: Make) -> None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grpo_ext._checks import PolicyTensors
-from grpo_ext._ops import probability as kernels
+from grpo_ext._ops import probability
 from grpo_ext._ops.probability import TILE_COLUMNS, ChunkRows
 from grpo_ext.linear.head import padded_rows
 from grpo_ext.linear.plan import ChunkPlan, Numerics, chunk_plan, row_stride
@@ -98,7 +98,7 @@ class ProbabilityRoute(Route):
         if self.group is not None:
             sizes = shard_sizes(self.vocab, self.group, self.weight.device)
             self.shard = torch.stack([sizes[: dist.get_rank(self.group)].sum(), sizes.sum()])
-        self._kernels: ModuleType = kernels if self.weight.is_cuda else probabilities_reference
+        self._kernels: ModuleType = probability if self.weight.is_cuda else probabilities_reference
         self._stride = plan.stride
         new = self.weight.new_empty
         tiles = -(-self.vocab // TILE_COLUMNS)
@@ -109,7 +109,7 @@ class ProbabilityRoute(Route):
         #: What ranks exchange, per row of a chunk: two sums and a reference, then the target's exponent.
         self._rank_message = new(4 * self.capacity, dtype=dtype)
         #: dLoss/dlogp, which `forward` multiplies into `factor` if set.
-        self._coefficients: kernels.RowCoefficients | probabilities_reference.RowCoefficients | None = None
+        self._coefficients: probability.RowCoefficients | probabilities_reference.RowCoefficients | None = None
         self._probability_buffer: Tensor | None = None
         self._hidden_buffer: Tensor | None = None
         self._product_buffer: Tensor | None = None
