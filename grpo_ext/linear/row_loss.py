@@ -42,7 +42,11 @@ def fits_row_loss(config: LossConfig, tensors: PolicyTensors) -> bool:
 
 
 class RowLoss:
-    """`grpo_ext::row_loss_` for any rows of a batch whose loss `fits_row_loss`."""
+    """`grpo_ext::row_loss_` for any rows of a batch whose loss `fits_row_loss`.
+
+    Args:
+        spec, transform: see `grpo_ext._ops.loss_spec` and `grpo_ext._ops.logit_transform`.
+    """
 
     def __init__(self, tensors: PolicyTensors, spec: list[float], transform: list[float]) -> None:
         loss_type = LOSS_TYPES[int(spec[_FIELD["loss_type"]])]
