@@ -175,10 +175,7 @@ def compute_loss(
         "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
         "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
     )  # fmt: skip
-    rows = inputs.get(ROWS)
-    if rows is not None:  # one call to the head computes every row
-        rows = dataclasses.replace(rows, has_gradient=[True] * len(ids))
-    with overriding_head(call), updating(Update(rows, lambda _: None)):
+    with overriding_head(call), updating(Update(inputs.get(ROWS), True, lambda _: None)):
         carrier, _, _ = trainer._get_per_token_logps_and_entropies(
             model,
             torch.cat([inputs["prompt_ids"], ids], dim=1),

@@ -178,7 +178,7 @@ def _prepare_method(own: Callable[..., Any]) -> Callable[..., Any]:
 
 def _loss_method(own: Callable[..., Any], fuse_loss: bool) -> Callable[..., Any]:
     def in_update(self: Any, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        with updating(Update(inputs.get(ROWS), lambda logps: complete(self, inputs, logps))):
+        with updating(Update(inputs.get(ROWS), False, lambda logps: complete(self, inputs, logps))):
             loss: torch.Tensor = own(self, model, inputs)
             return loss
 
