@@ -55,7 +55,7 @@ template <class Real>
 struct LogitTransform {
   Real scale;
   Real softcap;  // 0 = no cap
-  Real inv_temperature;
+  double inv_temperature;
 
   GRPO_FIELDS(scale, softcap, inv_temperature)
 };

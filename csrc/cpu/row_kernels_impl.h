@@ -23,15 +23,15 @@ template <class V, Shape kShape>
 struct Processed {
   using Reg = typename V::Reg;
   using Real = typename V::Real;
-  Real slope;  // a
+  typename V::Scalar slope;  // a
   Real scale, cap, inv_cap;
 
   explicit Processed(const LogitTransform<Real>& t)
-      : slope(t.inv_temperature), scale(t.scale), cap(t.softcap), inv_cap(0) {
+      : slope(typename V::Scalar(t.inv_temperature)), scale(t.scale), cap(t.softcap), inv_cap(0) {
     if (kShape == Shape::kCapped) {
       inv_cap = t.scale / t.softcap;
     } else {
-      slope = t.inv_temperature * (t.scale < 0 ? -t.scale : t.scale);
+      slope *= t.scale < 0 ? -t.scale : t.scale;
     }
   }
 
@@ -93,7 +93,7 @@ static RowStatistics<typename V::Real> stats_of(const T* z, int64_t vocab, int64
         V::reduce_max(V::max(V::max(peak[0], peak[1]), V::max(peak[2], peak[3])));
     if (block_peak > highest) {
       if (highest > Real(-INFINITY)) {  // (sum, weighted) were taken against the old maximum
-        const Real step = (highest - block_peak) * p.slope;
+        const auto step = (highest - block_peak) * p.slope;
         const Reg factor = V::set1(std::exp(step));
         for (int j = 0; j < 2; ++j) {
           if (kEntropy) weighted[j] = V::mul(factor, V::fma(V::set1(step), sum[j], weighted[j]));
@@ -128,7 +128,7 @@ static RowStatistics<typename V::Real> stats_of(const T* z, int64_t vocab, int64
     }
   }
   RowStatistics<Real> out;
-  out.record.max = highest * p.slope;
+  out.record.max = Real(highest * p.slope);
   out.record.sum = V::reduce_add(V::add(sum[0], sum[1]));
   out.record.weighted = kEntropy ? V::reduce_add(V::add(weighted[0], weighted[1])) : Real(0);
   Real lanes[W];

@@ -9,6 +9,7 @@ namespace {
 
 struct VecAvx2 {
   using Real = float;
+  using Scalar = float;
   using Reg = __m256;
   static constexpr int kWidth = 8;
 

@@ -9,6 +9,7 @@ namespace {
 
 struct VecAvx512 {
   using Real = float;
+  using Scalar = float;
   using Reg = __m512;
   static constexpr int kWidth = 16;
 

@@ -78,3 +78,16 @@ def test_rounding_is_to_nearest_even(isa: str, dtype: torch.dtype) -> None:
     fine = logits.detach().float().requires_grad_()
     (full,) = torch.autograd.grad(grpo_ext.grpo_loss(fine, ids, advantages, one, LossConfig()).loss, fine)
     assert torch.equal(grad, full.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_row_is_summed_as_accurately_as_torch_does(isa: str, dtype: torch.dtype) -> None:
+    """Root mean square, without a floor: two chains of 1,000 fp32 additions err by 2.4 times torch's sum."""
+    torch.manual_seed(0)
+    logits, ids = torch.randn(64, 2000).to(dtype), torch.randint(0, 2000, (64,))
+    exact = reference.selective_log_softmax(logits.double(), ids, return_entropy=True)
+    plain = reference.selective_log_softmax(logits, ids, return_entropy=True)
+    ours = grpo_ext.selective_log_softmax(logits, ids, return_entropy=True)
+    for name, got, torchs, truth in zip(("logps", "entropy"), ours, plain, exact, strict=True):
+        error, torch_error = ((x - truth).square().mean().sqrt() for x in (got, torchs))
+        assert error <= 2 * torch_error, f"{name}: {error} > 2 * {torch_error}"

@@ -31,12 +31,13 @@ struct LogitMap {
   __device__ explicit LogitMap(const LogitTransform<float>& t) {
     sign = 1.f;
     cap = inv_cap = scale = 0.f;
-    slope = t.scale * t.inv_temperature;
+    const float inv_temperature = float(t.inv_temperature);
+    slope = t.scale * inv_temperature;
     if (kAllFeatures) {
       cap = t.softcap;
       scale = t.scale;
       if (cap > 0) {
-        slope = t.inv_temperature;
+        slope = inv_temperature;
         inv_cap = t.scale / t.softcap;
       } else if (t.scale < 0) {
         slope = -slope;
