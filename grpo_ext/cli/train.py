@@ -43,7 +43,7 @@ from grpo_ext.modules.sharding import forward_is_collective
 from grpo_ext.tasks import load_model
 from grpo_ext.tasks.heldout import HeldoutResult, best_constant_reward, heldout_reward
 from grpo_ext.trainer.checkpoint import checkpoint_to_resume
-from grpo_ext.trainer.run_lock import FolderInUseError, sole_run
+from grpo_ext.trainer.run_lock import FolderInUseError, sole_run_of_all
 
 
 def train_command(config: str, arguments: Sequence[str]) -> dict[str, Any]:
@@ -94,19 +94,6 @@ def train_command(config: str, arguments: Sequence[str]) -> dict[str, Any]:
         return _train_in(folder, settings, args, summary, resume, dtype_line, held)
 
 
-def _lock_folder(args: Any, held: contextlib.ExitStack) -> None:
-    """Lock the run folder until `held` closes. All processes raise if another run holds the lock."""
-    in_use = None
-    if args.process_index == 0:
-        try:
-            held.enter_context(sole_run(args.output_dir))
-        except FolderInUseError as error:
-            in_use = str(error)
-    in_use = broadcast(in_use)
-    if in_use is not None:
-        raise SettingsError(in_use)
-
-
 def _train_in(
     folder: str,
     settings: RunSettings,
@@ -127,7 +114,10 @@ def _train_in(
     # The folder's config.yaml contains all settings, so `eval` and a new run need nothing else.
     settings.trainer["output_dir"] = folder
     questions = 0 if heldout is None else len(heldout)
-    _lock_folder(args, held)
+    try:
+        held.enter_context(sole_run_of_all(args.output_dir, is_main))
+    except FolderInUseError as error:
+        raise SettingsError(str(error)) from error
     if is_main:
         os.makedirs(folder, exist_ok=True)
         with open(os.path.join(folder, CONFIG_FILE), "w", encoding="utf-8") as file:

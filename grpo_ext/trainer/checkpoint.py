@@ -122,9 +122,32 @@ def checkpoint_to_resume(given: str | bool | None, run: Path, **kind: bool) -> t
     return str(path), f"resuming from {path}: {'; '.join(faults)}" if faults else None
 
 
-def save_state(folder: Path, rank: int, plan: BatchPlan, kernel_calls: int, rollout: Rollout | None) -> None:
-    """Write a rank's state. ``rollout`` is the generation batch in use, so that a resumed run continues inside it."""
+def remove_older_files(folder: Path, processes: int) -> None:
+    """Remove an older run's files from a checkpoint that the main process is about to write.
+
+    Files named for ranks of this run stay: another process may have written its own already.
+    """
+    (folder / LAST_FILE).unlink(missing_ok=True)  # first: without it the rest is an incomplete checkpoint
+    written = {STATE_FILE.format(rank=rank) for rank in range(processes)}
+    written |= {f"rng_state_{rank}.pth" for rank in range(processes) if processes > 1}
+    for path in folder.glob("*"):
+        if path.is_file() and path.name not in written:
+            path.unlink(missing_ok=True)
+
+
+def save_state(folder: Path, rank: int, run: str, plan: BatchPlan, kernel_calls: int, rollout: Rollout | None) -> None:
+    """Write a rank's state.
+
+    Args:
+        folder: folder of the checkpoint.
+        rank: rank of this process.
+        run: identifier of the run, equal on all ranks: files of two runs do not mix.
+        plan: the run's batch numbers.
+        kernel_calls: kernel calls of the run so far.
+        rollout: the generation batch in use, so that a resumed run continues inside it.
+    """
     state = {
+        "run": run,
         "plan": dataclasses.asdict(plan),
         "kernel_calls": kernel_calls,
         "rollout": None if rollout is None else rollout.state_dict(),
@@ -149,8 +172,8 @@ def check_processes(folder: Path, rank: int, plan: BatchPlan) -> None:
         )
 
 
-def load_state(folder: Path, rank: int, plan: BatchPlan) -> tuple[int, Rollout | None] | None:
-    """Load ``(kernel calls, generation batch in use)`` of a rank; None, with a warning, if the file is missing.
+def load_state(folder: Path, rank: int, plan: BatchPlan) -> tuple[str, int, Rollout | None] | None:
+    """Load ``(run, kernel calls, generation batch in use)`` of a rank; None, with a warning, if the file is missing.
 
     Call `check_processes` first: the number of processes must be equal.
     """
@@ -166,9 +189,9 @@ def load_state(folder: Path, rank: int, plan: BatchPlan) -> tuple[int, Rollout |
         warnings.warn(
             f"batch numbers differ from the checkpoint's ({listed}): the run continues with other prompts", stacklevel=3
         )
-        return state["kernel_calls"], None
+        return state["run"], state["kernel_calls"], None
     rollout = None if state["rollout"] is None else Rollout.from_state_dict(state["rollout"])
-    return state["kernel_calls"], rollout
+    return state["run"], state["kernel_calls"], rollout
 
 
 def save_reference(folder: Path, state: dict[str, Tensor] | None) -> None:

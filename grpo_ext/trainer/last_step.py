@@ -95,7 +95,8 @@ class LastStep(TrainerCallback):
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                if signal.getsignal(number) == self._on_signal:  # else the program has installed its own meanwhile
+                    signal.signal(number, handler)
 
     def watch(self, optimizer: Any) -> None:
         """Register a hook that runs before each step of the optimizer, or of the one in accelerate's wrapper."""
@@ -155,8 +156,13 @@ def first_sigterm_ignored() -> Iterator[None]:
     if own:
         yield
         return
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+    def ignore_once(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, ignore_once)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if signal.getsignal(signal.SIGTERM) == ignore_once:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)

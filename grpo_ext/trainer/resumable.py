@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import secrets
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,13 @@ from grpo_ext.trainer.checkpoint import (
     checkpoint_to_resume,
     load_reference,
     load_state,
+    remove_older_files,
     save_reference,
     save_state,
 )
 from grpo_ext.trainer.config import GRPOConfig
 from grpo_ext.trainer.last_step import Boundary, LastStep, append_line, first_sigterm_ignored
-from grpo_ext.trainer.run_lock import FolderInUseError, sole_run
+from grpo_ext.trainer.run_lock import sole_run_of_all
 from grpo_ext.update.reference_model import ReferenceModel
 
 
@@ -54,6 +55,7 @@ class ResumableTrainer(Trainer):
         self.last_step = LastStep(lambda: Boundary.now(self.state, self.kernel_calls, self._rollout_in_use()))
         # In front of the user's callbacks: if one of them raises, the step is already recorded as complete.
         self.callback_handler.callbacks.insert(0, self.last_step)
+        self._run = ""
         self._saved: tuple[int, Path] | None = None
         self._best_weights_loaded = False
 
@@ -71,8 +73,7 @@ class ResumableTrainer(Trainer):
             FolderInUseError: another run is writing into ``output_dir``.
         """
         run = Path(str(self.args.output_dir))
-        with contextlib.ExitStack() as held:
-            self._lock(run, held)
+        with sole_run_of_all(run, self.accelerator.is_main_process):
             checkpoint, line = checkpoint_to_resume(
                 resume_from_checkpoint,
                 run,
@@ -83,6 +84,7 @@ class ResumableTrainer(Trainer):
                 self.accelerator.print(line)
             self._saved = None if checkpoint is None else (checkpoint_step(Path(checkpoint)), Path(checkpoint))
             self._best_weights_loaded = False
+            self._run = gather_object([secrets.token_hex(8)])[0]
             try:
                 with self.last_step.watched():
                     return super().train(checkpoint, *args, **kwargs)
@@ -90,18 +92,6 @@ class ResumableTrainer(Trainer):
                 with first_sigterm_ignored():  # torchrun sends SIGTERM as soon as one process has failed
                     append_line(error, self._save_last_step(error))
                 raise
-
-    def _lock(self, run: Path, held: contextlib.ExitStack) -> None:
-        """Lock the run folder on the main process until ``held`` closes; all processes raise if it is in use."""
-        in_use = None
-        if self.accelerator.is_main_process:
-            try:
-                held.enter_context(sole_run(run))
-            except FolderInUseError as error:
-                in_use = str(error)
-        for message in gather_object([in_use]):
-            if message is not None:
-                raise FolderInUseError(message)
 
     def _load_best_model(self) -> None:
         """Load the best checkpoint's weights; from here on the weights are not those of the last step."""
@@ -159,10 +149,10 @@ class ResumableTrainer(Trainer):
         return f"The state after step {step} is saved in {folder}: resume with {how}"
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save a checkpoint; ``trainer_state.json`` is written last, so its absence marks an incomplete one."""
+        """Save a checkpoint without files of an older one; ``trainer_state.json`` is last, and marks it complete."""
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            (folder / LAST_FILE).unlink(missing_ok=True)  # an older run's would make a mix of files look complete
+            remove_older_files(folder, self.accelerator.num_processes)
         try:
             super()._save_checkpoint(model, trial)
         finally:
@@ -201,7 +191,7 @@ class ResumableTrainer(Trainer):
         """Save the random states and the generation batch in use, so that a resumed run continues inside the batch."""
         super()._save_rng_state(output_dir)
         rank = self.accelerator.process_index
-        save_state(Path(output_dir), rank, self.plan, self.kernel_calls, self._rollout_in_use())
+        save_state(Path(output_dir), rank, self._run, self.plan, self.kernel_calls, self._rollout_in_use())
         if self.args.sync_ref_model and self.reference is not None and self.accelerator.is_main_process:
             save_reference(Path(output_dir), self.reference.state_dict())
 
@@ -211,9 +201,10 @@ class ResumableTrainer(Trainer):
         if checkpoint is None:
             return
         loaded = load_state(Path(checkpoint), self.accelerator.process_index, self.plan)
-        # Generation is collective. A run that stopped early may have saved the file of one process only; then all
-        # processes generate the batch again.
-        if all(gather_object([loaded is not None])) and loaded is not None:
-            self.kernel_calls, self._rollout = loaded
+        # Generation is collective. A run that stopped early may have saved the file of one process only, and an older
+        # run the others; then all processes generate the batch again.
+        run = None if loaded is None else loaded[0]
+        if loaded is not None and all(other == run for other in gather_object([run])):
+            _, self.kernel_calls, self._rollout = loaded
         if self.args.sync_ref_model and self.reference is not None:
             self.reference.load_state_dict(load_reference(Path(checkpoint)))

@@ -8,6 +8,8 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from accelerate.utils import gather_object
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -57,3 +59,24 @@ def sole_run(folder: str | Path) -> Iterator[None]:
             yield
         finally:
             _held[path] -= 1
+
+
+@contextlib.contextmanager
+def sole_run_of_all(folder: str | Path, is_main: bool) -> Iterator[None]:
+    """Lock the folder on the main process, as `sole_run` does; a collective.
+
+    Raises:
+        FolderInUseError: another run holds the lock; raised on all processes.
+        OSError: the folder cannot be created or written; raised on all processes.
+    """
+    error: Exception | None = None
+    with contextlib.ExitStack() as held:
+        if is_main:
+            try:
+                held.enter_context(sole_run(folder))
+            except (FolderInUseError, OSError) as failed:
+                error = failed
+        (error, *_) = gather_object([error])
+        if error is not None:
+            raise error
+        yield

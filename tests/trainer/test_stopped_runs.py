@@ -16,7 +16,7 @@ from toys import reward_number
 from transformers import TrainerCallback
 
 from grpo_ext.trainer import GRPOTrainer
-from grpo_ext.trainer.checkpoint import checkpoint_fault, newest_complete
+from grpo_ext.trainer.checkpoint import STATE_FILE, checkpoint_fault, newest_complete
 from grpo_ext.trainer.last_step import first_sigterm_ignored
 from grpo_ext.trainer.run_lock import FolderInUseError, sole_run
 
@@ -302,3 +302,42 @@ def test_the_first_sigterm_does_not_stop_a_save() -> None:
     with pytest.raises(KeyboardInterrupt), first_sigterm_ignored():
         ctrl_c()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_a_handler_of_the_program_stays(make_trainer: Make, when: str) -> None:
+    received: list[int] = []
+
+    def own(number: int, _: Any) -> None:
+        received.append(number)
+
+    def install() -> None:
+        signal.signal(signal.SIGTERM, own)
+
+    callbacks = [At("on_step_end", 1, terminate)]
+    try:
+        if when == "before":
+            install()
+        else:
+            callbacks.insert(0, At("on_train_begin", 0, install))
+        trainer = make_trainer(max_steps=2, callbacks=callbacks)
+        trainer.train()
+        assert signal.getsignal(signal.SIGTERM) is own
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert received == [signal.SIGTERM]
+    assert trainer.state.global_step == 2  # only the program decides what the signal means
+
+
+def test_a_checkpoint_written_again_has_no_file_of_the_older_run(make_trainer: Make, two_checkpoints: Path) -> None:
+    """As after a run of two processes with weights in two files and a reference model that moves."""
+    folder = two_checkpoints / "checkpoint-2"
+    new = sorted(path.name for path in folder.iterdir())
+    for name in (STATE_FILE.format(rank=1), "rng_state_0.pth", "rng_state_1.pth", "grpo_reference.pt"):
+        torch.save({}, folder / name)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    make_trainer(max_steps=2, save_strategy="steps", save_steps=1).train(
+        resume_from_checkpoint=str(two_checkpoints / "checkpoint-1")
+    )
+    assert sorted(path.name for path in folder.iterdir()) == new
+    assert checkpoint_fault(folder) is None
