@@ -9,6 +9,7 @@ import math
 import platform
 import random
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,15 @@ def cpu_model() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.machine())
+
+
+def driver_version() -> str:
+    """Version of the GPU driver; empty without nvidia-smi."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return ""
 
 
 def machine(device: torch.device) -> dict[str, Any]:

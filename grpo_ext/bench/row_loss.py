@@ -34,7 +34,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -197,14 +196,6 @@ def operator_call(which: str, logits: Tensor, inputs: dict[str, Tensor]) -> Call
     return lambda: kernels.row_loss(logits, *arguments, True)
 
 
-def driver_version() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return ""
-
-
 def measure(name_of_dtype: str, vocab: int, args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     dtype = common.DTYPES[name_of_dtype]
     exact, inputs = make_inputs(args.rows, vocab, args.masked, device)
@@ -245,7 +236,7 @@ def measure(name_of_dtype: str, vocab: int, args: argparse.Namespace, device: to
     reading = common.read_rate(args.rows * row_bytes, device)
     where = common.machine(device)
     if device.type == "cuda":
-        where |= {"driver": driver_version(), "cuda": torch.version.cuda}
+        where |= {"driver": common.driver_version(), "cuda": torch.version.cuda}
     rows = []
     for name, timing in timings.items():
         candidate = chosen[name]

@@ -269,19 +269,9 @@ def versions(device: torch.device) -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             found[package] = ""
     if device.type == "cuda":
-        found["driver"] = _driver()
+        found["driver"] = common.driver_version()
         found["cuda"] = torch.version.cuda
     return found
-
-
-def _driver() -> str:
-    import subprocess
-
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return ""
 
 
 def median(values: Sequence[float]) -> float:

@@ -292,6 +292,7 @@ def _other_default(name: str, defaults: dict[str, Any]) -> str:
 def _type(annotation: Any) -> str:
     """An annotation in words: without module names and aliases, with sections of the run file as mappings."""
     text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    text = re.sub(r"Literal\[.*True.*?\]", "str | bool", text)
     text = re.sub(r"\b[a-z_]\w*\.", "", text.replace("NoneType", "None"))
     text = re.sub(r"\b(LossType|Level|ImportanceMode|SchedulerType|OptimizerNames|\w+Strategy)\b", "str", text)
     text = re.sub(r"\b(\w+Settings|dict)\b(\[.*?\])?", "mapping", text)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import warnings
 from dataclasses import field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from transformers import TrainingArguments
 
@@ -135,7 +135,8 @@ class GRPOConfig(TrainingArguments):
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "One weight per reward function; None = 1.0 each."}
     )
-    scale_rewards: str | bool = _field(
+    # HfArgumentParser reads only booleans for `str | bool`. "true" and "false" are texts of its command line.
+    scale_rewards: Literal["group", "batch", "none", "true", "false", True, False] = _field(
         "group",
         "Divide advantages by the standard deviation of the group, of the batch, or not at all (none).",
     )
@@ -427,8 +428,8 @@ class GRPOConfig(TrainingArguments):
         for weight in self.reward_weights or ():
             if not math.isfinite(plain_value("reward_weights", weight, "float")):
                 raise ValueError(f"reward_weights must be finite, got {self.reward_weights}")
-        if isinstance(self.scale_rewards, bool):
-            self.scale_rewards = "group" if self.scale_rewards else "none"
+        if str(self.scale_rewards).lower() in ("true", "false"):
+            self.scale_rewards = "group" if str(self.scale_rewards).lower() == "true" else "none"
         if self.scale_rewards not in SCALE_REWARDS:
             raise ValueError(
                 f"scale_rewards must be one of {', '.join(SCALE_REWARDS)}, True or False; got {self.scale_rewards!r}"

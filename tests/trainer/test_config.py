@@ -162,6 +162,21 @@ def test_text_of_a_command_line_or_a_file_is_converted_before(tmp_path: Path) ->
         assert (config.max_completion_length, config.reward_weights) == (7, [1.0, 0.5])
 
 
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        ("", "group"),
+        ("--scale_rewards batch", "batch"),
+        ("--scale_rewards False", "none"),
+        ("--scale_rewards true", "group"),
+    ],
+)
+def test_a_command_line_of_transformers_needs_no_more_than_a_folder(tmp_path: Path, words: str, kept: str) -> None:
+    parser = HfArgumentParser((GRPOConfig,))
+    (config,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--use_cpu", "true", *words.split()])
+    assert config.scale_rewards == kept
+
+
 def test_numbers_of_numpy_become_plain(make_config: Make) -> None:
     config = make_config(beta=np.float32(0.5), max_completion_length=np.int64(7), save_completions=np.bool_(False))
     assert (config.beta, config.max_completion_length, config.save_completions) == (0.5, 7, False)
