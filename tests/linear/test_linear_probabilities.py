@@ -57,7 +57,7 @@ __all__ = [  # issued once more here, on this route
 ]
 
 GRID = pairwise(FACTORS)
-SOURCES = Path(__file__).parents[2] / "csrc" / "cuda" / "probability"
+SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 
 
 @pytest.fixture(autouse=True)
@@ -213,7 +213,7 @@ def test_plan_without_e_fills_l2_with_hidden_states(hidden_size: int, budget: in
 
 
 def test_constants_are_those_of_the_kernels() -> None:
-    text = (SOURCES / "probability.h").read_text()
+    text = "".join((SOURCES / name).read_text() for name in ("gemm_sm90/products.h", "probability/probability.h"))
     for name, value in (
         ("kGreatestSum", probabilities_reference.GREATEST_SUM),
         ("kLowestExponent", probabilities_reference.LOWEST_EXPONENT),

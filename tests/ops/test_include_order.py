@@ -7,7 +7,7 @@ from pathlib import Path
 
 CSRC = Path(__file__).parents[2] / "csrc"
 ORDER = (
-    "common", "cuda/base", "cuda/policy", "cuda/rows", "cuda/rows/sm90", "cuda/probability", "cuda/gemm_sm90", "cuda",
+    "common", "cuda/base", "cuda/policy", "cuda/rows", "cuda/rows/sm90", "cuda/gemm_sm90", "cuda/probability", "cuda",
     "cpu", ".",
 )  # fmt: skip
 

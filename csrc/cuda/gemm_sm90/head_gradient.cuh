@@ -22,6 +22,7 @@ template <bool kBefore, bool kLast>
 class PlaneSum {
  public:
   using Element = __nv_bfloat16;
+  static constexpr bool kDepthMajor = false;
   using Params = PlaneSumParams;
   struct Shared {
     alignas(1024) BlockStore::Buffers buffers[2];

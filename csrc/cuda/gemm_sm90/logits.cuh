@@ -21,6 +21,7 @@ template <class T, bool kRounded>
 class Logits {
  public:
   using Element = T;
+  static constexpr bool kDepthMajor = true;
   using Params = LogitsParams;
   static constexpr int kStages = 0;
   static __device__ void load(const Params&, int, int, int, uint32_t, uint32_t) {}

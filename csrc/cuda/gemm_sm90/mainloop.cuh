@@ -10,9 +10,9 @@
 // on purpose did, is in bench/NOTES.md.
 #pragma once
 
-#include "cuda/base/launch.h"
+#include <cuda.h>
+
 #include "cuda/base/ptx.cuh"
-#include "cuda/gemm_sm90/tensor_map.h"
 #include "cuda/gemm_sm90/wgmma.cuh"
 
 namespace grpo::cuda {
@@ -78,9 +78,8 @@ __device__ __forceinline__ void wait_for(uint64_t* barrier, uint32_t parity) {
   }
 }
 
-// kDepthMajor: operands lie K-major. Behind a tile's operands come what its epilogue wants of
-// memory.
-template <bool kDepthMajor, class Epilogue>
+// Behind a tile's operands come what its epilogue wants of memory.
+template <class Epilogue>
 __device__ __forceinline__ void load_tiles(const TensorOperands& o,
                                            const typename Epilogue::Params& p, TensorShared& sh,
                                            uint32_t rank) {
@@ -103,7 +102,7 @@ __device__ __forceinline__ void load_tiles(const TensorOperands& o,
       const uint32_t left = ptx::shared_address(sh.left[at.stage]);
       const uint32_t right =
           ptx::shared_address(sh.right[at.stage]) + rank * (Tile::kRightBytes / 2);
-      if constexpr (kDepthMajor) {
+      if constexpr (Epilogue::kDepthMajor) {
         ptx::tensor_load(left, &o.left, depth, row, full);
         ptx::tensor_load_to_all(right, &o.right, depth, column, full, kBoth);
       } else {
@@ -169,11 +168,12 @@ class EpilogueStages {
   int thread_;
 };
 
-// Epilogue: constructed per thread of a multiplying warpgroup; `begin(row, tile)` before a tile's
-// products (row: the first of the warpgroup), `finish(sum, row, tile, stages)` behind them, `end()`
-// at last. Where it has `kStages`, `load(params, row, tile, n, to, full)` fills the n-th of them,
-// of kRightBytes, for the tile's 128 rows from `row` on. Named barrier 1 + group is its own.
-template <bool kDepthMajor, class Epilogue>
+// Epilogue: `Element` is the operands' type, `kDepthMajor` whether they lie K-major. Constructed
+// per thread of a multiplying warpgroup; `begin(row, tile)` before a tile's products (row: the
+// first of the warpgroup), `finish(sum, row, tile, stages)` behind them, `end()` at last. Where it
+// has `kStages`, `load(params, row, tile, n, to, full)` fills the n-th of them, of kRightBytes, for
+// the tile's 128 rows from `row` on. Named barrier 1 + group is its own.
+template <class Epilogue>
 __device__ __forceinline__ void multiply_tiles(const TensorOperands& o, TensorShared& sh,
                                                uint32_t rank, int group, int thread,
                                                Epilogue& epilogue) {
@@ -186,7 +186,8 @@ __device__ __forceinline__ void multiply_tiles(const TensorOperands& o, TensorSh
     int before = 0;
     for (int step = 0; step < o.depth_steps; ++step, at.advance()) {
       wait_for(&sh.full[at.stage], at.parity);
-      multiply<typename Epilogue::Element, kDepthMajor>(sum, sh, at.stage, group, step > 0);
+      multiply<typename Epilogue::Element, Epilogue::kDepthMajor>(sum, sh, at.stage, group,
+                                                                  step > 0);
       if (step > 0) {
         ptx::product_wait<1>();
         release(sh, before, thread);
@@ -201,7 +202,7 @@ __device__ __forceinline__ void multiply_tiles(const TensorOperands& o, TensorSh
   epilogue.end();
 }
 
-template <bool kDepthMajor, class Epilogue>
+template <class Epilogue>
 __global__ void __launch_bounds__(TensorTile::kThreads, 1)
     tensor_product_kernel(const __grid_constant__ TensorOperands o,
                           const __grid_constant__ typename Epilogue::Params p) {
@@ -220,33 +221,17 @@ __global__ void __launch_bounds__(TensorTile::kThreads, 1)
   ptx::cluster_wait();
   if (threadIdx.x < 128) {
     ptx::give_registers<40>();
-    if (threadIdx.x == 0) load_tiles<kDepthMajor, Epilogue>(o, p, sh, rank);
+    if (threadIdx.x == 0) load_tiles<Epilogue>(o, p, sh, rank);
     __syncwarp();
   } else {
     ptx::take_registers<232>();
     const int group = threadIdx.x / 128 - 1, thread = threadIdx.x % 128;
     Epilogue epilogue(p, own, group, thread);
-    multiply_tiles<kDepthMajor>(o, sh, rank, group, thread, epilogue);
+    multiply_tiles(o, sh, rank, group, thread, epilogue);
   }
   // Nobody leaves while the other CTA may still signal here.
   ptx::cluster_arrive();
   ptx::cluster_wait();
-}
-
-template <bool kDepthMajor, class Epilogue>
-void launch_tensor_product(int multiprocessors, const TensorOperands& o,
-                           const typename Epilogue::Params& p, Stream stream) {
-  constexpr int kSharedBytes = kEpilogueOffset + int(sizeof(typename Epilogue::Shared));
-  static_assert(kSharedBytes <= 227 * 1024, "what a block of sm_90 can have");
-  const void* kernel = reinterpret_cast<const void*>(&tensor_product_kernel<kDepthMajor, Epilogue>);
-  GRPO_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  const int64_t pairs = int64_t(o.row_pairs) * o.column_tiles;
-  const int fitting = multiprocessors / 2;
-  Launch how{unsigned(2 * (pairs < fitting ? pairs : fitting)), unsigned(TensorTile::kThreads)};
-  how.cluster = 2;
-  how.shared_bytes = kSharedBytes;
-  launch(kernel, how, stream, o, p);
 }
 
 }  // namespace grpo::cuda

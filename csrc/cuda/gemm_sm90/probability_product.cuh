@@ -6,8 +6,8 @@
 #pragma once
 
 #include "cuda/gemm_sm90/mainloop.cuh"
+#include "cuda/gemm_sm90/products.h"
 #include "cuda/gemm_sm90/tensor_store.cuh"
-#include "cuda/probability/probability.h"
 
 namespace grpo::cuda {
 
@@ -25,12 +25,15 @@ struct ExponentialsParams {
   float* exponent;
 };
 
+static_assert(kTileColumns == TensorTile::kColumns, "one partial sum a tile");
+
 // Sums over the tile's columns are formed in an order that depends on nothing but the tile: a
 // thread adds its 64 columns in order, four lanes share a row.
 template <bool kStore>
 class Exponentials {
  public:
   using Element = __nv_bfloat16;  // of the operands and of E
+  static constexpr bool kDepthMajor = true;
   using Params = ExponentialsParams;
   static constexpr int kStages = 0;
   static __device__ void load(const Params&, int, int, int, uint32_t, uint32_t) {}

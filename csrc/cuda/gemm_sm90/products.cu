@@ -1,65 +1,79 @@
+// Each product's epilogue, its parameters and its variants.
 #include "cuda/gemm_sm90/head_gradient.cuh"
+#include "cuda/gemm_sm90/launcher.cuh"
 #include "cuda/gemm_sm90/logits.cuh"
+#include "cuda/gemm_sm90/probability_product.cuh"
 
 namespace grpo::cuda {
 namespace {
 
-constexpr int divide_up(int64_t a, int64_t b) { return int((a + b - 1) / b); }
-
-TensorOperands operands(int64_t rows, int64_t columns, int64_t depth, bool rows_first) {
-  TensorOperands o{};
-  o.row_pairs = divide_up(rows, 2 * TensorTile::kRows);
-  o.column_tiles = divide_up(columns, TensorTile::kColumns);
-  o.depth_steps = divide_up(depth, TensorTile::kDepth);
-  o.rows_first = rows_first;
-  return o;
+template <class Epilogue, class Params>
+void launch_forward(int multiprocessors, const Params& p, const typename Epilogue::Params& e,
+                    Stream stream) {
+  // Rows first: the head is read once, hidden states stay in L2.
+  launch_tensor_product<Epilogue>(multiprocessors, {p.rows, p.vocab, p.hidden_size, true},
+                                  {p.hidden, p.hidden_stride}, {p.weight, p.weight_stride}, e,
+                                  stream);
 }
 
 template <class T>
 void launch_logits(int multiprocessors, const LogitsProductParams& p, Stream stream) {
-  using Tile = TensorTile;
-  TensorOperands o = operands(p.rows, p.vocab, p.hidden_size, true);
-  o.left = tensor_map(p.hidden, p.rows, p.hidden_size, p.hidden_stride, Tile::kRows);
-  o.right = tensor_map(p.weight, p.vocab, p.hidden_size, p.weight_stride, Tile::kColumns / 2);
-  LogitsParams a{};
-  a.bias = p.bias;
-  a.rows = p.rows;
-  a.columns = p.vocab;
+  LogitsParams e{};
+  e.bias = p.bias;
+  e.rows = p.rows;
+  e.columns = p.vocab;
   if (p.out_dtype == DType::kFloat32) {
-    a.wide = static_cast<float*>(p.out);
-    a.wide_stride = p.out_stride;
-    launch_tensor_product<true, Logits<T, false>>(multiprocessors, o, a, stream);
+    e.wide = static_cast<float*>(p.out);
+    e.wide_stride = p.out_stride;
+    launch_forward<Logits<T, false>>(multiprocessors, p, e, stream);
   } else {
-    a.rounded = tensor_map(p.out, p.rows, p.vocab, p.out_stride, BlockStore::kRows);
-    launch_tensor_product<true, Logits<T, true>>(multiprocessors, o, a, stream);
+    e.rounded = tensor_map(p.out, p.rows, p.vocab, p.out_stride, BlockStore::kRows);
+    launch_forward<Logits<T, true>>(multiprocessors, p, e, stream);
   }
 }
 
 }  // namespace
 
-void launch_logits_product(int multiprocessors, const LogitsProductParams& p, Stream stream) {
+void launch_product(int multiprocessors, const LogitsProductParams& p, Stream stream) {
   if (p.dtype == DType::kFloat16)
     launch_logits<__half>(multiprocessors, p, stream);
   else
     launch_logits<__nv_bfloat16>(multiprocessors, p, stream);
 }
 
-void launch_head_gradient(int multiprocessors, const HeadGradientParams& p, Stream stream) {
+void launch_product(int multiprocessors, const ProductParams& p, Stream stream) {
+  ExponentialsParams e{};
+  e.rows = p.rows;
+  e.columns = p.vocab;
+  e.reference = p.reference;
+  e.target = p.target;
+  e.bias = p.bias;
+  e.slope = p.slope;
+  e.partials = reinterpret_cast<float2*>(p.partials);
+  e.partials_stride = p.partials_stride;
+  e.recentred = p.recentred;
+  e.recentred_stride = p.recentred_stride;
+  e.exponent = p.exponent;
+  if (p.probabilities) {
+    e.probabilities = tensor_map(p.probabilities, p.rows, p.vocab, p.stride, BlockStore::kRows);
+    launch_forward<Exponentials<true>>(multiprocessors, p, e, stream);
+  } else {
+    launch_forward<Exponentials<false>>(multiprocessors, p, e, stream);
+  }
+}
+
+void launch_product(int multiprocessors, const HeadGradientParams& p, Stream stream) {
+  const auto plane = [&](void* data, int box_rows) {
+    return tensor_map(data, p.vocab, p.hidden_size, p.hidden_size, box_rows);
+  };
+  const PlaneSumParams e{plane(p.upper, BlockStore::kRows), plane(p.lower, BlockStore::kRows),
+                         plane(p.upper, TensorTile::kRows), plane(p.lower, TensorTile::kRows)};
+  const auto launcher = p.first  ? launch_tensor_product<PlaneSum<false, false>>
+                        : p.last ? launch_tensor_product<PlaneSum<true, true>>
+                                 : launch_tensor_product<PlaneSum<true, false>>;
   // Columns first: the chunk's rows of hidden states stay in L2, `left` is read once.
-  TensorOperands o = operands(p.vocab, p.hidden_size, p.rows, false);
-  o.left = tensor_map(p.left, p.rows, p.vocab, p.left_stride, TensorTile::kDepth);
-  o.right = tensor_map(p.right, p.rows, p.hidden_size, p.right_stride, TensorTile::kDepth);
-  PlaneSumParams s{};
-  s.upper = tensor_map(p.upper, p.vocab, p.hidden_size, p.hidden_size, BlockStore::kRows);
-  s.lower = tensor_map(p.lower, p.vocab, p.hidden_size, p.hidden_size, BlockStore::kRows);
-  s.upper_before = tensor_map(p.upper, p.vocab, p.hidden_size, p.hidden_size, TensorTile::kRows);
-  s.lower_before = tensor_map(p.lower, p.vocab, p.hidden_size, p.hidden_size, TensorTile::kRows);
-  if (p.first)
-    launch_tensor_product<false, PlaneSum<false, false>>(multiprocessors, o, s, stream);
-  else if (p.last)
-    launch_tensor_product<false, PlaneSum<true, true>>(multiprocessors, o, s, stream);
-  else
-    launch_tensor_product<false, PlaneSum<true, false>>(multiprocessors, o, s, stream);
+  launcher(multiprocessors, {p.vocab, p.hidden_size, p.rows, false}, {p.left, p.left_stride},
+           {p.right, p.right_stride}, e, stream);
 }
 
 }  // namespace grpo::cuda

@@ -13,16 +13,11 @@
 #include "common/policy.h"
 #include "common/row_params.h"
 #include "cuda/base/device.h"
+#include "cuda/gemm_sm90/products.h"
 
 namespace grpo::cuda {
 
-// A tile of a row whose exponentials add up to this much (2^64) is exponentiated again, relative to
-// its own greatest logit. Below it, the sum of 2^18 elements times a weight of 2^9 is a finite
-// float, and its reciprocal times a coefficient of 2^-30 is a normal one.
-constexpr float kGreatestSum = 18446744073709551616.f;
-// Stands for -inf in exponents: 2^t = 0 and 0 t = 0, also relative to kNoExponent, the reference of
-// a token whose own logit is -inf, or below this.
-constexpr float kLowestExponent = -1e30f;
+// The reference of a token whose own logit is -inf, or below this; above kLowestExponent.
 constexpr float kNoExponent = -1e29f;
 
 // Which token a row of the chunk is: index[row], or first + row where there is no index.
@@ -58,32 +53,6 @@ struct TargetParams {
 
   GRPO_FIELDS(dtype, rows, hidden_size, vocab, shard, hidden, hidden_stride, gathered, weight,
               weight_stride, bias, ids, slope, reference, target, exponent)
-};
-
-struct ProductParams {
-  DType dtype;
-  int32_t rows, vocab, hidden_size;
-  const void* hidden;
-  int64_t hidden_stride;
-  const void* weight;
-  int64_t weight_stride;
-  const float* bias;
-  const float* reference;  // [rows]
-  const int32_t* target;   // [rows]
-  float slope;
-  void* probabilities;  // [rows, vocab] of dtype, 0 at the target; null: not stored
-  int64_t stride;       // between its rows, a multiple of 8 elements
-  // [tiles, rows, 2]: sums of 2^t and t 2^t, target excluded. A negative first one: the tile is
-  // recentred, its t are relative to `recentred`, and the sum is the absolute value.
-  float* partials;
-  int64_t partials_stride;   // between tiles, in pairs
-  float* recentred;          // [tiles, rows] reference of a recentred tile; others are not written
-  int64_t recentred_stride;  // between tiles
-  float* exponent;           // [rows] t of the target, written by the tile that has it
-
-  GRPO_FIELDS(dtype, rows, vocab, hidden_size, hidden, hidden_stride, weight, weight_stride, bias,
-              reference, target, slope, probabilities, stride, partials, partials_stride, recentred,
-              recentred_stride, exponent)
 };
 
 struct FoldParams {
@@ -150,16 +119,9 @@ struct ScaledHiddenParams {
   GRPO_FIELDS(dtype, rows, hidden_size, hidden, hidden_stride, factor, out)
 };
 
-// Columns of a tile: there are ceil(vocab / kTileColumns) partial sums per row.
-constexpr int kTileColumns = 256;
-
 void target_reference(int device, const TargetParams& params, Stream stream);
-void probability_product(int device, const ProductParams& params, Stream stream);
 void fold_partials(int device, const FoldParams& params, Stream stream);
 void scale_product(int device, const ScaleParams& params, Stream stream);
 void scaled_hidden(int device, const ScaledHiddenParams& params, Stream stream);
-
-// Where the build has the kernel and the device can run it.
-void launch_probability_product(int multiprocessors, const ProductParams& params, Stream stream);
 
 }  // namespace grpo::cuda
