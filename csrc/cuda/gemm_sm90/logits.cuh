@@ -8,12 +8,8 @@
 
 namespace grpo::cuda {
 
-struct LogitsParams {
-  CUtensorMap rounded;  // the result, where it has the factors' dtype
-  float* wide;          // the result in fp32: [rows, columns], rows `wide_stride` apart
-  int64_t wide_stride;  // even
-  const float* bias;    // [columns] or null
-  int32_t rows, columns;
+struct LogitsParams : LogitsProductParams {
+  CUtensorMap rounded;  // of `out`, if it has the factors' dtype
 };
 
 // T: of the factors. kRounded: the result has that dtype, else fp32.
@@ -42,7 +38,7 @@ class Logits {
 #pragma unroll
       for (int k = 0; k < TensorTile::kAccumulators; ++k) {
         const int column = column0 + k / 4 * 8 + k % 2;
-        if (column < p_.columns) z[k] += __ldg(p_.bias + column);
+        if (column < p_.vocab) z[k] += __ldg(p_.bias + column);
       }
     }
 #pragma unroll
@@ -71,10 +67,10 @@ class Logits {
     for (int n = 0; n < 16; ++n) {
       const int r = first + n % 2 * 8, c = column + n / 2 * 8;
       if (r >= p_.rows) continue;
-      float* to = p_.wide + r * p_.wide_stride + c;
-      if (c + 1 < p_.columns)
+      float* to = static_cast<float*>(p_.out) + r * p_.out_stride + c;
+      if (c + 1 < p_.vocab)
         *reinterpret_cast<float2*>(to) = {z[2 * n], z[2 * n + 1]};
-      else if (c < p_.columns)
+      else if (c < p_.vocab)
         *to = z[2 * n];
     }
   }

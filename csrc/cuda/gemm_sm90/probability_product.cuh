@@ -11,18 +11,8 @@
 
 namespace grpo::cuda {
 
-struct ExponentialsParams {
-  CUtensorMap probabilities;  // where they are stored
-  int32_t rows, columns;
-  const float* reference;
-  const int32_t* target;
-  const float* bias;
-  float slope;
-  float2* partials;  // [tiles, rows]
-  int64_t partials_stride;
-  float* recentred;
-  int64_t recentred_stride;
-  float* exponent;
+struct ExponentialsParams : ProductParams {
+  CUtensorMap stored;  // of `probabilities`, if not null
 };
 
 static_assert(kTileColumns == TensorTile::kColumns, "one partial sum a tile");
@@ -64,7 +54,7 @@ class Exponentials {
                                          EpilogueStages&) {
     const int first = row + thread_ / 32 * 16 + (thread_ & 31) / 4;
     const int column0 = 2 * (thread_ & 3);  // of the thread's first element in the tile
-    if (p_.bias != nullptr || (tile + 1) * TensorTile::kColumns > p_.columns) {
+    if (p_.bias != nullptr || (tile + 1) * TensorTile::kColumns > p_.vocab) {
       add_column_terms(z, tile, column0);
     }
 #pragma unroll
@@ -92,7 +82,8 @@ class Exponentials {
     for (int i = 0; i < 2; ++i) {
       const int64_t r = first + 8 * i;
       if ((thread_ & 3) != 0 || r >= p_.rows) continue;
-      p_.partials[tile * p_.partials_stride + r] = {over[i] ? -sum[i] : sum[i], weighted[i]};
+      reinterpret_cast<float2*>(p_.partials)[tile * p_.partials_stride + r] = {
+          over[i] ? -sum[i] : sum[i], weighted[i]};
       if (over[i]) p_.recentred[tile * p_.recentred_stride + r] = reference_[i];
     }
   }
@@ -123,7 +114,7 @@ class Exponentials {
         packed[pair] = pack_pair(e[0], e[1], Element());
       }
       if constexpr (kStore) {
-        store_.store(&p_.probabilities, row, tile * TensorTile::kColumns + c * BlockStore::kColumns,
+        store_.store(&p_.stored, row, tile * TensorTile::kColumns + c * BlockStore::kColumns,
                      packed);
       }
     }
@@ -171,7 +162,7 @@ class Exponentials {
     ptx::named_barrier(barrier_, 128);  // the last tile's have been read
     for (int c = thread_; c < TensorTile::kColumns; c += 128) {
       float term = lowest_;
-      if (first + c < p_.columns) {
+      if (first + c < p_.vocab) {
         const float bias = p_.bias ? p_.bias[first + c] : 0.f;
         if (!(bias * p_.slope < kLowestExponent)) term = bias;  // a NaN stays one
       }

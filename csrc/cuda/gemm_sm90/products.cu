@@ -7,58 +7,36 @@
 namespace grpo::cuda {
 namespace {
 
-template <class Epilogue, class Params>
-void launch_forward(int multiprocessors, const Params& p, const typename Epilogue::Params& e,
-                    Stream stream) {
+template <class Epilogue>
+void launch_forward(int multiprocessors, const typename Epilogue::Params& p, Stream stream) {
   // Rows first: the head is read once, hidden states stay in L2.
   launch_tensor_product<Epilogue>(multiprocessors, {p.rows, p.vocab, p.hidden_size, true},
-                                  {p.hidden, p.hidden_stride}, {p.weight, p.weight_stride}, e,
+                                  {p.hidden, p.hidden_stride}, {p.weight, p.weight_stride}, p,
                                   stream);
-}
-
-template <class T>
-void launch_logits(int multiprocessors, const LogitsProductParams& p, Stream stream) {
-  LogitsParams e{};
-  e.bias = p.bias;
-  e.rows = p.rows;
-  e.columns = p.vocab;
-  if (p.out_dtype == DType::kFloat32) {
-    e.wide = static_cast<float*>(p.out);
-    e.wide_stride = p.out_stride;
-    launch_forward<Logits<T, false>>(multiprocessors, p, e, stream);
-  } else {
-    e.rounded = tensor_map(p.out, p.rows, p.vocab, p.out_stride, BlockStore::kRows);
-    launch_forward<Logits<T, true>>(multiprocessors, p, e, stream);
-  }
 }
 
 }  // namespace
 
-void launch_product(int multiprocessors, const LogitsProductParams& p, Stream stream) {
-  if (p.dtype == DType::kFloat16)
-    launch_logits<__half>(multiprocessors, p, stream);
-  else
-    launch_logits<__nv_bfloat16>(multiprocessors, p, stream);
+void launch_product(int multiprocessors, const LogitsProductParams& product, Stream stream) {
+  LogitsParams p{product};
+  const bool half = p.dtype == DType::kFloat16;
+  if (p.out_dtype == DType::kFloat32) {
+    (half ? launch_forward<Logits<__half, false>>
+          : launch_forward<Logits<__nv_bfloat16, false>>)(multiprocessors, p, stream);
+  } else {
+    p.rounded = tensor_map(p.out, p.rows, p.vocab, p.out_stride, BlockStore::kRows);
+    (half ? launch_forward<Logits<__half, true>>
+          : launch_forward<Logits<__nv_bfloat16, true>>)(multiprocessors, p, stream);
+  }
 }
 
-void launch_product(int multiprocessors, const ProductParams& p, Stream stream) {
-  ExponentialsParams e{};
-  e.rows = p.rows;
-  e.columns = p.vocab;
-  e.reference = p.reference;
-  e.target = p.target;
-  e.bias = p.bias;
-  e.slope = p.slope;
-  e.partials = reinterpret_cast<float2*>(p.partials);
-  e.partials_stride = p.partials_stride;
-  e.recentred = p.recentred;
-  e.recentred_stride = p.recentred_stride;
-  e.exponent = p.exponent;
+void launch_product(int multiprocessors, const ProductParams& product, Stream stream) {
+  ExponentialsParams p{product};
   if (p.probabilities) {
-    e.probabilities = tensor_map(p.probabilities, p.rows, p.vocab, p.stride, BlockStore::kRows);
-    launch_forward<Exponentials<true>>(multiprocessors, p, e, stream);
+    p.stored = tensor_map(p.probabilities, p.rows, p.vocab, p.stride, BlockStore::kRows);
+    launch_forward<Exponentials<true>>(multiprocessors, p, stream);
   } else {
-    launch_forward<Exponentials<false>>(multiprocessors, p, e, stream);
+    launch_forward<Exponentials<false>>(multiprocessors, p, stream);
   }
 }
 
