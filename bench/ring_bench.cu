@@ -3,11 +3,11 @@
 //     bench/ring_bench.sh            # builds and runs; needs nvcc and one GPU of sm_90
 //     build/ring_bench [rows [masked share [vocab]]]
 //
-// Variants of the plan (CTAs per row, terms of the sequences from a kernel before or formed inside)
-// on the production kernel. In place; the logits are copied anew before every launch, outside of
-// the clock, and that copy is the one that the rate is compared to. Medians of nine; one CSV line
-// per variant. `difference` is the greatest difference of its gradient from the first variant's, as
-// a share of the greatest gradient.
+// Variants of the plan (CTAs per row, constants of the sequences from a kernel before or formed
+// inside) on the production kernel. In place; the logits are copied anew before every launch,
+// outside of the clock, and that copy is the one that the rate is compared to. Medians of nine; one
+// CSV line per variant. `difference` is the greatest difference of its gradient from the first
+// variant's, as a share of the greatest gradient.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -75,7 +75,7 @@ T* allocate(int64_t count) {
 struct Variant {
   const char* name;
   int shares;  // 0: as plan.h divides the row
-  bool own_terms, beside_previous;
+  bool local_constants, overlaps_previous_kernel;
   bool fresh = false;  // not in place
   int stages = 0;      // 0: as planned
   int hints = -1;      // for L2, without or with; -1: as planned
@@ -105,11 +105,11 @@ void measure(DType dtype, const char* dtype_name, int rows, int vocab, float mas
   fill_rows<<<1, 256>>>(ids, mask, rows, vocab, masked);
   std::vector<uint8_t> mask_here(rows);
   GRPO_CUDA_CHECK(cudaMemcpy(mask_here.data(), mask, rows, cudaMemcpyDeviceToHost));
-  const int64_t live = std::count(mask_here.begin(), mask_here.end(), 1);
+  const int64_t unmasked = std::count(mask_here.begin(), mask_here.end(), 1);
 
   const Workspace workspace = divide_workspace(scratch, kSequences, rows / kSequences);
-  PolicyKernelParams terms{};
-  PolicyParams<float>& policy = terms.policy;
+  PolicyKernelParams constants{};
+  PolicyParams<float>& policy = constants.policy;
   policy.batch = kSequences;
   policy.length = rows / kSequences;
   policy.mask = mask;
@@ -120,8 +120,8 @@ void measure(DType dtype, const char* dtype_name, int rows, int vocab, float mas
   policy.spec.loss_type = LossType::kDapo;
   policy.spec.clip_low = 0.8f, policy.spec.clip_high = 1.28f, policy.spec.delta = INFINITY;
   policy.spec.grad_scale = 1;
-  terms.workspace = workspace;
-  terms.chunks = 1;
+  constants.workspace = workspace;
+  constants.chunks = 1;
   RingParams ring{};
   ring.rows = {dtype, kSequences, rows / kSequences, vocab, logits, 0, vocab, logits, 0, vocab,
                ids,   mask,       {1, 0, 1},         logps, entropy};
@@ -147,9 +147,9 @@ void measure(DType dtype, const char* dtype_name, int rows, int vocab, float mas
     ring.stage_bytes = plan.stage_bytes;
     ring.groups = plan.groups;
     ring.exceeds_cache = v.hints < 0 ? count * int64_t(sizeof(T)) >= kCachedBytes : v.hints > 0;
-    ring.terms = v.own_terms ? nullptr : workspace.terms;
-    ring.report = {workspace.sums, v.own_terms ? nullptr : workspace.finished,
-                   v.own_terms ? take_report_counter(0, stream, false) : -1};
+    ring.constants = v.local_constants ? nullptr : workspace.constants;
+    ring.report = {workspace.sums, v.local_constants ? nullptr : workspace.finished,
+                   v.local_constants ? take_report_counter(0, stream, false) : -1};
     ring.rows.grad = v.fresh ? separate : logits;
     std::vector<float> times, copies;
     for (int run = 0; run < kWarmUp + kRuns; ++run) {
@@ -161,8 +161,8 @@ void measure(DType dtype, const char* dtype_name, int rows, int vocab, float mas
       GRPO_CUDA_CHECK(cudaEventRecord(events[1], stream));
       spin<<<1, 1, 0, stream>>>(50'000);
       GRPO_CUDA_CHECK(cudaEventRecord(events[2], stream));
-      if (!v.own_terms) launch_terms(terms, stream);
-      launch_ring(ring, plan, v.beside_previous, stream);
+      if (!v.local_constants) launch_sequence_constants(constants, stream);
+      launch_ring(ring, plan, v.overlaps_previous_kernel, stream);
       GRPO_CUDA_CHECK(cudaEventRecord(events[3], stream));
       GRPO_CUDA_CHECK(cudaStreamSynchronize(stream));
       float copy = 0, time = 0;
@@ -179,11 +179,11 @@ void measure(DType dtype, const char* dtype_name, int rows, int vocab, float mas
     GRPO_CUDA_CHECK(cudaMemcpy(largest, greatest, sizeof(largest), cudaMemcpyDeviceToHost));
     GRPO_CUDA_CHECK(cudaMemcpy(&result, loss, sizeof(float), cudaMemcpyDeviceToHost));
     GRPO_CUDA_CHECK(cudaMemcpy(numbers, metrics, sizeof(numbers), cudaMemcpyDeviceToHost));
-    const double bytes = double(sizeof(T)) * vocab * double(live + rows);
+    const double bytes = double(sizeof(T)) * vocab * double(unmasked + rows);
     const double copied = 2.0 * sizeof(T) * double(count);
     const double rate = bytes / median(times), copy_rate = copied / median(copies);
     std::printf("%d,%s,%d,%lld,%s,%d,%d,%d,%.4f,%.4f,%.3f,%.3f,%.1f,%.2g,%.9g,%.9g\n", vocab,
-                dtype_name, rows, static_cast<long long>(live), v.name, division.shares,
+                dtype_name, rows, static_cast<long long>(unmasked), v.name, division.shares,
                 plan.stages, v.fresh, median(times), *std::min_element(times.begin(), times.end()),
                 rate / 1e9, copy_rate / 1e9, 100 * rate / copy_rate, largest[1] / largest[0],
                 result, numbers[0]);
@@ -227,7 +227,7 @@ int main(int argc, char** argv) {
   const float masked = argc > 2 ? float(std::atof(argv[2])) : 0.f;
   print_occupancy();
   std::printf(
-      "vocab,dtype,rows,live,variant,shares,stages,fresh,ms,ms_min,tbps,copy_"
+      "vocab,dtype,rows,unmasked,variant,shares,stages,fresh,ms,ms_min,tbps,copy_"
       "tbps,of_copy,"
       "difference,loss,tokens\n");
   struct Case {
@@ -245,7 +245,8 @@ int main(int argc, char** argv) {
   };
   for (const Case& c : cases) {
     if (argc > 3 && std::atoi(argv[3]) != c.vocab) continue;
-    std::vector<Variant> variants = {{"terms_kernel", 0, false, true}, {"alone", 0, true, false}};
+    std::vector<Variant> variants = {{"constants_kernel", 0, false, true},
+                                     {"alone", 0, true, false}};
     for (int twice = 0; twice < 2; ++twice) {
       variants.push_back({"beside", 0, true, true});
       variants.push_back({"no_hints", 0, true, true, false, 0, 0});

@@ -178,12 +178,13 @@ void cuda_policy_loss(int device, uintptr_t stream, const py::dict& policy, uint
                     stream_of(stream));
 }
 
-// Returns where in the workspace the terms are.
-uintptr_t cuda_policy_terms(int device, uintptr_t stream, const py::dict& policy,
-                            uintptr_t workspace) {
+// Returns where in the workspace the constants are.
+uintptr_t cuda_sequence_constants(int device, uintptr_t stream, const py::dict& policy,
+                                  uintptr_t workspace) {
   const auto p = read<PolicyParams<float>>(policy);
-  cuda::policy_terms(device, p, reinterpret_cast<void*>(workspace), stream_of(stream));
-  return reinterpret_cast<uintptr_t>(cuda::terms_in(reinterpret_cast<void*>(workspace), p));
+  cuda::compute_sequence_constants(device, p, reinterpret_cast<void*>(workspace),
+                                   stream_of(stream));
+  return reinterpret_cast<uintptr_t>(cuda::constants_in(reinterpret_cast<void*>(workspace), p));
 }
 
 void cuda_row_loss(int device, uintptr_t stream, const py::dict& rows, const py::dict& policy,
@@ -216,8 +217,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_scale_rows", &cpu_scale_rows);
   m.def("cuda_plan", &cuda_plan, py::arg("architecture"), py::arg("shared_bytes"), py::arg("dtype"),
         py::arg("vocab"), py::arg("statistics_only") = false);
-  m.def("cuda_forms_terms_in_kernel", [](const py::dict& policy) {
-    return cuda::forms_terms_in_kernel(read<PolicyParams<float>>(policy));
+  m.def("cuda_computes_constants_in_kernel", [](const py::dict& policy) {
+    return cuda::computes_constants_in_kernel(read<PolicyParams<float>>(policy));
   });
 #if defined(GRPO_CUDA)
   m.attr("CUDA_ARCHITECTURES") = GRPO_CUDA_ARCHITECTURES;
@@ -227,7 +228,7 @@ PYBIND11_MODULE(_C, m) {
   define(m, "cuda_row_stats", &cuda::row_stats);
   define(m, "cuda_row_gradient", &cuda::row_gradient);
   m.def("cuda_policy_loss", &cuda_policy_loss);
-  m.def("cuda_policy_terms", &cuda_policy_terms);
+  m.def("cuda_sequence_constants", &cuda_sequence_constants);
   m.def("cuda_row_loss", &cuda_row_loss);
   m.def("cuda_scale_rows", &cuda_scale_rows);
   define(m, "cuda_target_reference", &cuda::target_reference);

@@ -66,15 +66,15 @@ GRPO_HOST_DEVICE void add_ratio(BatchSums* sums, Real ratio, bool low, bool high
 }
 
 template <class Real>
-GRPO_HOST_DEVICE void add_token(const PolicyParams<Real>& p, const SequenceTerms<Real>& terms,
-                                int64_t i, Real new_logp, Real entropy,
-                                const TokenLoss<Real>& token, BatchSums* sums) {
-  sums->loss += double(terms.weight) * double(token.loss);
+GRPO_HOST_DEVICE void add_token(const PolicyParams<Real>& p,
+                                const SequenceConstants<Real>& constants, int64_t i, Real new_logp,
+                                Real entropy, const TokenLoss<Real>& token, BatchSums* sums) {
+  sums->loss += double(constants.weight) * double(token.loss);
   sums->tokens += 1;
   sums->entropy += double(entropy);
   sums->kl += double(token.kl);
   sums->nonfinite += !(token.loss - token.loss == 0);
-  const double isw = double(importance(p, i, new_logp, terms.importance));
+  const double isw = double(importance(p, i, new_logp, constants.importance));
   sums->importance_sum += isw;
   sums->importance_min = isw < sums->importance_min ? isw : sums->importance_min;
   sums->importance_max = greater(sums->importance_max, isw);

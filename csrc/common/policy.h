@@ -1,7 +1,7 @@
 // Turn log probabilities into losses and coefficients: SPEC sections 2 to 4 (docs/inside/spec.md)
 // for a batch.
 //
-// Per sequence: accumulate SequenceSums over its tokens, turn them into SequenceTerms, evaluate
+// Per sequence: accumulate SequenceSums over its tokens, turn them into SequenceConstants, evaluate
 // each token with those. CPU and CUDA differ only in their loops.
 #pragma once
 
@@ -63,8 +63,9 @@ GRPO_HOST_DEVICE void merge(SequenceSums* a, const SequenceSums& b) {
   a->behaviour_gap += b.behaviour_gap;
 }
 
+// Values of a sequence on which each of its tokens' losses depends.
 template <class Real>
-struct SequenceTerms {
+struct SequenceConstants {
   Real weight;           // the reduction's factor on each token of this sequence
   Real log_ratio;        // mean of d, for the sequence level
   Real importance;       // isw, when there is one per sequence
@@ -93,7 +94,7 @@ GRPO_HOST_DEVICE bool forms_importance(const PolicyParams<Real>& p) {
          p.importance_shape == ImportanceShape::kNone && p.sampling_logps != nullptr;
 }
 
-// Whether the terms of a sequence need more than its number of tokens.
+// Whether the constants of a sequence need more than its number of tokens.
 template <class Real>
 GRPO_HOST_DEVICE bool needs_sums(const PolicyParams<Real>& p) {
   return p.spec.level == Level::kSequence || p.spec.loss_type == LossType::kVespo ||
@@ -196,48 +197,49 @@ GRPO_HOST_DEVICE Real vespo_phi(const LossSpec<Real>& spec, Real lw, Real A) {
   return phi - phi == 0 ? phi : Real(0);  // inf and NaN -> 0
 }
 
-// All terms except shared_gradient, which needs a second pass over the tokens.
+// All constants except shared_gradient, which needs a second pass over the tokens.
 template <class Real>
-GRPO_HOST_DEVICE SequenceTerms<Real> sequence_terms(const PolicyParams<Real>& p, int64_t b,
-                                                    const SequenceSums& sums, double batch_tokens) {
-  SequenceTerms<Real> terms{};
+GRPO_HOST_DEVICE SequenceConstants<Real> sequence_constants(const PolicyParams<Real>& p, int64_t b,
+                                                            const SequenceSums& sums,
+                                                            double batch_tokens) {
+  SequenceConstants<Real> constants{};
   const double tokens = sums.tokens > 1 ? sums.tokens : 1.0;
-  terms.weight = reduction_weight(p, sums.tokens, batch_tokens);
-  terms.tokens = Real(sums.tokens);
-  terms.inv_tokens = Real(1.0 / tokens);
-  terms.log_ratio = Real(sums.log_ratio / tokens);
-  terms.importance = Real(1);
+  constants.weight = reduction_weight(p, sums.tokens, batch_tokens);
+  constants.tokens = Real(sums.tokens);
+  constants.inv_tokens = Real(1.0 / tokens);
+  constants.log_ratio = Real(sums.log_ratio / tokens);
+  constants.importance = Real(1);
   double log_importance = sums.log_importance;
   const bool formed = forms_importance(p) && per_sequence(p.spec.importance_mode);
   if (formed) {
     // NaN is +inf and -inf together: a ratio of 0 to 0 counts as 1, as in sampling_gap.
     const double gap = sums.sampling_gap == sums.sampling_gap ? sums.sampling_gap : 0;
-    terms.importance = bound_importance(p.spec, std::exp(Real(gap)));
+    constants.importance = bound_importance(p.spec, std::exp(Real(gap)));
   }
-  if (p.importance_shape == ImportanceShape::kPerSequence) terms.importance = p.importance[b];
+  if (p.importance_shape == ImportanceShape::kPerSequence) constants.importance = p.importance[b];
   if (formed || p.importance_shape == ImportanceShape::kPerSequence)
-    log_importance = double(clamp(std::log(terms.importance), Real(kLogTiny), Real(kLogHuge)));
-  terms.vespo_weight = Real(clamp(sums.clamped_log_ratio + log_importance, kLogTiny, kLogHuge));
+    log_importance = double(clamp(std::log(constants.importance), Real(kLogTiny), Real(kLogHuge)));
+  constants.vespo_weight = Real(clamp(sums.clamped_log_ratio + log_importance, kLogTiny, kLogHuge));
   const Real gap = Real(sums.behaviour_gap / tokens);
-  terms.keep = !p.spec.has_off_policy_threshold || gap <= p.spec.off_policy_threshold;
-  return terms;
+  constants.keep = !p.spec.has_off_policy_threshold || gap <= p.spec.off_policy_threshold;
+  return constants;
 }
 
 // One unmasked token of sequence b at flat position i.
 template <class Real>
 GRPO_HOST_DEVICE TokenLoss<Real> evaluate_token(const PolicyParams<Real>& p,
-                                                const SequenceTerms<Real>& terms, int64_t b,
+                                                const SequenceConstants<Real>& constants, int64_t b,
                                                 int64_t i, Real new_logp, Real entropy) {
   TokenInput<Real> in;
   in.new_logp = new_logp;
-  in.log_ratio = p.spec.level == Level::kSequence ? terms.log_ratio : log_ratio(p, i, new_logp);
+  in.log_ratio = p.spec.level == Level::kSequence ? constants.log_ratio : log_ratio(p, i, new_logp);
   in.advantage = advantage(p, b, i);
   in.ref_logp = p.spec.beta != 0 ? p.ref_logps[i] : Real(0);
-  in.importance = importance(p, i, new_logp, terms.importance);
+  in.importance = importance(p, i, new_logp, constants.importance);
   in.phi = p.spec.loss_type == LossType::kVespo
-               ? vespo_phi(p.spec, terms.vespo_weight, in.advantage)
+               ? vespo_phi(p.spec, constants.vespo_weight, in.advantage)
                : Real(0);
-  in.keep = (terms.keep || in.advantage >= 0) &&
+  in.keep = (constants.keep || in.advantage >= 0) &&
             (p.entropy_threshold == nullptr || entropy >= *p.entropy_threshold);
   TokenLoss<Real> out = token_loss(p.spec, in);
   out.loss -= p.spec.entropy_coef != 0 ? p.spec.entropy_coef * entropy : Real(0);
@@ -247,18 +249,19 @@ GRPO_HOST_DEVICE TokenLoss<Real> evaluate_token(const PolicyParams<Real>& p,
 // dLoss/dlogp of an unmasked token, grad_scale included.
 template <class Real>
 GRPO_HOST_DEVICE Real logp_coefficient(const PolicyParams<Real>& p,
-                                       const SequenceTerms<Real>& terms,
+                                       const SequenceConstants<Real>& constants,
                                        const TokenLoss<Real>& token) {
-  const Real through_ratio =
-      p.spec.level == Level::kSequence ? terms.shared_gradient : terms.weight * token.d_log_ratio;
-  return p.spec.grad_scale * (terms.weight * token.d_new + through_ratio);
+  const Real through_ratio = p.spec.level == Level::kSequence
+                                 ? constants.shared_gradient
+                                 : constants.weight * token.d_log_ratio;
+  return p.spec.grad_scale * (constants.weight * token.d_new + through_ratio);
 }
 
 // dLoss/dentropy of an unmasked token, grad_scale included.
 template <class Real>
 GRPO_HOST_DEVICE Real entropy_coefficient(const PolicyParams<Real>& p,
-                                          const SequenceTerms<Real>& terms) {
-  return -p.spec.grad_scale * terms.weight * p.spec.entropy_coef;
+                                          const SequenceConstants<Real>& constants) {
+  return -p.spec.grad_scale * constants.weight * p.spec.entropy_coef;
 }
 
 }  // namespace grpo

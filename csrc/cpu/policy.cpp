@@ -21,25 +21,26 @@ double count_tokens(const PolicyParams<Real>& p) {
 }
 
 template <class Real>
-SequenceTerms<Real> terms_of(const PolicyParams<Real>& p, bool with_logps, int64_t b,
-                             double batch_tokens) {
+SequenceConstants<Real> constants_of(const PolicyParams<Real>& p, bool with_logps, int64_t b,
+                                     double batch_tokens) {
   SequenceSums sums{};
   for_tokens(p, with_logps, b,
              [&](int64_t i, Real new_logp, Real) { accumulate(p, i, new_logp, &sums); });
-  SequenceTerms<Real> terms = sequence_terms(p, b, sums, batch_tokens);
+  SequenceConstants<Real> constants = sequence_constants(p, b, sums, batch_tokens);
   if (p.spec.level == Level::kSequence) {
     double shared = 0;
     for_tokens(p, with_logps, b, [&](int64_t i, Real new_logp, Real entropy) {
-      shared += double(evaluate_token(p, terms, b, i, new_logp, entropy).d_log_ratio);
+      shared += double(evaluate_token(p, constants, b, i, new_logp, entropy).d_log_ratio);
     });
-    terms.shared_gradient = Real(shared * double(terms.weight) * double(terms.inv_tokens));
+    constants.shared_gradient =
+        Real(shared * double(constants.weight) * double(constants.inv_tokens));
   }
-  return terms;
+  return constants;
 }
 
 // Write the outputs of sequence b; return its part of the batch sums.
 template <class Real>
-BatchSums emit(const PolicyParams<Real>& p, const SequenceTerms<Real>& terms, int64_t b) {
+BatchSums emit(const PolicyParams<Real>& p, const SequenceConstants<Real>& constants, int64_t b) {
   BatchSums sums;
   Real ratio = 0;
   bool low = false, high = false, negative = false;
@@ -49,11 +50,11 @@ BatchSums emit(const PolicyParams<Real>& p, const SequenceTerms<Real>& terms, in
     if (p.kl) p.kl[i] = 0;
   }
   for_tokens(p, true, b, [&](int64_t i, Real new_logp, Real entropy) {
-    const TokenLoss<Real> token = evaluate_token(p, terms, b, i, new_logp, entropy);
-    if (p.coef) p.coef[i] = logp_coefficient(p, terms, token);
-    if (p.entropy_coef) p.entropy_coef[i] = entropy_coefficient(p, terms);
+    const TokenLoss<Real> token = evaluate_token(p, constants, b, i, new_logp, entropy);
+    if (p.coef) p.coef[i] = logp_coefficient(p, constants, token);
+    if (p.entropy_coef) p.entropy_coef[i] = entropy_coefficient(p, constants);
     if (p.kl) p.kl[i] = token.kl;
-    add_token(p, terms, i, new_logp, entropy, token, &sums);
+    add_token(p, constants, i, new_logp, entropy, token, &sums);
     ratio = token.ratio;
     low |= token.clipped_low;
     high |= token.clipped_high;
@@ -63,7 +64,7 @@ BatchSums emit(const PolicyParams<Real>& p, const SequenceTerms<Real>& terms, in
   });
   if (sums.tokens > 0) {
     sums.sequences = 1;
-    sums.kept = terms.keep || !negative;
+    sums.kept = constants.keep || !negative;
     if (p.spec.level == Level::kSequence) add_ratio(&sums, ratio, low, high);
   }
   return sums;
@@ -72,12 +73,13 @@ BatchSums emit(const PolicyParams<Real>& p, const SequenceTerms<Real>& terms, in
 }  // namespace
 
 template <class Real>
-std::vector<SequenceTerms<Real>> terms_before_logits(const PolicyParams<Real>& p, int threads) {
-  std::vector<SequenceTerms<Real>> terms(p.batch);
+std::vector<SequenceConstants<Real>> constants_before_logits(const PolicyParams<Real>& p,
+                                                             int threads) {
+  std::vector<SequenceConstants<Real>> constants(p.batch);
   const double batch_tokens = count_tokens(p);
 #pragma omp parallel for schedule(static) num_threads(threads) if (p.batch * p.length > 4096)
-  for (int64_t b = 0; b < p.batch; ++b) terms[b] = terms_of(p, false, b, batch_tokens);
-  return terms;
+  for (int64_t b = 0; b < p.batch; ++b) constants[b] = constants_of(p, false, b, batch_tokens);
+  return constants;
 }
 
 template <class Real>
@@ -85,15 +87,17 @@ void policy_loss(const PolicyParams<Real>& p, int threads) {
   const double batch_tokens = count_tokens(p);
   std::vector<BatchSums> parts(p.batch);
 #pragma omp parallel for schedule(static) num_threads(threads) if (p.batch * p.length > 4096)
-  for (int64_t b = 0; b < p.batch; ++b) parts[b] = emit(p, terms_of(p, true, b, batch_tokens), b);
+  for (int64_t b = 0; b < p.batch; ++b)
+    parts[b] = emit(p, constants_of(p, true, b, batch_tokens), b);
   BatchSums total;
   for (const BatchSums& part : parts) merge(&total, part);
   *p.loss = Real(total.loss);
   write_metrics(total, p.metrics);
 }
 
-#define GRPO_INSTANTIATE(Real)                                                                   \
-  template std::vector<SequenceTerms<Real>> terms_before_logits(const PolicyParams<Real>&, int); \
+#define GRPO_INSTANTIATE(Real)                                                                     \
+  template std::vector<SequenceConstants<Real>> constants_before_logits(const PolicyParams<Real>&, \
+                                                                        int);                      \
   template void policy_loss<Real>(const PolicyParams<Real>&, int);
 GRPO_INSTANTIATE(float)
 GRPO_INSTANTIATE(double)

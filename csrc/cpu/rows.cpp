@@ -179,7 +179,7 @@ template <class Real>
 int64_t row_loss(const RowParams<Real>& p, const PolicyParams<Real>& policy, int threads) {
   const auto& kernels = kernels_for(p.dtype, Real());
   std::atomic<int64_t> bad{kNoRow};
-  const auto terms = terms_before_logits(policy, threads);
+  const auto constants = constants_before_logits(policy, threads);
   if (p.grad) prefer_large_pages(p);
   for_rows(p.batch * p.length, p.vocab, threads, [&](int64_t i) {
     RowGradient<Real> row{};
@@ -190,9 +190,9 @@ int64_t row_loss(const RowParams<Real>& p, const PolicyParams<Real>& policy, int
       return;
     } else if (p.grad) {
       const int64_t b = i / p.length;
-      const auto token = evaluate_token(policy, terms[b], b, i, row.logp, row.entropy);
-      row.coef = logp_coefficient(policy, terms[b], token);
-      row.entropy_coef = entropy_coefficient(policy, terms[b]);
+      const auto token = evaluate_token(policy, constants[b], b, i, row.logp, row.entropy);
+      row.coef = logp_coefficient(policy, constants[b], token);
+      row.entropy_coef = entropy_coefficient(policy, constants[b]);
     }
     if (p.grad) write_gradient(p, kernels, i, row);
   });

@@ -14,7 +14,7 @@
 namespace grpo::cuda {
 namespace {
 
-std::atomic<bool> use_ring{true}, use_terms_in_kernel{true};
+std::atomic<bool> use_ring{true}, use_constants_in_kernel{true};
 
 int32_t count_rows(const RowParams<float>& p) {
   const int64_t rows = p.batch * p.length;
@@ -102,10 +102,10 @@ int compiled_version() { return CUDART_VERSION; }
 
 bool select_route(const char* name) {
   const bool streaming = !std::strcmp(name, "streaming"),
-             terms = !std::strcmp(name, "terms_kernel");
-  if (!streaming && !terms && std::strcmp(name, "auto") != 0) return false;
+             constants = !std::strcmp(name, "constants_kernel");
+  if (!streaming && !constants && std::strcmp(name, "auto") != 0) return false;
   use_ring = !streaming;
-  use_terms_in_kernel = !terms;
+  use_constants_in_kernel = !constants;
   return true;
 }
 
@@ -122,17 +122,18 @@ void row_gradient(int device, const RowParams<float>& rows, Stream stream) {
 void policy_loss(int device, const PolicyParams<float>& policy, void* workspace, Stream stream) {
   const DeviceGuard guard(device);
   const PolicyKernelParams p = policy_params(policy, workspace, true);
-  launch_terms(p, stream);
+  launch_sequence_constants(p, stream);
   launch_emit(p, device_of(device).architecture >= 90, stream);
 }
 
-void policy_terms(int device, const PolicyParams<float>& policy, void* workspace, Stream stream) {
+void compute_sequence_constants(int device, const PolicyParams<float>& policy, void* workspace,
+                                Stream stream) {
   const DeviceGuard guard(device);
-  launch_terms(policy_params(policy, workspace, false), stream);
+  launch_sequence_constants(policy_params(policy, workspace, false), stream);
 }
 
-const SequenceTerms<float>* terms_in(void* workspace, const PolicyParams<float>& policy) {
-  return divide_workspace(workspace, policy.batch, policy.length).terms;
+const SequenceConstants<float>* constants_in(void* workspace, const PolicyParams<float>& policy) {
+  return divide_workspace(workspace, policy.batch, policy.length).constants;
 }
 
 #if defined(GRPO_CUDA_RING)
@@ -159,7 +160,7 @@ bool row_loss_on_chip(int device, const RowParams<float>& rows, PolicyKernelPara
   const bool reports = p.policy.spec.level == Level::kToken;
   const bool capturing = is_capturing(stream);
   int counter = -1;
-  if (reports && use_terms_in_kernel && forms_terms_in_kernel(p.policy))
+  if (reports && use_constants_in_kernel && computes_constants_in_kernel(p.policy))
     counter = take_report_counter(device, stream, capturing);
   if (counter >= 0) {
     ring.report = {p.workspace.sums, nullptr, counter};
@@ -167,13 +168,13 @@ bool row_loss_on_chip(int device, const RowParams<float>& rows, PolicyKernelPara
     launch_ring(ring, plan, !capturing, stream);
     return true;
   }
-  ring.terms = p.workspace.terms;
+  ring.constants = p.workspace.constants;
   if (reports) ring.report = {p.workspace.sums, p.workspace.finished, -1};
-  launch_terms(p, stream);
+  launch_sequence_constants(p, stream);
   launch_ring(ring, plan, true, stream);
   if (reports) return true;
   p.with_logps = true;
-  launch_terms(p, stream);
+  launch_sequence_constants(p, stream);
   launch_emit(p, true, stream);
   return true;
 }
@@ -188,7 +189,7 @@ void row_loss(int device, const RowParams<float>& rows, const PolicyParams<float
   if (!rows.grad) {
     p.with_logps = true;
     launch_stats(device_of(device), rows, stream);
-    launch_terms(p, stream);
+    launch_sequence_constants(p, stream);
     launch_emit(p, device_of(device).architecture >= 90, stream);
     return;
   }
@@ -199,7 +200,7 @@ void row_loss(int device, const RowParams<float>& rows, const PolicyParams<float
   with_lse.lse = p.workspace.lse;
   launch_stats(device_of(device), with_lse, stream);
   p.with_logps = true;
-  launch_terms(p, stream);
+  launch_sequence_constants(p, stream);
   p.policy.coef = p.workspace.coef;
   p.policy.entropy_coef = policy.spec.entropy_coef != 0 ? p.workspace.entropy_coef : nullptr;
   launch_emit(p, false, stream);

@@ -17,8 +17,9 @@ int compiled_version();
 // Bytes of device workspace that row_loss and policy_loss need.
 int64_t workspace_bytes(int64_t batch, int64_t length);
 
-// Force a kernel variant in tests: "auto", "streaming" (never the ring kernel), or "terms_kernel"
-// (always a separate kernel for the sequences' terms). Returns false for another name.
+// Force a kernel variant in tests: "auto", "streaming" (never the ring kernel), or
+// "constants_kernel" (always a separate kernel for the sequences' constants). Returns false for
+// another name.
 bool select_route(const char* name);
 
 // logits -> logps, entropy, lse.
@@ -30,10 +31,11 @@ void row_gradient(int device, const RowParams<float>& rows, Stream stream);
 // logps -> loss, coefficients, kl, metrics.
 void policy_loss(int device, const PolicyParams<float>& policy, void* workspace, Stream stream);
 
-// Compute the sequences' terms into the workspace, at terms_in, for losses whose coefficients
-// depend on no other row's logits. `policy` has neither logps nor outputs.
-void policy_terms(int device, const PolicyParams<float>& policy, void* workspace, Stream stream);
-const SequenceTerms<float>* terms_in(void* workspace, const PolicyParams<float>& policy);
+// Compute the sequences' constants into the workspace, at constants_in, for losses whose
+// coefficients depend on no other row's logits. `policy` has neither logps nor outputs.
+void compute_sequence_constants(int device, const PolicyParams<float>& policy, void* workspace,
+                                Stream stream);
+const SequenceConstants<float>* constants_in(void* workspace, const PolicyParams<float>& policy);
 
 // Do all of the above with one read of each logit. Requires that a row's coefficient depends on no
 // other row (fits_one_pass in grpo_ext/losses.py). rows.grad may be null.

@@ -1,7 +1,7 @@
-"""The kernels around and of the probability product (csrc/cuda/probability/probability.h), called with tensors.
+"""Call the kernels of the probability route (csrc/cuda/probability/probability.h) on the current stream.
 
-Work is enqueued on the current stream of the tensors' device. `grpo_ext.linear.routes.probabilities` makes the tensors;
-`probabilities_reference` beside it says in plain torch what each kernel computes.
+`grpo_ext.linear.routes.probabilities` allocates the tensors. `grpo_ext.linear.routes.probabilities_reference` has each
+kernel in plain torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from grpo_ext._ops.packing import DTYPE_CODES, Params, count_call, matrix, place
 if TYPE_CHECKING:
     from grpo_ext._ops.schemas import PolicyTensors
 
-#: Vocabulary columns to a partial sum, as in the kernel.
+#: Vocabulary columns per partial sum (kTileColumns of the kernel).
 TILE_COLUMNS = 256
 
 
@@ -31,7 +31,7 @@ class ChunkRows:
     count: int
     first: int
     index: Tensor | None  # (count,) int64
-    mask: Tensor | None  # (tokens,) bool; None: all count
+    mask: Tensor | None  # (tokens,) bool; None: none masked
 
     def params(self) -> Params:
         return {
@@ -44,21 +44,21 @@ class ChunkRows:
 
 @dataclasses.dataclass(frozen=True)
 class RowCoefficients:
-    """A loss in which dLoss/dlogp of a token depends on no other row's logits, ready for `fold`; see
-    `row_coefficients`."""
+    """Inputs of `fold` for a loss whose dLoss/dlogp of a token depends on no other row's logits."""
 
-    tensors: PolicyTensors  # whose addresses are in `policy`
+    tensors: PolicyTensors  # kept alive: `policy` holds their addresses
     policy: Params
     workspace: Tensor
-    terms: int  # address in `workspace`
+    constants: int  # address in `workspace`
 
 
 def row_coefficients(tensors: PolicyTensors, spec: list[float]) -> RowCoefficients:
+    """Compute the sequences' constants, from which `fold` computes each row's coefficient."""
     count_call()
     policy = policy_of(tensors, spec, logps=None, entropy=None, loss=None, kl=None, metrics=None)
     memory = workspace(tensors.mask)
-    terms = _C.cuda_policy_terms(*place(tensors.mask), policy, memory.data_ptr())
-    return RowCoefficients(tensors, policy, memory, terms)
+    constants = _C.cuda_sequence_constants(*place(tensors.mask), policy, memory.data_ptr())
+    return RowCoefficients(tensors, policy, memory, constants)
 
 
 def target_reference(
@@ -74,6 +74,7 @@ def target_reference(
     target: Tensor,
     exponent: Tensor,
 ) -> None:
+    """Gather the chunk's rows, and set each row's reference, target column and exponent (TargetParams)."""
     count_call()
     params = {
         "dtype": DTYPE_CODES[hidden.dtype],
@@ -106,6 +107,7 @@ def product(
     recentred: Tensor,
     exponent: Tensor,
 ) -> None:
+    """Compute E, unless ``probabilities`` is None, and the partial sums (ProductParams)."""
     count_call()
     params = {
         "dtype": DTYPE_CODES[hidden.dtype],
@@ -147,6 +149,7 @@ def fold(
     coefficients: RowCoefficients | None,
     rank: int = -1,
 ) -> None:
+    """Fold the partial sums into log probabilities, entropies and row factors, or into ``sums`` (FoldParams)."""
     count_call()
     params = {
         "dtype": DTYPE_CODES[dtype],
@@ -171,7 +174,7 @@ def fold(
         "stored": 0 if probabilities is None else probabilities.shape[0],
         "vocab": 0 if probabilities is None else probabilities.shape[1],
         "rank": rank,
-        "terms": 0 if coefficients is None else coefficients.terms,
+        "constants": 0 if coefficients is None else coefficients.constants,
         "policy": None if coefficients is None else coefficients.policy,
     }
     _C.cuda_fold_partials(*place(partials), params)
@@ -186,6 +189,7 @@ def scale(
     weight: Tensor,
     out: Tensor,
 ) -> None:
+    """Write ``factor * (product + residual * weight[target])`` to the rows' tokens (ScaleParams)."""
     count_call()
     params = {
         "dtype": DTYPE_CODES[weight.dtype],
@@ -203,6 +207,7 @@ def scale(
 
 
 def scaled_hidden(hidden: Tensor, factor: Tensor, out: Tensor) -> None:
+    """Write ``factor * hidden``, rounded once."""
     count_call()
     params = {
         "dtype": DTYPE_CODES[hidden.dtype],

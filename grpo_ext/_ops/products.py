@@ -1,4 +1,4 @@
-"""Products with the head on Hopper GPUs (csrc/cuda/gemm_sm90/products.h), called with tensors on the current stream."""
+"""Call the products with the LM head on Hopper GPUs (csrc/cuda/gemm_sm90/products.h) on the current stream."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _is_hopper(device: int) -> bool:
 
 
 def served(*matrices: Tensor) -> bool:
-    """Whether the kernels take these: on a Hopper GPU, rows dense and beginning at multiples of 16 bytes."""
+    """Whether the kernels accept these matrices: on a Hopper GPU, dense rows that start at multiples of 16 bytes."""
     if not matrices[0].is_cuda or not _C.CUDA_HOPPER_PRODUCTS or not _is_hopper(matrices[0].get_device()):
         return False
     return all(
@@ -27,10 +27,13 @@ def served(*matrices: Tensor) -> bool:
 
 
 def logits_product(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """``out = hidden @ weight.T + bias``; a row's bits do not depend on the others, nor on their number.
+    """Compute ``out = hidden @ weight.T + bias``. A row's bits depend neither on other rows nor on their number.
 
     Args:
-        hidden: (rows, H), weight: (V, H), both bf16 or fp16. bias: (V,) fp32. out: (rows, V) in their dtype or fp32.
+        hidden: (rows, H), bf16 or fp16.
+        weight: (V, H), dtype of ``hidden``.
+        bias: (V,) fp32, or None.
+        out: (rows, V), dtype of ``hidden`` or fp32.
     """
     count_call()
     params = {
@@ -48,11 +51,18 @@ def logits_product(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Ten
 
 
 def head_gradient(left: Tensor, right: Tensor, upper: Tensor, lower: Tensor, *, first: bool, last: bool) -> None:
-    """Adds ``left.T @ right`` to an fp32 sum that is kept in two planes of 16 bits; `first`: there is none yet; `last`:
-    it is rounded to bf16 into `upper`, and `lower` is done with. For a sum of one product there is `torch.mm`.
+    """Add ``left.T @ right`` to an fp32 sum that is stored in two planes of 16 bits.
 
     Args:
-        left: (rows, V), right: (rows, H), bf16. upper, lower: (V, H) of bf16's size, dense: the halves of fp32 words.
+        left: (rows, V) bf16.
+        right: (rows, H) bf16.
+        upper: (V, H), 16-bit elements, dense: the upper halves of the fp32 words.
+        lower: (V, H), like ``upper``: the lower halves.
+        first: the planes hold no sum yet.
+        last: round the sum to bf16 into ``upper``; ``lower`` is then meaningless.
+
+    Raises:
+        ValueError: both ``first`` and ``last``; use `torch.mm` for a single product.
     """
     count_call()
     params = {

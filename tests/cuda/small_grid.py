@@ -26,7 +26,7 @@ CONFIGS = (
 def main() -> None:
     torch.manual_seed(0)
     shapes = ((7, torch.float32), (1001, torch.bfloat16), (50_261, torch.bfloat16), (25_601, torch.float32))
-    for route, (vocab, dtype), config in itertools.product(("auto", "terms_kernel", "streaming"), shapes, CONFIGS):
+    for route, (vocab, dtype), config in itertools.product(("auto", "constants_kernel", "streaming"), shapes, CONFIGS):
         assert _C.select_cuda_route(route)
         for inplace in (False, True):
             leaf = torch.randn(2, 5, vocab, device="cuda").to(dtype).requires_grad_()

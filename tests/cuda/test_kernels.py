@@ -207,11 +207,11 @@ def test_two_streams_at_once() -> None:
             assert torch.equal(grad, same_grad)
 
 
-# (sequences, tokens of each): one row; few; all that a CTA keeps the terms of; one more; sequences that begin anywhere
+# (sequences, tokens of each): one row; few; the most with constants in a CTA; one more; sequences that begin anywhere
 # in the mask's 16-byte blocks; more pieces of the mask than warps
 @pytest.mark.parametrize("shape", [(1, 1), (2, 7), (64, 3), (65, 3), (5, 1027), (1, 20_000)])
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo"])
-def test_one_launch_equals_the_kernel_for_terms(
+def test_one_launch_equals_the_kernel_for_constants(
     shape: tuple[int, int], loss_type: str, route: Callable[[str], None]
 ) -> None:
     config = LossConfig(loss_type=loss_type, max_completion_length=shape[1], epsilon_high=0.28)
@@ -224,7 +224,7 @@ def test_one_launch_equals_the_kernel_for_terms(
         for num_items in (None, 50):
             more = {"num_items_in_batch": num_items, "importance_weights": weights}
             results = []
-            for path in ("auto", "terms_kernel", "auto"):
+            for path in ("auto", "constants_kernel", "auto"):
                 route(path)
                 results.append(forward_backward(logits, arguments, config, **more))
             for out, grad in results[1:]:

@@ -91,7 +91,7 @@ def test_the_order_of_sums_depends_on_vocabulary_and_dtype_only() -> None:
         assert len(divisions) == 1
 
 
-def own_terms(config: LossConfig, batch: int, length: int, sampling: bool = False) -> bool:
+def local_constants(config: LossConfig, batch: int, length: int, sampling: bool = False) -> bool:
     """What the row kernel decides for a call of that shape; tensors are only there or not."""
     mask = torch.ones(batch, length, dtype=torch.bool)
     some, logps = torch.ones(batch), torch.zeros(batch, length)
@@ -99,7 +99,7 @@ def own_terms(config: LossConfig, batch: int, length: int, sampling: bool = Fals
     policy = policy_of(
         tensors, loss_spec(config, 1.0), logps=logps, entropy=logps, loss=some, kl=logps, metrics=some
     )  # fmt: skip
-    return _C.cuda_forms_terms_in_kernel(policy)
+    return _C.cuda_computes_constants_in_kernel(policy)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def own_terms(config: LossConfig, batch: int, length: int, sampling: bool = Fals
         (64, 1009, True),
         (64, 2033, True),  # two pieces, wherever the sequences begin
         (64, 2034, False),
-        (65, 1, False),  # shared memory holds the terms of 64
+        (65, 1, False),  # shared memory holds the constants of 64
         (1, 131_057, True),
         (1, 131_058, False),  # counting takes longer than the kernel that it saves
         (3, 65_536, False),
@@ -120,18 +120,18 @@ def own_terms(config: LossConfig, batch: int, length: int, sampling: bool = Fals
 def test_one_launch_as_long_as_counting_is_short(batch: int, length: int, expected: bool) -> None:
     for loss_type in ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo"):
         config = LossConfig(loss_type=loss_type, epsilon_high=5.0, max_completion_length=100)
-        assert own_terms(config, batch, length) is expected
+        assert local_constants(config, batch, length) is expected
 
 
-def test_terms_that_need_log_probabilities_come_from_a_kernel() -> None:
+def test_constants_that_need_log_probabilities_come_from_a_kernel() -> None:
     sequence = LossConfig(importance_sampling_level="sequence")
     weights = LossConfig(vllm_importance_sampling_mode="sequence_truncate")
-    assert not own_terms(sequence, 2, 10)
-    assert not own_terms(LossConfig(loss_type="vespo"), 2, 10)
-    assert not own_terms(LossConfig(off_policy_mask_threshold=0.5), 2, 10)
-    assert not own_terms(weights, 2, 10, sampling=True)
-    assert own_terms(weights, 2, 10)  # no sampling log probabilities, no weights
-    assert own_terms(LossConfig(vllm_importance_sampling_mode="token_truncate"), 2, 10, sampling=True)
+    assert not local_constants(sequence, 2, 10)
+    assert not local_constants(LossConfig(loss_type="vespo"), 2, 10)
+    assert not local_constants(LossConfig(off_policy_mask_threshold=0.5), 2, 10)
+    assert not local_constants(weights, 2, 10, sampling=True)
+    assert local_constants(weights, 2, 10)  # no sampling log probabilities, no weights
+    assert local_constants(LossConfig(vllm_importance_sampling_mode="token_truncate"), 2, 10, sampling=True)
 
 
 def test_rows_too_large_for_shared_memory_are_streamed() -> None:

@@ -40,7 +40,7 @@ struct Launch {
   int shared_bytes = 0;
   // Start before the previous kernel of the stream ends (programmatic dependent launch, sm_90 and
   // later); the kernel waits for its results with ptx::wait_for_previous_kernel.
-  bool beside_previous = false;
+  bool overlaps_previous_kernel = false;
 };
 
 template <class... Params>
@@ -58,7 +58,7 @@ void launch(const void* kernel, const Launch& how, Stream stream, const Params&.
     a.val.clusterDim.x = unsigned(how.cluster);
     a.val.clusterDim.y = a.val.clusterDim.z = 1;
   }
-  if (how.beside_previous) {
+  if (how.overlaps_previous_kernel) {
     cudaLaunchAttribute& a = attributes[config.numAttrs++];
     a.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     a.val.programmaticStreamSerializationAllowed = 1;

@@ -1,4 +1,4 @@
-// PTX, one instruction per function, with the architecture that it needs.
+// PTX, one instruction per function.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ __device__ __forceinline__ float exp2(float x) {
   return y;
 }
 
-// 16 bytes that are read once: not kept in L1.
+// Load 16 bytes that are read once, without keeping them in L1.
 __device__ __forceinline__ uint4 load_once(const void* p) {
   uint4 v;
   asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -27,11 +27,11 @@ __device__ __forceinline__ uint4 load_once(const void* p) {
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
-// sm_90: wait for the kernel that this one was launched beside, and for what it wrote.
+// Wait until the kernel that this one overlaps has ended and its writes are visible.
 __device__ __forceinline__ void wait_for_previous_kernel() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 }
-// sm_90: the next kernel of the stream may start, if it was launched to run beside this one.
+// Allow the stream's next kernel to start, if it was launched to overlap this one.
 __device__ __forceinline__ void let_next_kernel_start() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
@@ -52,7 +52,7 @@ __device__ __forceinline__ void cluster_arrive() {
 __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
 }
-// The same variable in the shared memory of CTA `rank` of the cluster.
+// Map a shared-memory address to the same variable of CTA `rank` of the cluster.
 __device__ __forceinline__ uint32_t map_to_rank(uint32_t address, uint32_t rank) {
   uint32_t mapped;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
@@ -70,7 +70,7 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "n"(kCount)
                : "memory");
 }
-// Arrives, and makes the phase wait for `bytes` of asynchronous copies as well.
+// Arrive, and make the phase wait for `bytes` of asynchronous copies as well.
 __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
@@ -86,7 +86,7 @@ __device__ __forceinline__ bool mbarrier_try_wait(uint32_t barrier, uint32_t par
       : "memory");
   return done;
 }
-// The same question without waiting.
+// Test the phase without waiting.
 __device__ __forceinline__ bool mbarrier_test_wait(uint32_t barrier, uint32_t parity) {
   uint32_t done;
   asm volatile(
@@ -98,7 +98,7 @@ __device__ __forceinline__ bool mbarrier_test_wait(uint32_t barrier, uint32_t pa
       : "memory");
   return done;
 }
-// 16 bytes into a CTA of the cluster; counts on that CTA's mbarrier when they are there.
+// Store 16 bytes in a CTA of the cluster; completes on that CTA's mbarrier.
 __device__ __forceinline__ void store_async(uint32_t address, float4 v, uint32_t barrier) {
   asm volatile(
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, "
@@ -108,7 +108,7 @@ __device__ __forceinline__ void store_async(uint32_t address, float4 v, uint32_t
       : "memory");
 }
 
-// How soon the L2 cache is to part with the lines of a bulk copy.
+// L2 policies of a bulk copy: how soon its lines are evicted.
 __device__ __forceinline__ uint64_t evict_last() {
   uint64_t policy;
   asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
@@ -125,7 +125,7 @@ __device__ __forceinline__ uint64_t evict_first() {
   return policy;
 }
 
-// Global to shared, 16-byte aligned and sized; counts on the mbarrier.
+// Copy global to shared memory, 16-byte aligned and sized; completes on the mbarrier.
 __device__ __forceinline__ void bulk_load(uint32_t to, const void* from, uint32_t bytes,
                                           uint32_t barrier) {
   asm volatile(
@@ -143,7 +143,8 @@ __device__ __forceinline__ void bulk_load(uint32_t to, const void* from, uint32_
       : "memory");
 }
 
-// Shared to global, 16-byte aligned and sized; joins the thread's open group of bulk stores.
+// Copy shared to global memory, 16-byte aligned and sized; joins the thread's open group of bulk
+// stores.
 __device__ __forceinline__ void bulk_store(void* to, uint32_t from, uint32_t bytes,
                                            uint64_t policy) {
   asm volatile(
@@ -154,31 +155,31 @@ __device__ __forceinline__ void bulk_store(void* to, uint32_t from, uint32_t byt
 __device__ __forceinline__ void bulk_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
-// Until all groups have read their source.
+// Wait until all groups have read their source.
 __device__ __forceinline__ void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
-// Until all groups have written as well.
+// Wait until all groups have also written their destination.
 __device__ __forceinline__ void bulk_wait() {
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
-// Shared memory that this thread has written may be read by bulk stores.
+// Make this thread's writes to shared memory visible to bulk stores.
 __device__ __forceinline__ void fence_shared_for_bulk() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 #else
 
-__device__ __forceinline__ void wait_for_previous_kernel() {}  // runs after it anyway
+__device__ __forceinline__ void wait_for_previous_kernel() {}  // kernels do not overlap
 __device__ __forceinline__ void let_next_kernel_start() {}
 
 #endif
 
-// Barrier among `threads` threads of the block; 0 is __syncthreads.
+// Synchronize `threads` threads of the block; barrier 0 is __syncthreads.
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-// The same; true in all threads if `mine` is true in any.
+// Synchronize, and return in all threads whether `mine` is true in any.
 __device__ __forceinline__ bool named_barrier_any(int id, int threads, bool mine) {
   uint32_t any;
   asm volatile(

@@ -1,9 +1,9 @@
-// The epilogue that adds up over chunks of rows: accumulators + what earlier chunks have left.
+// Epilogue of head_gradient: add the accumulators to the sum of the earlier chunks of rows.
 //
-// The fp32 sum lives in two planes of 16 bits, the upper and the lower halves of its words. The
-// last chunk rounds the sum to bf16 into the upper plane, which then is the gradient: in all 4
-// bytes per element, where an fp32 sum and a gradient beside it are 6, and 4 + 4 + 2 bytes of
-// traffic for two chunks, where a sum in fp32 and its rounding by another kernel are 18.
+// The fp32 sum is stored in two planes of 16 bits, the upper and the lower halves of its words. The
+// last chunk rounds the sum to bf16 into the upper plane, which then is the gradient. Memory is 4
+// bytes per element; an fp32 sum plus a separate gradient takes 6. Traffic of two chunks is
+// 4 + 4 + 2 bytes; an fp32 sum and another kernel that rounds it take 18.
 #pragma once
 
 #include "cuda/gemm_sm90/mainloop.cuh"
@@ -13,12 +13,12 @@
 namespace grpo::cuda {
 
 struct PlaneSumParams {
-  CUtensorMap upper, lower;                // of the result, boxes of 64 x 64
-  CUtensorMap upper_before, lower_before;  // the same planes, boxes of 128 rows x 64
+  CUtensorMap upper, lower;                // to store, boxes of 64 x 64
+  CUtensorMap upper_before, lower_before;  // the same planes, to load, boxes of 128 rows x 64
 };
 
-// kBefore: the planes hold a sum. kLast: the result is rounded, and needs the upper plane only.
-template <bool kBefore, bool kLast>
+// kHasSum: the planes hold a sum. kLast: round the result into the upper plane.
+template <bool kHasSum, bool kLast>
 class PlaneSum {
  public:
   using Element = __nv_bfloat16;
@@ -27,9 +27,9 @@ class PlaneSum {
   struct Shared {
     alignas(1024) BlockStore::Buffers buffers[2];
   };
-  // A block of 64 columns of what was there comes through the ring like the operands, in time.
+  // Blocks of 64 columns of the earlier sum arrive through the ring, prefetched like the operands.
   static constexpr int kBlocks = TensorTile::kColumns / BlockStore::kColumns;
-  static constexpr int kStages = kBefore ? kBlocks : 0;
+  static constexpr int kStages = kHasSum ? kBlocks : 0;
   static __device__ __forceinline__ void load(const Params& p, int row, int tile, int block,
                                               uint32_t to, uint32_t full) {
     const int column = tile * TensorTile::kColumns + block * BlockStore::kColumns;
@@ -47,25 +47,25 @@ class PlaneSum {
 #pragma unroll
     for (int c = 0; c < kBlocks; ++c) {
       uint32_t upper[16], lower[16];
-      if constexpr (kBefore) {
+      if constexpr (kHasSum) {
         const uint32_t block = stages.wait() + group_ * BlockStore::kBytes;
         load_block(block, thread_, upper);
         load_block(block + kPlaneBytes, thread_, lower);
         ptx::named_barrier(1 + group_, 128);
-        stages.give_back();
+        stages.release_stage();
       }
 #pragma unroll
       for (int n = 0; n < 16; ++n) {
-        float left = z[32 * c + 2 * n], right = z[32 * c + 2 * n + 1];
-        if constexpr (kBefore) {
-          left += __uint_as_float(__byte_perm(lower[n], upper[n], 0x5410));
-          right += __uint_as_float(__byte_perm(lower[n], upper[n], 0x7632));
+        float even = z[32 * c + 2 * n], odd = z[32 * c + 2 * n + 1];
+        if constexpr (kHasSum) {
+          even += __uint_as_float(__byte_perm(lower[n], upper[n], 0x5410));
+          odd += __uint_as_float(__byte_perm(lower[n], upper[n], 0x7632));
         }
         if constexpr (kLast) {
-          upper[n] = pack_pair(left, right, Element());
+          upper[n] = pack_pair(even, odd, Element());
         } else {
-          upper[n] = __byte_perm(__float_as_uint(left), __float_as_uint(right), 0x7632);
-          lower[n] = __byte_perm(__float_as_uint(left), __float_as_uint(right), 0x5410);
+          upper[n] = __byte_perm(__float_as_uint(even), __float_as_uint(odd), 0x7632);
+          lower[n] = __byte_perm(__float_as_uint(even), __float_as_uint(odd), 0x5410);
         }
       }
       const int column = tile * TensorTile::kColumns + c * BlockStore::kColumns;
@@ -77,7 +77,7 @@ class PlaneSum {
   __device__ __forceinline__ void end() { store_.end(); }
 
  private:
-  static constexpr int kPlaneBytes = 2 * BlockStore::kBytes;  // of 128 rows
+  static constexpr int kPlaneBytes = 2 * BlockStore::kBytes;  // 128 rows x 64 columns
 
   const Params& p_;
   int group_, thread_;

@@ -1,4 +1,4 @@
-// The products' interface in every build: checks that the build and the device have the kernels.
+// The products' interface in every build: check the device and the build, then launch.
 #include "cuda/base/launch.h"
 #include "cuda/gemm_sm90/products.h"
 
@@ -33,7 +33,9 @@ void logits_product(int device, const LogitsProductParams& p, Stream stream) {
 
 void head_gradient(int device, const HeadGradientParams& p, Stream stream) {
   if (p.first && p.last)
-    throw std::invalid_argument("grpo_ext: head_gradient adds up several products, not one");
+    throw std::invalid_argument(
+        "grpo_ext: head_gradient got first and last for one chunk: use torch.mm for a single "
+        "product");
   run("head_gradient", device, p, stream);
 }
 

@@ -1,4 +1,4 @@
-// The launcher of every product in this folder.
+// Launch any product of this folder: tensor maps, tiles, shared memory and grid.
 #pragma once
 
 #include "cuda/base/launch.h"
@@ -10,10 +10,10 @@ namespace grpo::cuda {
 // left (rows x depth) times right (depth x columns).
 struct ProductShape {
   int64_t rows, columns, depth;
-  bool rows_first;  // consecutive tiles differ in their rows, not in their columns
+  bool rows_first;  // tiles run down the rows before they move to the next columns
 };
 
-// A matrix whose rows lie `stride` elements apart, in the layout that Epilogue::kDepthMajor names.
+// A matrix with rows `stride` elements apart; Epilogue::kDepthMajor gives its layout.
 struct Operand {
   const void* data;
   int64_t stride;
@@ -33,7 +33,7 @@ void launch_tensor_product(int multiprocessors, const ProductShape& shape, Opera
       tiles(shape.rows, 2 * Tile::kRows), tiles(shape.columns, Tile::kColumns),
       tiles(shape.depth, Tile::kDepth),   shape.rows_first};
   constexpr int kSharedBytes = kEpilogueOffset + int(sizeof(typename Epilogue::Shared));
-  static_assert(kSharedBytes <= 227 * 1024, "what a block of sm_90 can have");
+  static_assert(kSharedBytes <= 227 * 1024, "limit of a block on sm_90");
   const void* kernel = reinterpret_cast<const void*>(&tensor_product_kernel<Epilogue>);
   GRPO_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));

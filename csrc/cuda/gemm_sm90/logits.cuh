@@ -1,5 +1,4 @@
-// The epilogue that rounds or keeps: accumulators + a number per column, in the factors' dtype or
-// fp32.
+// Epilogue of logits_product: add the bias, and round to the operands' dtype or keep fp32.
 #pragma once
 
 #include "cuda/gemm_sm90/mainloop.cuh"
@@ -9,10 +8,10 @@
 namespace grpo::cuda {
 
 struct LogitsParams : LogitsProductParams {
-  CUtensorMap rounded;  // of `out`, if it has the factors' dtype
+  CUtensorMap rounded;  // of `out`, if it has the operands' dtype
 };
 
-// T: of the factors. kRounded: the result has that dtype, else fp32.
+// T: dtype of the operands. kRounded: the result has that dtype, else fp32.
 template <class T, bool kRounded>
 class Logits {
  public:
@@ -61,7 +60,7 @@ class Logits {
   }
 
  private:
-  // Sixteen pairs of a block of 64 columns: pair n is row first + 8 (n % 2), column + 8 (n / 2).
+  // Store a block of 64 columns: pair n of z is at row first + 8 (n % 2), column + 8 (n / 2).
   __device__ __forceinline__ void store_wide(const float* z, int first, int column) const {
 #pragma unroll
     for (int n = 0; n < 16; ++n) {

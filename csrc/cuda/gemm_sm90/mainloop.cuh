@@ -1,13 +1,12 @@
-// Products of bf16 or fp16 matrices with an epilogue of one's own; sm_90a.
+// Products of bf16 or fp16 matrices on sm_90a: fp32 accumulators, one epilogue class per product.
 //
-// Persistent pairs of CTAs. A tile is 128 rows (64 for each of two warpgroups) by 256 columns; the
-// two CTAs of a pair take tiles above one another and each loads half of the columns' operand for
-// both. A loading warp keeps a ring of four stages full, 64 deep each.
+// Persistent pairs of CTAs. A tile is 128 rows (64 for each of two consumer warpgroups) by 256
+// columns. The two CTAs of a pair take tiles of adjacent rows, and each loads half of the right
+// operand for both. A loading warp fills a ring of four stages, each 64 deep.
 //
-// The two warpgroups of a tile meet nowhere: each goes through the stages and its epilogue at its
-// own pace, up to a ring's length ahead of the other, so that one may have the tensor cores while
-// the other is in its epilogue. How much of an epilogue that hides, and what keeping the two apart
-// on purpose did, is in bench/NOTES.md.
+// The two consumer warpgroups never synchronize with each other. One may be a ring's length ahead,
+// so one can multiply while the other runs its epilogue. bench/NOTES.md has measurements of the
+// epilogue time that this hides, and of spacing the warpgroups on purpose.
 #pragma once
 
 #include <cuda.h>
@@ -20,19 +19,19 @@ namespace grpo::cuda {
 struct TensorTile {
   static constexpr int kRows = 128, kColumns = 256, kDepth = 64;  // elements
   static constexpr int kStages = 4;
-  static constexpr int kGroupRows = 64;  // of a warpgroup
+  static constexpr int kGroupRows = 64;  // per consumer warpgroup
   static constexpr int kLeftBytes = kRows * kDepth * 2, kRightBytes = kColumns * kDepth * 2;
   static constexpr int kBoxBytes = 64 * 64 * 2;
-  static constexpr int kThreads = 3 * 128;  // loading, and two that multiply
+  static constexpr int kThreads = 3 * 128;  // a loading warpgroup and two consumers
   static constexpr int kAccumulators = kGroupRows * kColumns / 128;
 };
 
-// left (M x K) times right (K x N). Operands are both K-major, left as [M, K] and right as [N, K]
-// in memory; or both the other way, left as [K, M] and right as [K, N].
+// left (M x K) times right (K x N). In memory both operands are K-major, [M, K] and [N, K], or both
+// are not, [K, M] and [K, N].
 struct TensorOperands {
   CUtensorMap left, right;
-  int32_t row_pairs, column_tiles, depth_steps;  // of 256 rows, 256 columns, 64
-  bool rows_first;                               // whether neighbouring tiles in time differ in row
+  int32_t row_pairs, column_tiles, depth_steps;  // of 256 rows, 256 columns, 64 deep
+  bool rows_first;                               // see ProductShape
 };
 
 struct TensorShared {
@@ -40,13 +39,13 @@ struct TensorShared {
   unsigned char right[TensorTile::kStages][TensorTile::kRightBytes];
   uint64_t full[TensorTile::kStages], empty[TensorTile::kStages];
 };
-// Where an epilogue's own shared memory begins, as the copy engine's swizzle wants it.
+// Offset of the epilogue's shared memory; the 128-byte swizzle needs 1024-byte alignment.
 constexpr int kEpilogueOffset = (int(sizeof(TensorShared)) + 1023) / 1024 * 1024;
 
-// Tiles of one pair of CTAs, in order.
-class TileWalk {
+// Iterates over the tiles of one pair of CTAs.
+class TileCursor {
  public:
-  __device__ TileWalk(const TensorOperands& o, uint32_t rank)
+  __device__ TileCursor(const TensorOperands& o, uint32_t rank)
       : o_(o), rank_(rank), at_(blockIdx.x / 2), count_(o.row_pairs * o.column_tiles) {}
   __device__ bool more() const { return at_ < count_; }
   __device__ void advance() { at_ += gridDim.x / 2; }
@@ -64,7 +63,7 @@ class TileWalk {
   uint32_t rank_, at_, count_;
 };
 
-// A stage and how often the ring has come round, as the parity that a wait wants.
+// A stage of the ring, and the parity of the phase to wait for.
 struct StageCursor {
   int stage = 0;
   uint32_t parity = 0;
@@ -78,7 +77,7 @@ __device__ __forceinline__ void wait_for(uint64_t* barrier, uint32_t parity) {
   }
 }
 
-// Behind a tile's operands come what its epilogue wants of memory.
+// Fill the ring with each tile's operands, then with the data that its epilogue reads.
 template <class Epilogue>
 __device__ __forceinline__ void load_tiles(const TensorOperands& o,
                                            const typename Epilogue::Params& p, TensorShared& sh,
@@ -86,16 +85,16 @@ __device__ __forceinline__ void load_tiles(const TensorOperands& o,
   using Tile = TensorTile;
   constexpr uint16_t kBoth = 3;
   StageCursor at;
-  at.parity = 1;  // a fresh barrier's phase before the first counts as over
+  at.parity = 1;  // on a new barrier, the phase before the first counts as complete
   const auto next_stage = [&](uint32_t bytes) {
     wait_for(&sh.empty[at.stage], at.parity);
     const uint32_t full = ptx::shared_address(&sh.full[at.stage]);
     ptx::mbarrier_arrive_expect(full, bytes);
     return full;
   };
-  for (TileWalk walk(o, rank); walk.more(); walk.advance()) {
-    const int row = walk.first_row();
-    const int column = walk.column_tile() * Tile::kColumns + int(rank) * Tile::kColumns / 2;
+  for (TileCursor tiles(o, rank); tiles.more(); tiles.advance()) {
+    const int row = tiles.first_row();
+    const int column = tiles.column_tile() * Tile::kColumns + int(rank) * Tile::kColumns / 2;
     for (int step = 0; step < o.depth_steps; ++step, at.advance()) {
       const int depth = step * Tile::kDepth;
       const uint32_t full = next_stage(Tile::kLeftBytes + Tile::kRightBytes);
@@ -116,12 +115,12 @@ __device__ __forceinline__ void load_tiles(const TensorOperands& o,
     }
     for (int n = 0; n < Epilogue::kStages; ++n, at.advance()) {
       const uint32_t full = next_stage(Tile::kRightBytes);
-      Epilogue::load(p, row, walk.column_tile(), n, ptx::shared_address(sh.right[at.stage]), full);
+      Epilogue::load(p, row, tiles.column_tile(), n, ptx::shared_address(sh.right[at.stage]), full);
     }
   }
 }
 
-// One warpgroup's half of a stage: 64 x 256 x 64.
+// Multiply one stage into one warpgroup's accumulators: 64 x 256 x 64.
 template <class T, bool kDepthMajor>
 __device__ __forceinline__ void multiply(float (&sum)[TensorTile::kAccumulators], TensorShared& sh,
                                          int stage, int group, bool accumulate) {
@@ -139,25 +138,25 @@ __device__ __forceinline__ void multiply(float (&sum)[TensorTile::kAccumulators]
   ptx::product_commit();
 }
 
-// The warpgroup has read a stage: both CTAs may fill it again.
+// Signal that the warpgroup has read a stage: both CTAs write to it.
 __device__ __forceinline__ void release(TensorShared& sh, int stage, int thread) {
   if ((thread & 31) == 0 && thread < 64)
     ptx::mbarrier_arrive_remote(
         ptx::map_to_rank(ptx::shared_address(&sh.empty[stage]), uint32_t(thread) / 32));
 }
 
-// The stages behind a tile's operands, for its epilogue.
+// The ring stages that follow a tile's operands, for its epilogue.
 class EpilogueStages {
  public:
   __device__ EpilogueStages(TensorShared& sh, StageCursor& at, int thread)
       : sh_(sh), at_(at), thread_(thread) {}
-  // Where the next one lies in shared memory.
+  // Wait for the next stage and return its shared-memory address.
   __device__ __forceinline__ uint32_t wait() {
     wait_for(&sh_.full[at_.stage], at_.parity);
     return ptx::shared_address(sh_.right[at_.stage]);
   }
-  // Called by all threads of the warpgroup, when all have read it.
-  __device__ __forceinline__ void give_back() {
+  // Call from all threads of the warpgroup, after all have read the stage.
+  __device__ __forceinline__ void release_stage() {
     release(sh_, at_.stage, thread_);
     at_.advance();
   }
@@ -168,20 +167,23 @@ class EpilogueStages {
   int thread_;
 };
 
-// Epilogue: `Element` is the operands' type, `kDepthMajor` whether they lie K-major. Constructed
-// per thread of a multiplying warpgroup; `begin(row, tile)` before a tile's products (row: the
-// first of the warpgroup), `finish(sum, row, tile, stages)` behind them, `end()` at last. Where it
-// has `kStages`, `load(params, row, tile, n, to, full)` fills the n-th of them, of kRightBytes, for
-// the tile's 128 rows from `row` on. Named barrier 1 + group is its own.
+// Multiply all tiles of a consumer warpgroup. The members of an Epilogue:
+// - Element: dtype of the operands; kDepthMajor: both are K-major in memory.
+// - Params (kernel argument), Shared (shared memory), and a constructor, called once per thread.
+// - begin(row, tile) before a tile's products, finish(sum, row, tile, stages) after them, end()
+//   after the last tile. `row` is the warpgroup's first row.
+// - kStages: ring stages that follow the operands; load(params, row, tile, n, to, full) fills the
+//   n-th with kRightBytes for the tile's 128 rows from `row` on.
+// Named barrier 1 + group is reserved for the epilogue.
 template <class Epilogue>
 __device__ __forceinline__ void multiply_tiles(const TensorOperands& o, TensorShared& sh,
                                                uint32_t rank, int group, int thread,
                                                Epilogue& epilogue) {
   float sum[TensorTile::kAccumulators];
   StageCursor at;
-  for (TileWalk walk(o, rank); walk.more(); walk.advance()) {
-    const int row = walk.first_row() + group * TensorTile::kGroupRows;
-    const int tile = walk.column_tile();
+  for (TileCursor tiles(o, rank); tiles.more(); tiles.advance()) {
+    const int row = tiles.first_row() + group * TensorTile::kGroupRows;
+    const int tile = tiles.column_tile();
     epilogue.begin(row, tile);
     int before = 0;
     for (int step = 0; step < o.depth_steps; ++step, at.advance()) {
@@ -229,7 +231,7 @@ __global__ void __launch_bounds__(TensorTile::kThreads, 1)
     Epilogue epilogue(p, own, group, thread);
     multiply_tiles(o, sh, rank, group, thread, epilogue);
   }
-  // Nobody leaves while the other CTA may still signal here.
+  // A CTA must not exit while the other one may still signal it.
   ptx::cluster_arrive();
   ptx::cluster_wait();
 }

@@ -1,8 +1,8 @@
-// The epilogue that exponentiates and sums: accumulators -> E, and two sums per row and tile.
+// Epilogue of probability_product: E from the accumulators, and two sums per row and tile.
 //
-// Four instructions per element. Their floor is the exponential's rate, 16 per cycle and SM: 1024
-// cycles for a warpgroup's 64 x 256 elements, where the products of the tile take 16,000 at H =
-// 1024. Where a row's sum leaves the range, the tile's accumulators are exponentiated once more.
+// Four instructions per element. The exponential's rate of 16 per cycle and SM sets the lower
+// bound: 1024 cycles for a warpgroup's 64 x 256 elements. The products of the tile take 16,000 at H
+// = 1024. If a row's sum is too great, the tile's accumulators are exponentiated a second time.
 #pragma once
 
 #include "cuda/gemm_sm90/mainloop.cuh"
@@ -17,8 +17,8 @@ struct ExponentialsParams : ProductParams {
 
 static_assert(kTileColumns == TensorTile::kColumns, "one partial sum a tile");
 
-// Sums over the tile's columns are formed in an order that depends on nothing but the tile: a
-// thread adds its 64 columns in order, four lanes share a row.
+// A row's sums over the tile have a fixed order: a thread adds its 64 columns in order, then the
+// four lanes of the row combine theirs.
 template <bool kStore>
 class Exponentials {
  public:
@@ -29,12 +29,12 @@ class Exponentials {
   static __device__ void load(const Params&, int, int, int, uint32_t, uint32_t) {}
   struct Shared {
     alignas(1024) BlockStore::Buffers buffers[2];
-    float column_term[2][TensorTile::kColumns];
+    float column_bias[2][TensorTile::kColumns];
   };
 
   __device__ Exponentials(const Params& p, Shared& shared, int group, int thread)
       : p_(p),
-        column_term_(shared.column_term[group]),
+        column_bias_(shared.column_bias[group]),
         barrier_(1 + group),
         thread_(thread),
         lowest_(kLowestExponent / p.slope),
@@ -55,13 +55,13 @@ class Exponentials {
     const int first = row + thread_ / 32 * 16 + (thread_ & 31) / 4;
     const int column0 = 2 * (thread_ & 3);  // of the thread's first element in the tile
     if (p_.bias != nullptr || (tile + 1) * TensorTile::kColumns > p_.vocab) {
-      add_column_terms(z, tile, column0);
+      add_column_biases(z, tile, column0);
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int own = target_[i] - tile * TensorTile::kColumns - column0;
       if (own < 0 || own >= TensorTile::kColumns - column0 || (own & 6) != 0) continue;
-      // This thread has the row's target: its exponent goes to memory and leaves the sums.
+      // This thread has the row's target: store its exponent, and exclude it from the sums.
       float logit = 0.f;
 #pragma unroll
       for (int k = 0; k < TensorTile::kAccumulators; ++k) {
@@ -72,19 +72,19 @@ class Exponentials {
       p_.exponent[first + 8 * i] = fmaf(logit, p_.slope, -reference_[i]);
     }
     float sum[2], weighted[2];
-    bool over[2] = {};
+    bool recentred[2] = {};
 #pragma unroll 1
-    for (bool again = true; again;) {
+    for (bool repeat = true; repeat;) {
       exponentiate(z, row, tile, sum, weighted);
-      again = recentre(z, sum, over);
+      repeat = recentre(z, sum, recentred);
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int64_t r = first + 8 * i;
       if ((thread_ & 3) != 0 || r >= p_.rows) continue;
       reinterpret_cast<float2*>(p_.partials)[tile * p_.partials_stride + r] = {
-          over[i] ? -sum[i] : sum[i], weighted[i]};
-      if (over[i]) p_.recentred[tile * p_.recentred_stride + r] = reference_[i];
+          recentred[i] ? -sum[i] : sum[i], weighted[i]};
+      if (recentred[i]) p_.recentred[tile * p_.recentred_stride + r] = reference_[i];
     }
   }
 
@@ -93,7 +93,7 @@ class Exponentials {
   }
 
  private:
-  // E of the accumulators to memory, and its sums over each row of the tile.
+  // Compute E, store it, and sum each row over the tile.
   __device__ __forceinline__ void exponentiate(const float (&z)[TensorTile::kAccumulators], int row,
                                                int tile, float (&sum)[2], float (&weighted)[2]) {
     sum[0] = sum[1] = weighted[0] = weighted[1] = 0.f;
@@ -127,20 +127,20 @@ class Exponentials {
       }
     }
   }
-  // Whether E has to be made again: a row's sum is too great. The greatest exponent of the tile, a
-  // whole number, becomes the reference of such a row, so that what E is multiplied by later, to
-  // share a reference with other tiles, is a power of two.
+  // Choose a new reference for rows with too great a sum; returns whether to exponentiate again.
+  // The reference is the row's greatest exponent in the tile, rounded to a whole number. A later
+  // change of E to a common reference then multiplies by a power of two, which is exact.
   __device__ __forceinline__ bool recentre(const float (&z)[TensorTile::kAccumulators],
-                                           const float (&sum)[2], bool (&over)[2]) {
-    const bool now[2] = {sum[0] >= kGreatestSum && !over[0], sum[1] >= kGreatestSum && !over[1]};
-    // By all threads that store together.
-    if (!(kStore ? ptx::named_barrier_any(barrier_, 128, now[0] || now[1])
-                 : __any_sync(~0u, now[0] || now[1])))
+                                           const float (&sum)[2], bool (&recentred)[2]) {
+    const bool exceeds[2] = {sum[0] >= kGreatestSum && !recentred[0],
+                             sum[1] >= kGreatestSum && !recentred[1]};
+    // Threads that store together repeat together.
+    if (!(kStore ? ptx::named_barrier_any(barrier_, 128, exceeds[0] || exceeds[1])
+                 : __any_sync(~0u, exceeds[0] || exceeds[1])))
       return false;
     float slope = p_.slope;
-    asm volatile(
-        ""
-        : "+f"(slope));  // or the compiler looks for the greatest ahead of the loop, always
+    // Keep the compiler from hoisting the search for the maximum out of the loop.
+    asm volatile("" : "+f"(slope));
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float greatest = -INFINITY;
@@ -149,39 +149,39 @@ class Exponentials {
         greatest = fmaxf(greatest, fmaxf(z[k] * slope, z[k + 1] * slope));
 #pragma unroll
       for (int o = 1; o < 4; o *= 2) greatest = fmaxf(greatest, __shfl_xor_sync(~0u, greatest, o));
-      if (now[i]) reference_[i] = rintf(greatest);
-      over[i] |= now[i];
+      if (exceeds[i]) reference_[i] = rintf(greatest);
+      recentred[i] |= exceeds[i];
     }
-    end();  // what is stored so far must not arrive after what is stored now
+    end();  // the first stores of E must not arrive after the second
     return true;
   }
 
-  // A bias, and -inf for columns beyond the vocabulary.
-  __device__ __forceinline__ void load_column_terms(int tile) {
+  // The bias of each column; beyond the vocabulary, the logit that stands for -inf.
+  __device__ __forceinline__ void load_column_biases(int tile) {
     const int64_t first = int64_t(tile) * TensorTile::kColumns;
-    ptx::named_barrier(barrier_, 128);  // the last tile's have been read
+    ptx::named_barrier(barrier_, 128);  // the previous tile's biases have been read
     for (int c = thread_; c < TensorTile::kColumns; c += 128) {
-      float term = lowest_;
+      float value = lowest_;
       if (first + c < p_.vocab) {
         const float bias = p_.bias ? p_.bias[first + c] : 0.f;
-        if (!(bias * p_.slope < kLowestExponent)) term = bias;  // a NaN stays one
+        if (!(bias * p_.slope < kLowestExponent)) value = bias;  // keeps NaN
       }
-      column_term_[c] = term;
+      column_bias_[c] = value;
     }
     ptx::named_barrier(barrier_, 128);
   }
-  __device__ __forceinline__ void add_column_terms(float (&z)[TensorTile::kAccumulators], int tile,
-                                                   int column0) {
-    load_column_terms(tile);
+  __device__ __forceinline__ void add_column_biases(float (&z)[TensorTile::kAccumulators], int tile,
+                                                    int column0) {
+    load_column_biases(tile);
 #pragma unroll
     for (int k = 0; k < TensorTile::kAccumulators; ++k)
-      z[k] += column_term_[column0 + k / 4 * 8 + k % 2];
+      z[k] += column_bias_[column0 + k / 4 * 8 + k % 2];
   }
 
   const Params& p_;
-  float* column_term_;
+  float* column_bias_;
   int barrier_, thread_;
-  float lowest_;  // an accumulator that stands for -inf
+  float lowest_;  // logit that stands for -inf
   BlockStore store_;
   float reference_[2];
   int target_[2];

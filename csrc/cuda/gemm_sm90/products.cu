@@ -1,4 +1,4 @@
-// Each product's epilogue, its parameters and its variants.
+// Choose each product's epilogue and launch it.
 #include "cuda/gemm_sm90/head_gradient.cuh"
 #include "cuda/gemm_sm90/launcher.cuh"
 #include "cuda/gemm_sm90/logits.cuh"
@@ -9,7 +9,7 @@ namespace {
 
 template <class Epilogue>
 void launch_forward(int multiprocessors, const typename Epilogue::Params& p, Stream stream) {
-  // Rows first: the head is read once, hidden states stay in L2.
+  // Rows first: the hidden states stay in L2, and the head is read once.
   launch_tensor_product<Epilogue>(multiprocessors, {p.rows, p.vocab, p.hidden_size, true},
                                   {p.hidden, p.hidden_stride}, {p.weight, p.weight_stride}, p,
                                   stream);
@@ -49,7 +49,7 @@ void launch_product(int multiprocessors, const HeadGradientParams& p, Stream str
   const auto launcher = p.first  ? launch_tensor_product<PlaneSum<false, false>>
                         : p.last ? launch_tensor_product<PlaneSum<true, true>>
                                  : launch_tensor_product<PlaneSum<true, false>>;
-  // Columns first: the chunk's rows of hidden states stay in L2, `left` is read once.
+  // Columns first: the chunk's hidden states stay in L2, and `left` is read once.
   launcher(multiprocessors, {p.vocab, p.hidden_size, p.rows, false}, {p.left, p.left_stride},
            {p.right, p.right_stride}, e, stream);
 }

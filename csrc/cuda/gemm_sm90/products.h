@@ -1,8 +1,8 @@
-// The products around a head that cuBLAS serves less well, on sm_90a (mainloop.cuh).
+// Products with the LM head on sm_90a (mainloop.cuh), each for what cuBLAS does not offer.
 //
-// `logits_product`: a logit has the same bits whatever the number of rows, so a call needs no
-// blocks of a fixed shape. `head_gradient`: the sum over chunks of rows is rounded where it is
-// finished.
+// `probability_product` exponentiates in the epilogue. `logits_product` computes a logit with the
+// same bits for any number of rows, so that a call needs no blocks of a fixed shape.
+// `head_gradient` accumulates over chunks of rows and rounds in the last chunk.
 #pragma once
 
 #include <cstdint>
@@ -12,35 +12,36 @@
 
 namespace grpo::cuda {
 
-// Columns of a tile: there are ceil(vocab / kTileColumns) partial sums per row.
+// Columns of a tile; a row has ceil(vocab / kTileColumns) partial sums.
 constexpr int kTileColumns = 256;
-// A tile of a row whose exponentials add up to this much (2^64) is exponentiated again, relative to
-// its own greatest logit. Below it, the sum of 2^18 elements times a weight of 2^9 is a finite
-// float, and its reciprocal times a coefficient of 2^-30 is a normal one.
+// If a row's exponentials in a tile sum to 2^64 or more, the row is recentred in that tile:
+// exponentiated again, relative to its greatest logit there. Below this sum, 2^18 elements times a
+// weight of 2^9 add up to a finite float, and its reciprocal times a coefficient of 2^-30 is a
+// normal one.
 constexpr float kGreatestSum = 18446744073709551616.f;
-// Stands for -inf in exponents: 2^t = 0 and 0 t = 0, relative to any reference.
+// Replaces an exponent of -inf: 2^t = 0 and t 2^t = 0, relative to any reference.
 constexpr float kLowestExponent = -1e30f;
 
 struct ProductParams {
-  DType dtype;
+  DType dtype;  // of hidden, weight and probabilities: bf16
   int32_t rows, vocab, hidden_size;
-  const void* hidden;
-  int64_t hidden_stride;
-  const void* weight;
-  int64_t weight_stride;
-  const float* bias;
-  const float* reference;  // [rows]
-  const int32_t* target;   // [rows]
-  float slope;
-  void* probabilities;  // [rows, vocab] of dtype, 0 at the target; null: not stored
-  int64_t stride;       // between its rows, a multiple of 8 elements
-  // [tiles, rows, 2]: sums of 2^t and t 2^t, target excluded. A negative first one: the tile is
-  // recentred, its t are relative to `recentred`, and the sum is the absolute value.
+  const void* hidden;      // [rows, hidden_size]
+  int64_t hidden_stride;   // a multiple of 8, as hidden_size is
+  const void* weight;      // [vocab, hidden_size]
+  int64_t weight_stride;   // a multiple of 8
+  const float* bias;       // [vocab] or null
+  const float* reference;  // [rows], base 2
+  const int32_t* target;   // [rows] column, -1: none on this rank
+  float slope;             // scale / (temperature ln 2): logits to base 2
+  void* probabilities;     // [rows, vocab] of dtype, 0 at the target; null: not stored
+  int64_t stride;          // between its rows, a multiple of 8 elements
+  // [tiles, rows, 2]: sums of 2^t and of t 2^t without the target. A negative first sum marks a
+  // recentred row: its sum is the absolute value, and t is relative to `recentred`.
   float* partials;
   int64_t partials_stride;   // between tiles, in pairs
-  float* recentred;          // [tiles, rows] reference of a recentred tile; others are not written
+  float* recentred;          // [tiles, rows] references, written for recentred rows only
   int64_t recentred_stride;  // between tiles
-  float* exponent;           // [rows] t of the target, written by the tile that has it
+  float* exponent;           // [rows] t of the target, written by the tile that contains it
 
   GRPO_FIELDS(dtype, rows, vocab, hidden_size, hidden, hidden_stride, weight, weight_stride, bias,
               reference, target, slope, probabilities, stride, partials, partials_stride, recentred,
@@ -48,7 +49,7 @@ struct ProductParams {
 };
 
 struct LogitsProductParams {
-  DType dtype;  // of the factors: bf16, fp16
+  DType dtype;  // of hidden and weight: bf16, fp16
   int32_t rows, vocab, hidden_size;
   const void* hidden;     // [rows, hidden_size]
   int64_t hidden_stride;  // a multiple of 8, as hidden_size is
@@ -64,7 +65,7 @@ struct LogitsProductParams {
 };
 
 struct HeadGradientParams {
-  DType dtype;  // of factors and result: bf16
+  DType dtype;  // of left, right and the gradient: bf16
   int32_t rows, vocab, hidden_size;
   const void* left;      // [rows, vocab]
   int64_t left_stride;   // a multiple of 8, as hidden_size is
@@ -77,14 +78,15 @@ struct HeadGradientParams {
               first, last)
 };
 
-// E = 2^(slope (hidden weight^T + bias) - reference), and its sums over each row of each tile.
+// E = 2^t with t = slope (hidden weight^T + bias) - reference, and its sums per row and tile.
 void probability_product(int device, const ProductParams& params, Stream stream);
 // hidden weight^T + bias.
 void logits_product(int device, const LogitsProductParams& params, Stream stream);
-// The planes' sum (0 at first) + left^T right; at last rounded to dtype into the upper plane.
+// Add left^T right to the sum in the planes. `first`: the planes hold no sum yet. `last`: round the
+// sum to dtype into the upper plane.
 void head_gradient(int device, const HeadGradientParams& params, Stream stream);
 
-// Defined if the build has the kernels; params.rows > 0.
+// Defined only in builds for sm_90; rows > 0.
 void launch_product(int multiprocessors, const ProductParams& params, Stream stream);
 void launch_product(int multiprocessors, const LogitsProductParams& params, Stream stream);
 void launch_product(int multiprocessors, const HeadGradientParams& params, Stream stream);

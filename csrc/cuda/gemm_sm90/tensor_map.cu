@@ -1,5 +1,5 @@
-// The driver encodes the descriptors. Its function is asked for at run time: the extension also
-// loads where there is no driver.
+// The driver encodes the descriptors. Its function is looked up at run time: the extension must
+// also load without a driver.
 #include <cudaTypedefs.h>
 
 #include "cuda/base/check.h"
@@ -14,7 +14,8 @@ PFN_cuTensorMapEncodeTiled_v12000 find_encoder() {
   GRPO_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
                                                    cudaEnableDefault, &found));
   if (found != cudaDriverEntryPointSuccess)
-    throw std::runtime_error("grpo_ext: the driver knows no cuTensorMapEncodeTiled; update it");
+    throw std::runtime_error(
+        "grpo_ext: the driver lacks cuTensorMapEncodeTiled: update the NVIDIA driver");
   return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
 }
 
@@ -33,9 +34,9 @@ CUtensorMap tensor_map(const void* matrix, int64_t rows, int64_t columns, int64_
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS)
     throw std::invalid_argument(
-        "grpo_ext: the copy engine takes no matrix of " + std::to_string(rows) + " x " +
+        "grpo_ext: the copy engine rejects a matrix of " + std::to_string(rows) + " x " +
         std::to_string(columns) + " with rows " + std::to_string(stride) +
-        " elements apart: base and rows must begin at multiples of 16 bytes (CUresult " +
+        " elements apart: the matrix and each row must start at multiples of 16 bytes (CUresult " +
         std::to_string(int(status)) + ")");
   return map;
 }

@@ -7,9 +7,9 @@
 
 namespace grpo::cuda {
 
-// Elements of 16 bits, bf16 and fp16 alike. Boxes of 64 elements by `box_rows` rows, 128-byte
-// swizzled, of a matrix whose rows lie `stride` elements apart. The matrix and its rows begin at
-// multiples of 16 bytes.
+// Describe boxes of 64 elements by `box_rows` rows, 128-byte swizzled, of a bf16 or fp16 matrix
+// with rows `stride` elements apart. The matrix and each of its rows must start at multiples of 16
+// bytes.
 CUtensorMap tensor_map(const void* matrix, int64_t rows, int64_t columns, int64_t stride,
                        int box_rows);
 

@@ -1,4 +1,4 @@
-// A warpgroup's way from fragments to a matrix of 16-bit elements: through shared memory, by the
+// Store a warpgroup's fragments as a matrix of 16-bit elements: through shared memory, then by the
 // copy engine.
 #pragma once
 
@@ -11,7 +11,7 @@
 
 namespace grpo::cuda {
 
-// Two numbers rounded to 16 bits each.
+// Round two numbers to 16 bits each.
 __device__ __forceinline__ uint32_t pack_pair(float low, float high, __nv_bfloat16) {
   const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
   return *reinterpret_cast<const uint32_t*>(&both);
@@ -21,15 +21,15 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high, __half) {
   return *reinterpret_cast<const uint32_t*>(&both);
 }
 
-// Where a lane's row of 16 bytes lies for the `pair`-th two column blocks (of 8) of a block of 64 x
-// 64 elements, 128-byte swizzled.
+// Shared-memory address of a lane's 16-byte row for column blocks 2 pair and 2 pair + 1, of 8
+// columns each, in a block of 64 x 64 elements, 128-byte swizzled.
 __device__ __forceinline__ uint32_t swizzled_row(uint32_t block, int thread, int pair) {
   const int row = thread / 32 * 16 + (thread & 15), right = (thread & 31) >> 4;
   return block + row * 128 + ((2 * pair + right) ^ (row & 7)) * 16;
 }
 
-// A block into the order in which products leave their elements: fragment[2 j + i] are two elements
-// of column block j, row half i.
+// Load a block in the layout of the accumulators: fragment[2 j + i] holds two elements of column
+// block j, row half i.
 __device__ __forceinline__ void load_block(uint32_t block, int thread, uint32_t (&fragment)[16]) {
 #pragma unroll
   for (int j = 0; j < 4; ++j)
@@ -37,7 +37,8 @@ __device__ __forceinline__ void load_block(uint32_t block, int thread, uint32_t 
                        fragment[4 * j + 2], fragment[4 * j + 3]);
 }
 
-// 64 x 64 elements, two buffers in turn. The map's boxes are 64 x 64, 128-byte swizzled.
+// Stores blocks of 64 x 64 elements through two buffers in turn. The map's boxes are 64 x 64,
+// 128-byte swizzled.
 class BlockStore {
  public:
   static constexpr int kRows = 64, kColumns = 64, kBytes = kRows * kColumns * 2;
@@ -45,10 +46,10 @@ class BlockStore {
 
   __device__ BlockStore(Buffers& buffers, int barrier, int thread)
       : buffers_(buffers), barrier_(barrier), thread_(thread) {}
-  // The thread's elements as `load_block` has them.
+  // packed: the thread's elements in the layout of `load_block`.
   __device__ __forceinline__ void store(const CUtensorMap* map, int row, int column,
                                         const uint32_t (&packed)[16]) {
-    if (thread_ == 0) ptx::bulk_wait_read_but<1>();  // of the buffer used before the last
+    if (thread_ == 0) ptx::bulk_wait_read_but<1>();  // this buffer's previous store
     ptx::named_barrier(barrier_, 128);
     const uint32_t buffer = ptx::shared_address(buffers_[next_]);
 #pragma unroll
@@ -63,7 +64,7 @@ class BlockStore {
     }
     next_ ^= 1;
   }
-  // Until all of it is in memory: shared memory may go then.
+  // Wait until all stores are in global memory.
   __device__ __forceinline__ void end() {
     if (thread_ == 0) ptx::bulk_wait();
   }

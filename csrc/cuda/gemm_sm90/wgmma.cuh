@@ -1,5 +1,5 @@
-// PTX of sm_90a for matrix products: tensor copies, warpgroup products; one instruction per
-// function.
+// PTX of sm_90a for matrix products, one instruction per function: tensor copies and warpgroup
+// products.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -9,7 +9,7 @@
 
 namespace grpo::cuda::ptx {
 
-// Registers of a warpgroup are handed over: all four warps call it.
+// Lower or raise the registers of each thread of a warpgroup; all four warps call it.
 template <int kRegisters>
 __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -19,8 +19,8 @@ __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// A box of a matrix at (column, row) into shared memory; counts on the mbarrier. What lies outside
-// the matrix arrives as zeros.
+// Copy the box at (column, row) of a matrix to shared memory; completes on the mbarrier. Elements
+// outside the matrix arrive as zeros.
 __device__ __forceinline__ void tensor_load(uint32_t to, const void* map, int column, int row,
                                             uint32_t barrier) {
   asm volatile(
@@ -29,8 +29,8 @@ __device__ __forceinline__ void tensor_load(uint32_t to, const void* map, int co
       "l"(map), "r"(column), "r"(row), "r"(barrier)
       : "memory");
 }
-// The same into every CTA of the cluster whose bit is set, at the same place, counting on the
-// mbarrier at the same place.
+// Copy a box to every CTA of the cluster whose bit is set in `ctas`: to the same shared-memory
+// offset in each, completing on the mbarrier at the same offset.
 __device__ __forceinline__ void tensor_load_to_all(uint32_t to, const void* map, int column,
                                                    int row, uint32_t barrier, uint16_t ctas) {
   asm volatile(
@@ -39,30 +39,30 @@ __device__ __forceinline__ void tensor_load_to_all(uint32_t to, const void* map,
       "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(ctas)
       : "memory");
 }
-// Shared memory into a box of a matrix; what lies outside is left out. Joins the thread's open
-// group of bulk stores.
+// Copy shared memory to a box of a matrix, omitting elements outside of the matrix. Joins the
+// thread's open group of bulk stores.
 __device__ __forceinline__ void tensor_store(const void* map, int column, int row, uint32_t from) {
   asm volatile(
       "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map),
       "r"(column), "r"(row), "r"(from)
       : "memory");
 }
-// Until all groups but the last `kOpen` have read their source.
+// Wait until all groups but the last `kOpen` have read their source.
 template <int kOpen>
 __device__ __forceinline__ void bulk_wait_read_but() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kOpen) : "memory");
 }
 
-// Arrives on the barrier of a CTA of the cluster (an address from map_to_rank). Orders only that
-// reads are over, by the tensor cores or by threads that have met at a named barrier before: a
-// release at the cluster's scope would be a memory barrier of the whole GPU, 500 cycles for each
+// Arrive on an mbarrier of a CTA of the cluster (address from map_to_rank). Use it only to signal
+// that reads are complete: reads by the tensor cores, or by threads that have met at a named
+// barrier. A release at cluster scope would be a memory barrier of the whole GPU, 500 cycles per
 // stage.
 __device__ __forceinline__ void mbarrier_arrive_remote(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Four 8 x 8 matrices of 16-bit elements, in the products' fragment layout, to rows of 16 bytes:
-// lane l gives the address of row l % 8 of matrix l / 8.
+// Store four 8 x 8 matrices of 16-bit elements from the products' fragment layout to 16-byte rows:
+// lane l passes the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void store_matrices(uint32_t row, uint32_t a, uint32_t b, uint32_t c,
                                                uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
@@ -70,7 +70,7 @@ __device__ __forceinline__ void store_matrices(uint32_t row, uint32_t a, uint32_
                : "memory");
 }
 
-// The way back.
+// Load four matrices: the inverse of store_matrices.
 __device__ __forceinline__ void load_matrices(uint32_t row, uint32_t& a, uint32_t& b, uint32_t& c,
                                               uint32_t& d) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -79,20 +79,20 @@ __device__ __forceinline__ void load_matrices(uint32_t row, uint32_t& a, uint32_
                : "memory");
 }
 
-// Registers and shared memory written before are seen by the warpgroup's next product.
+// Make earlier writes to registers and shared memory visible to the warpgroup's next product.
 __device__ __forceinline__ void product_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void product_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
-// Until all groups of products but the last `kOpen` are done.
+// Wait until all groups of products but the last `kOpen` are complete.
 template <int kOpen>
 __device__ __forceinline__ void product_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kOpen) : "memory");
 }
 
-// Where an operand lies in shared memory: 128-byte swizzled blocks of 8 x 64 elements of 16 bits.
+// Descriptor of an operand in shared memory: 128-byte swizzled blocks of 8 x 64 16-bit elements.
 // K-major: `stride` bytes between blocks of 8 rows. MN-major: `stride` between blocks of 8 along K,
 // `leading` between blocks of 64 along M or N.
 __device__ __forceinline__ uint64_t operand(uint32_t address, uint32_t leading, uint32_t stride) {

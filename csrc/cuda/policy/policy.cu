@@ -94,12 +94,12 @@ __device__ bool needs_batch_tokens(const PolicyParams<float>& p) {
 
 // One block per sequence.
 __global__ void __launch_bounds__(kPolicyThreads)
-    terms_kernel(const __grid_constant__ PolicyKernelParams k) {
+    constants_kernel(const __grid_constant__ PolicyKernelParams k) {
   const PolicyParams<float>& p = k.policy;
   __shared__ TokenCounts shared_counts[kWarps];
   __shared__ SequenceSums shared_sums[kWarps];
   __shared__ double shared_gradient[kWarps];
-  __shared__ SequenceTerms<float> terms;
+  __shared__ SequenceConstants<float> constants;
   ptx::let_next_kernel_start();
   ptx::wait_for_previous_kernel();
   const int64_t b = blockIdx.x;
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kPolicyThreads)
   } else {
     sums.tokens = counts.sequence;
   }
-  if (threadIdx.x == 0) terms = sequence_terms(p, b, sums, double(counts.batch));
+  if (threadIdx.x == 0) constants = sequence_constants(p, b, sums, double(counts.batch));
   __syncthreads();
   if (p.spec.level == Level::kSequence) {
     double shared = 0;
@@ -125,18 +125,20 @@ __global__ void __launch_bounds__(kPolicyThreads)
       if (!p.mask[i]) continue;
       const float new_logp = k.with_logps ? p.logps[i] : 0.f;
       const float entropy = k.with_logps && p.entropy ? p.entropy[i] : 0.f;
-      shared += double(evaluate_token(p, terms, b, i, new_logp, entropy).d_log_ratio);
+      shared += double(evaluate_token(p, constants, b, i, new_logp, entropy).d_log_ratio);
     }
     shared = sum_block(shared, shared_gradient);
     if (threadIdx.x == 0)
-      terms.shared_gradient = float(shared * double(terms.weight) * double(terms.inv_tokens));
+      constants.shared_gradient =
+          float(shared * double(constants.weight) * double(constants.inv_tokens));
   }
-  if (threadIdx.x == 0) k.workspace.terms[b] = terms;
+  if (threadIdx.x == 0) k.workspace.constants[b] = constants;
 }
 
 // Add what counts once per sequence: presence, off-policy mask, and the ratio at sequence level.
-__device__ void add_sequence(const PolicyParams<float>& p, const SequenceTerms<float>& terms,
-                             const ChunkSums* chunks, int count, BatchSums* total) {
+__device__ void add_sequence(const PolicyParams<float>& p,
+                             const SequenceConstants<float>& constants, const ChunkSums* chunks,
+                             int count, BatchSums* total) {
   double tokens = 0;
   float ratio = 0;
   uint32_t low = 0, high = 0, negative = 0;
@@ -151,22 +153,22 @@ __device__ void add_sequence(const PolicyParams<float>& p, const SequenceTerms<f
   }
   if (tokens == 0) return;
   total->sequences += 1;
-  total->kept += terms.keep || !negative;
+  total->kept += constants.keep || !negative;
   if (p.spec.level == Level::kSequence) add_ratio(total, ratio, low, high);
 }
 
 // Write the outputs of this thread's token and add it to the chunk's sums.
-__device__ void emit_token(const PolicyParams<float>& p, const SequenceTerms<float>& terms,
+__device__ void emit_token(const PolicyParams<float>& p, const SequenceConstants<float>& constants,
                            int64_t b, int64_t i, ChunkSums* chunk) {
   float coef = 0, entropy_coef = 0, kl = 0;
   if (p.mask[i]) {
     const float new_logp = p.logps[i];
     const float entropy = p.entropy ? p.entropy[i] : 0.f;
-    const TokenLoss<float> token = evaluate_token(p, terms, b, i, new_logp, entropy);
-    coef = logp_coefficient(p, terms, token);
-    entropy_coef = entropy_coefficient(p, terms);
+    const TokenLoss<float> token = evaluate_token(p, constants, b, i, new_logp, entropy);
+    coef = logp_coefficient(p, constants, token);
+    entropy_coef = entropy_coefficient(p, constants);
     kl = token.kl;
-    add_token(p, terms, i, new_logp, entropy, token, &chunk->sums);
+    add_token(p, constants, i, new_logp, entropy, token, &chunk->sums);
     if (p.spec.level == Level::kToken)
       add_ratio(&chunk->sums, token.ratio, token.clipped_low, token.clipped_high);
     chunk->ratio = token.ratio;
@@ -192,7 +194,7 @@ __global__ void __launch_bounds__(kPolicyThreads)
     const int64_t b = blockIdx.x / k.chunks;
     const int64_t t = int64_t(blockIdx.x % k.chunks) * kPolicyThreads + threadIdx.x;
     ChunkSums chunk{};
-    if (t < p.length) emit_token(p, k.workspace.terms[b], b, b * p.length + t, &chunk);
+    if (t < p.length) emit_token(p, k.workspace.constants[b], b, b * p.length + t, &chunk);
     chunk = sum_block(chunk, shared_chunks);
     if (threadIdx.x == 0) {
       k.workspace.chunks[blockIdx.x] = chunk;
@@ -207,7 +209,7 @@ __global__ void __launch_bounds__(kPolicyThreads)
   for (int64_t c = threadIdx.x; c < chunks; c += kPolicyThreads)
     merge(&total, k.workspace.chunks[c].sums);
   for (int64_t b = threadIdx.x; b < p.batch; b += kPolicyThreads)
-    add_sequence(p, k.workspace.terms[b], k.workspace.chunks + b * k.chunks, k.chunks, &total);
+    add_sequence(p, k.workspace.constants[b], k.workspace.chunks + b * k.chunks, k.chunks, &total);
   total = sum_block(total, shared_sums);
   if (threadIdx.x == 0) {
     *p.loss = float(total.loss);
@@ -233,7 +235,7 @@ Workspace divide_workspace(void* memory, int64_t batch, int64_t length) {
   };
   w.finished = static_cast<uint32_t*>(take(sizeof(uint32_t)));
   w.sums = static_cast<double*>(take(kSumBytes));
-  w.terms = static_cast<SequenceTerms<float>*>(take(batch * int64_t(sizeof(*w.terms))));
+  w.constants = static_cast<SequenceConstants<float>*>(take(batch * int64_t(sizeof(*w.constants))));
   w.chunks = static_cast<ChunkSums*>(
       take(batch * chunks_per_sequence(length) * int64_t(sizeof(*w.chunks))));
   for (float** out : {&w.lse, &w.coef, &w.entropy_coef})
@@ -243,20 +245,20 @@ Workspace divide_workspace(void* memory, int64_t batch, int64_t length) {
 
 int64_t workspace_bytes(int64_t batch, int64_t length) {
   return round_up(sizeof(uint32_t)) + round_up(kSumBytes) +
-         round_up(batch * int64_t(sizeof(SequenceTerms<float>))) +
+         round_up(batch * int64_t(sizeof(SequenceConstants<float>))) +
          round_up(batch * chunks_per_sequence(length) * int64_t(sizeof(ChunkSums))) +
          3 * round_up(batch * length * int64_t(sizeof(float)));
 }
 
-void launch_terms(const PolicyKernelParams& params, Stream stream) {
+void launch_sequence_constants(const PolicyKernelParams& params, Stream stream) {
   const unsigned grid = params.policy.batch > 0 ? unsigned(params.policy.batch) : 1;
-  launch(reinterpret_cast<const void*>(&terms_kernel), {grid, kPolicyThreads}, stream, params);
+  launch(reinterpret_cast<const void*>(&constants_kernel), {grid, kPolicyThreads}, stream, params);
 }
 
-void launch_emit(const PolicyKernelParams& params, bool beside_previous, Stream stream) {
+void launch_emit(const PolicyKernelParams& params, bool overlaps_previous_kernel, Stream stream) {
   const int64_t chunks = params.policy.batch * params.chunks;
   Launch how{chunks > 0 ? unsigned(chunks) : 1, kPolicyThreads};
-  how.beside_previous = beside_previous;
+  how.overlaps_previous_kernel = overlaps_previous_kernel;
   launch(reinterpret_cast<const void*>(&emit_kernel), how, stream, params);
 }
 

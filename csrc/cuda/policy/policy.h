@@ -1,4 +1,4 @@
-// Policy kernels: terms per sequence, then loss, coefficients and metrics.
+// Policy kernels: constants per sequence, then loss, coefficients and metrics.
 #pragma once
 
 #include "common/metrics.h"
@@ -19,10 +19,10 @@ struct ChunkSums {
 
 // The caller's workspace, divided.
 struct Workspace {
-  uint32_t* finished;           // [1] blocks that have reported
-  double* sums;                 // [kSumCount, kMaxReporters]
-  SequenceTerms<float>* terms;  // [B]
-  ChunkSums* chunks;            // [B * chunks per sequence]
+  uint32_t* finished;                   // [1] blocks that have reported
+  double* sums;                         // [kSumCount, kMaxReporters]
+  SequenceConstants<float>* constants;  // [B]
+  ChunkSums* chunks;                    // [B * chunks per sequence]
   // [B,T] each, for calls that launch statistics and gradient separately.
   float *lse, *coef, *entropy_coef;
 };
@@ -34,13 +34,13 @@ struct PolicyKernelParams {
   PolicyParams<float> policy;
   Workspace workspace;
   int32_t chunks;   // per sequence
-  bool with_logps;  // whether the terms may read policy.logps
+  bool with_logps;  // whether the constants may read policy.logps
 };
 
-// Fills workspace.terms and resets workspace.finished.
-void launch_terms(const PolicyKernelParams& params, Stream stream);
+// Fills workspace.constants and resets workspace.finished.
+void launch_sequence_constants(const PolicyKernelParams& params, Stream stream);
 
-// Computes loss, coefficients, kl and metrics. `beside_previous`: see Launch.
-void launch_emit(const PolicyKernelParams& params, bool beside_previous, Stream stream);
+// Computes loss, coefficients, kl and metrics. `overlaps_previous_kernel`: see Launch.
+void launch_emit(const PolicyKernelParams& params, bool overlaps_previous_kernel, Stream stream);
 
 }  // namespace grpo::cuda

@@ -1,5 +1,5 @@
-// What a call reports: each lane of a warp sums over rows of its own; at the end many warps fold, a
-// number of BatchSums each.
+// Accumulate a call's loss and metrics: each lane of a warp sums its rows; at the end all warps
+// fold, one field of BatchSums at a time.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +10,7 @@
 
 namespace grpo::cuda {
 
-// A warp's 32 BatchSums in shared memory, the numbers of one lane in a column.
+// A warp's 32 BatchSums in shared memory: a row per field, a column per lane.
 __device__ __forceinline__ void clear_column(double (*sums)[32], int lane) {
   const BatchSums none;
   const double* numbers = reinterpret_cast<const double*>(&none);
@@ -27,8 +27,8 @@ __device__ __forceinline__ void add_to_column(double (*sums)[32], int lane, cons
   for (int k = 0; k < kSumCount; ++k) sums[k][lane] = numbers[k];
 }
 
-// How two parts of number k become one. Instructions that nobody has fetched before take longer
-// than the additions: this is short, and the same for every k.
+// Combine field k of two partial sums. Short and shared by all k: a cold instruction fetch costs
+// more than the additions.
 __device__ __forceinline__ double join(int k, double a, double b) {
   const auto is = [k](size_t offset) { return k == int(offset / sizeof(double)); };
   if (is(offsetof(BatchSums, importance_min))) return b < a ? b : a;
@@ -43,32 +43,32 @@ __device__ __forceinline__ double join_lanes(int k, double v) {
   return v;
 }
 
-// Sequences with an unmasked token, counted by a warp.
+// Count the sequences with an unmasked token (one warp).
 __device__ __forceinline__ int count_sequences(const PolicyParams<float>& p,
-                                               const SequenceTerms<float>* terms) {
+                                               const SequenceConstants<float>* constants) {
   int sequences = 0;
-  for (int64_t b = threadIdx.x & 31; b < p.batch; b += 32) sequences += terms[b].tokens > 0;
+  for (int64_t b = threadIdx.x & 31; b < p.batch; b += 32) sequences += constants[b].tokens > 0;
   return __reduce_add_sync(~0u, sequences);
 }
 
-// What the warps of a CTA need to fold the report.
+// Shared memory of finish_report.
 struct ReportShared {
-  double sums[kSumCount][32];  // of every 32nd row
+  double sums[kSumCount][32];  // a column per lane of the reporting warp
   double totals[kSumCount];
-  uint32_t last;
+  uint32_t last;  // whether this reporter is the last one
 };
 
-// The warps that fold, `workers` of them, take the numbers of BatchSums in turn: a reporter's
-// first, then, in the last reporter to come here, all reporters'. Always in one order. Token level
-// without an off-policy mask: every sequence with a token counts as kept.
+// Fold the report with `workers` warps, which take the fields of BatchSums in turn. First they fold
+// this reporter's sums. In the last reporter to arrive they then fold those of all reporters, in a
+// fixed order. Token level without an off-policy mask: every sequence with a token counts as kept.
 __device__ __forceinline__ void finish_report(const Report& report, uint32_t* finished,
                                               const PolicyParams<float>& p,
-                                              const SequenceTerms<float>* terms, ReportShared& sh,
-                                              int worker, int workers, uint32_t reporter,
-                                              uint32_t reporters) {
-  constexpr int kBarrier = 1, kAtOnce = 5;  // loads under way per lane
+                                              const SequenceConstants<float>* constants,
+                                              ReportShared& sh, int worker, int workers,
+                                              uint32_t reporter, uint32_t reporters) {
+  constexpr int kBarrier = 1, kLoads = 5;  // in flight per lane
   const int lane = threadIdx.x & 31;
-  ptx::named_barrier(kBarrier, workers * 32);  // the reporting warp's sums are there
+  ptx::named_barrier(kBarrier, workers * 32);  // the reporting warp has written its sums
   for (int k = worker; k < kSumCount; k += workers) {
     const double sum = join_lanes(k, sh.sums[k][lane]);
     if (lane == 0) {
@@ -77,7 +77,7 @@ __device__ __forceinline__ void finish_report(const Report& report, uint32_t* fi
     }
   }
   ptx::named_barrier(kBarrier, workers * 32);
-  // Back to 0 with the last, for the next call.
+  // The last reporter resets the counter to 0 for the next call.
   if (worker == 0 && lane == 0) sh.last = atomicInc(finished, reporters - 1) == reporters - 1;
   ptx::named_barrier(kBarrier, workers * 32);
   if (!sh.last) return;
@@ -87,19 +87,19 @@ __device__ __forceinline__ void finish_report(const Report& report, uint32_t* fi
     const double none =
         k == int(offsetof(BatchSums, importance_min) / sizeof(double)) ? INFINITY : 0;
     double total = none;
-    for (uint32_t r = lane; r < reporters; r += 32 * kAtOnce) {
-      double parts[kAtOnce];
+    for (uint32_t r = lane; r < reporters; r += 32 * kLoads) {
+      double parts[kLoads];
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i)
+      for (int i = 0; i < kLoads; ++i)
         parts[i] = r + 32 * i < reporters ? __ldcg(sums + r + 32 * i) : none;
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) total = join(k, total, parts[i]);
+      for (int i = 0; i < kLoads; ++i) total = join(k, total, parts[i]);
     }
     total = join_lanes(k, total);
     if (lane == 0) sh.totals[k] = total;
   }
   const bool writes = worker == workers - 1;  // the reporting warp
-  const int sequences = writes ? count_sequences(p, terms) : 0;
+  const int sequences = writes ? count_sequences(p, constants) : 0;
   ptx::named_barrier(kBarrier, workers * 32);
   if (!writes) return;
   BatchSums sums;

@@ -1,4 +1,4 @@
-// Loss and metrics summed by many CTAs: where they meet.
+// Device memory in which CTAs accumulate loss and metrics.
 #pragma once
 
 #include "common/metrics.h"
@@ -6,14 +6,13 @@
 
 namespace grpo::cuda {
 
-// In the order of BatchSums.
 constexpr int kSumCount = sizeof(BatchSums) / sizeof(double);
 constexpr int kMaxReporters = 1024;
 
 struct Report {
-  double* sums;  // [kSumCount, kMaxReporters] or null: nothing is reported
-  // Reporters so far: 0 before the first, and again behind the last. Null: counter number `counter`
-  // of the kernel's own.
+  double* sums;  // [kSumCount, kMaxReporters], fields in the order of BatchSums; null: no report
+  // Reporters so far: 0 before the first and after the last. Null: the kernel uses number `counter`
+  // of its own counters.
   uint32_t* finished;
   int32_t counter;
 };

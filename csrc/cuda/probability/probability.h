@@ -1,11 +1,10 @@
-// The product that hands over probabilities: E = exp(z - reference) instead of logits z.
+// The probability route: the product stores E = exp(z - reference) instead of logits z.
 //
-// Three operations per chunk of rows. `target_reference` collects the rows and finds each one's
-// softmax reference, the logit of its own token; `probability_product` multiplies and exponentiates
-// in the epilogue (sm_90a only); `fold_partials` turns its partial sums into log probabilities and
-// factors, of a loss too where a token's coefficient depends on no other row's logits. Why
-// this is exact is written in docs/inside/probabilities.md. Exponents are to base 2:
-// t = (z - reference) / ln 2.
+// Three operations per chunk of rows. `target_reference` gathers the rows and computes each row's
+// softmax reference, the logit of its target. `probability_product` (gemm_sm90/products.h)
+// multiplies, and exponentiates in the epilogue. `fold_partials` turns the partial sums into log
+// probabilities and row factors. docs/inside/probabilities.md derives the accuracy. Exponents are
+// to base 2: t = (z - reference) / ln 2.
 #pragma once
 
 #include <cstdint>
@@ -17,15 +16,15 @@
 
 namespace grpo::cuda {
 
-// The reference of a token whose own logit is -inf, or below this; above kLowestExponent.
+// Reference of a row whose target has a logit of -inf, or one below this.
 constexpr float kNoExponent = -1e29f;
 
-// Which token a row of the chunk is: index[row], or first + row where there is no index.
+// Maps a row of the chunk to its token: index[row], or first + row without an index.
 struct ChunkRows {
   int32_t count;
   int64_t first;
   const int64_t* index;  // [count] or null
-  const uint8_t* mask;   // per token, null: all count. A masked row has reference 0 and no target
+  const uint8_t* mask;   // per token; null: none masked. A masked row has reference 0, no target
 
   GRPO_FIELDS(count, first, index, mask)
   GRPO_HOST_DEVICE int64_t token(int32_t row) const { return index ? index[row] : first + row; }
@@ -36,20 +35,18 @@ struct TargetParams {
   ChunkRows rows;
   int32_t hidden_size;    // a multiple of 8
   int32_t vocab;          // of this rank
-  const int64_t* shard;   // [2] id of this rank's first token, tokens of all ranks; null: one rank
-  const void* hidden;     // [count, hidden_size], rows hidden_stride elements apart; all tokens' if
-                          // there is a `gathered`
+  const int64_t* shard;   // [2] first id of this rank, vocabulary of all ranks; null: one rank
+  const void* hidden;     // [count, hidden_size]; if `gathered` is set, [tokens, hidden_size]
   int64_t hidden_stride;  // a multiple of 8
-  void* gathered;         // [count, hidden_size], made: the rows, 0 where masked; null: not needed
+  void* gathered;         // output [count, hidden_size]: the rows, 0 if masked; null: not needed
   const void* weight;     // [vocab, hidden_size]
   int64_t weight_stride;  // a multiple of 8
   const float* bias;      // [vocab] or null
-  const int64_t* ids;     // per token; one outside the whole vocabulary gives NaN
+  const int64_t* ids;     // per token; an id outside the vocabulary of all ranks gives NaN
   float slope;            // scale / (temperature ln 2): processed logits to base 2
-  float* reference;       // [count], base 2, kNoExponent for a token switched off; 0 where
-                          // another rank has the target
-  int32_t* target;        // [count] column of the target on this rank, -1: none
-  float* exponent;        // [count], made 0 for those without a target here
+  float* reference;       // output [count], base 2; 0 if another rank has the target
+  int32_t* target;        // output [count]: column of the target on this rank, -1: none
+  float* exponent;        // output [count]: 0 for rows without a target on this rank
 
   GRPO_FIELDS(dtype, rows, hidden_size, vocab, shard, hidden, hidden_stride, gathered, weight,
               weight_stride, bias, ids, slope, reference, target, exponent)
@@ -59,7 +56,7 @@ struct FoldParams {
   DType dtype;
   ChunkRows rows;
   int32_t tiles;
-  const float* partials;  // as ProductParams has them, or one of `sums` from each rank
+  const float* partials;  // as in ProductParams, or each rank's `sums`
   int64_t partials_stride;
   const float* recentred;
   int64_t recentred_stride;
@@ -67,26 +64,27 @@ struct FoldParams {
   const float* exponent;
   const int32_t* target;
   float slope;            // scale / temperature: logits to processed logits
-  float* sums;            // [count, 2]: only add the partials up, as if to one tile; null: finish
-  float* recentred_sums;  // [count] reference of its recentred rows
+  float* sums;            // [count, 2]: only fold the partials, as into one tile; null: finish
+  float* recentred_sums;  // [count] references of the rows that are recentred in `sums`
   float* logps;           // per token
   float* entropy;         // per token
-  float* factor;          // [count] -slope / S, the row's factor in d logp / d logits = factor E
-  float* residual;  // [count] what rounding that element to dtype left over; 0 without a target
-  // Recentred rows become relative to one reference; the target's own element -(S - E_target).
-  // Null: none stored.
+  float* factor;          // [count] -slope / S: d logp / d logits = factor E
+  float* residual;        // [count] what rounding the target's element loses; 0 without a target
+  // E, updated in place: recentred rows get one reference, and the target's element becomes
+  // -(S - E_target). Null: E is not stored.
   void* probabilities;
   int64_t stride;
-  int32_t stored;  // rows of it
-  int32_t vocab;   // columns of it
-  int32_t rank;    // whose of `partials` all of E belongs to; -1: each tile has its own
-  // Where a row's coefficient depends on no other row's logits: it is multiplied into `factor`.
-  const SequenceTerms<float>* terms;  // [B] from policy_terms; null: not so
+  int32_t stored;  // rows of E
+  int32_t vocab;   // columns of E
+  int32_t rank;    // entry of `partials` that holds for all columns; -1: one entry per tile
+  // [B] from compute_sequence_constants: multiply each row's coefficient into `factor`. Requires
+  // that a coefficient depends on no other row's logits. Null: `factor` has no coefficient.
+  const SequenceConstants<float>* constants;
   PolicyParams<float> policy;
 
   GRPO_FIELDS(dtype, rows, tiles, partials, partials_stride, recentred, recentred_stride, reference,
               exponent, target, slope, sums, recentred_sums, logps, entropy, factor, residual,
-              probabilities, stride, stored, vocab, rank, terms, policy)
+              probabilities, stride, stored, vocab, rank, constants, policy)
 };
 
 // out[token] = factor (product + residual weight[target]), rounded once.
@@ -107,7 +105,7 @@ struct ScaleParams {
               weight_stride, out)
 };
 
-// out = factor hidden, rounded: the right factor of the head's gradient.
+// out = factor hidden, rounded: the right operand of head_gradient.
 struct ScaledHiddenParams {
   DType dtype;  // of hidden and out: bf16
   int32_t rows, hidden_size;

@@ -1,7 +1,7 @@
-// The small kernels around the products: each row and its reference before the first, the fold of
-// its partial sums (and its loss, where no other row matters) after it, the row factors after the
-// one back to the hidden states and before the one with a trained head. All are bound by memory: up
-// to three vectors of H per row, 8 bytes per tile.
+// The small kernels around the products. Before the first product: gather the rows and compute
+// their references. After it: fold the partial sums, and evaluate the loss if no other row matters.
+// After the product that returns to the hidden states, and before the gradient of a trained head:
+// apply the row factors. All are memory-bound: up to three vectors of H per row, 8 bytes per tile.
 #include "cuda/base/launch.h"
 #include "cuda/probability/probability.h"
 #include "cuda/rows/elements.cuh"
@@ -11,45 +11,45 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-// Of fold_kernel: rows of a block, and how many threads share the tiles of one.
+// fold_kernel: rows per block, and threads per row.
 constexpr int kFoldRows = 8, kFoldParts = kThreads / kFoldRows;
 constexpr int kScaleThreads = 128;
 constexpr float kLn2 = 0.693147180559945309f;
 
-// A warp per row: z = hidden . weight[id] + bias, in fp32, and the row itself where it is wanted.
+// One warp per row: compute z = hidden . weight[id] + bias in fp32; gather the row if asked to.
 template <class T>
 __global__ void __launch_bounds__(kThreads) target_kernel(const __grid_constant__ TargetParams p) {
   const int row = int(blockIdx.x) * kWarps + threadIdx.x / 32, lane = threadIdx.x & 31;
   if (row >= p.rows.count) return;
   const int64_t token = p.rows.token(row);
-  const bool live = p.rows.mask == nullptr || p.rows.mask[token];
-  const int64_t id = live ? p.ids[token] : 0;
+  const bool unmasked = p.rows.mask == nullptr || p.rows.mask[token];
+  const int64_t id = unmasked ? p.ids[token] : 0;
   const int64_t column = p.shard ? id - p.shard[0] : id;
-  const bool here = live && column >= 0 && column < p.vocab;
+  const bool here = unmasked && column >= 0 && column < p.vocab;
   const auto* h =
       static_cast<const T*>(p.hidden) + (p.gathered ? token : int64_t(row)) * p.hidden_stride;
   const auto* w = static_cast<const T*>(p.weight) + (here ? column : 0) * p.weight_stride;
   auto* gathered = static_cast<T*>(p.gathered) + int64_t(row) * p.hidden_size;
   constexpr int n = kPerVector<T>;
   float sum = 0.f;
-  constexpr int kStep = 32 * n, kBatch = 4;  // vectors of a lane under way
+  constexpr int kStep = 32 * n, kBatch = 4;  // loads in flight per lane
   for (int first = lane * n; first < p.hidden_size && (here || p.gathered);
        first += kBatch * kStep) {
-    uint4 own[kBatch], other[kBatch];
+    uint4 hidden[kBatch], weight[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int k = first + i * kStep;
       const bool inside = k < p.hidden_size;
-      own[i] = live && inside ? *reinterpret_cast<const uint4*>(h + k) : uint4{0, 0, 0, 0};
-      other[i] = here && inside ? *reinterpret_cast<const uint4*>(w + k) : uint4{0, 0, 0, 0};
+      hidden[i] = unmasked && inside ? *reinterpret_cast<const uint4*>(h + k) : uint4{0, 0, 0, 0};
+      weight[i] = here && inside ? *reinterpret_cast<const uint4*>(w + k) : uint4{0, 0, 0, 0};
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int k = first + i * kStep;
-      if (p.gathered && k < p.hidden_size) *reinterpret_cast<uint4*>(gathered + k) = own[i];
+      if (p.gathered && k < p.hidden_size) *reinterpret_cast<uint4*>(gathered + k) = hidden[i];
       float a[n], b[n];
-      unpack<T>(own[i], a);
-      unpack<T>(other[i], b);
+      unpack<T>(hidden[i], a);
+      unpack<T>(weight[i], b);
 #pragma unroll
       for (int j = 0; j < n; ++j) sum = fmaf(a[j], b[j], sum);
     }
@@ -60,10 +60,10 @@ __global__ void __launch_bounds__(kThreads) target_kernel(const __grid_constant_
     for (int o = 16; o; o >>= 1) sum += __shfl_xor_sync(~0u, sum, o);
     if (p.bias) sum += p.bias[column];
     reference = sum * p.slope;
-    // A token switched off: every tile with another is recentred.
+    // The target's logit is -inf: every tile with a finite logit is recentred.
     if (reference < kNoExponent) reference = kNoExponent;
   }
-  if (live && (id < 0 || id >= (p.shard ? p.shard[1] : p.vocab))) reference = NAN;
+  if (unmasked && (id < 0 || id >= (p.shard ? p.shard[1] : p.vocab))) reference = NAN;
   if (lane != 0) return;
   p.reference[row] = reference;
   p.target[row] = here ? int(column) : -1;
@@ -77,12 +77,12 @@ __device__ __forceinline__ float recentred(const FoldParams& p, int tile, int ro
   return p.recentred[tile * p.recentred_stride + row];
 }
 
-// What a tile's numbers of a row are relative to.
+// Reference of a row's sums in one tile.
 __device__ __forceinline__ float reference_of(const FoldParams& p, int tile, int row) {
   return partial(p, tile, row).x < 0.f ? recentred(p, tile, row) : p.reference[row];
 }
 
-// A thread's share of a row's partial sums, relative to `centre`.
+// Sum one thread's tiles of a row, relative to `centre`.
 __device__ __noinline__ float2 recentred_share(const FoldParams& p, int row, int part,
                                                float centre) {
   float2 s = {0.f, 0.f};
@@ -95,7 +95,7 @@ __device__ __noinline__ float2 recentred_share(const FoldParams& p, int row, int
   return s;
 }
 
-// A row of E relative to `centre`, by all threads of the block.
+// Rescale a row of E to the reference `centre`; all threads of the block call it.
 template <class T>
 __device__ __noinline__ void recentre_row(const FoldParams& p, int row, float centre) {
   constexpr int n = kPerVector<T>;
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kThreads) fold_kernel(const __grid_constant__ 
   const int column = threadIdx.x % kFoldRows, part = threadIdx.x / kFoldRows;
   const int row = int(blockIdx.x) * kFoldRows + column;
   float2 s = {0.f, 0.f};
-  float centre = -INFINITY;  // the greatest reference of a recentred tile
+  float centre = -INFINITY;  // greatest reference of the recentred tiles
   if (row < p.rows.count) {
 #pragma unroll 4
     for (int tile = part; tile < p.tiles; tile += kFoldParts) {
@@ -143,9 +143,9 @@ __global__ void __launch_bounds__(kThreads) fold_kernel(const __grid_constant__ 
     if (centre > -INFINITY) parts[part][column] = recentred_share(p, row, part, centre);
     for (int i = 0; i < kFoldRows; ++i) {
       const int other = int(blockIdx.x) * kFoldRows + i;
-      const float its = greatest_of(centres, i);
-      if (p.probabilities != nullptr && other < p.stored && its > -INFINITY)
-        recentre_row<T>(p, other, its);
+      const float row_centre = greatest_of(centres, i);
+      if (p.probabilities != nullptr && other < p.stored && row_centre > -INFINITY)
+        recentre_row<T>(p, other, row_centre);
     }
     __syncthreads();
   }
@@ -157,9 +157,9 @@ __global__ void __launch_bounds__(kThreads) fold_kernel(const __grid_constant__ 
     s.y += parts[k][column].y;
   }
   if (p.sums) {
-    const bool moved = centre > -INFINITY;
-    reinterpret_cast<float2*>(p.sums)[row] = {moved ? -s.x : s.x, s.y};
-    p.recentred_sums[row] = moved ? centre : 0.f;
+    const bool is_recentred = centre > -INFINITY;
+    reinterpret_cast<float2*>(p.sums)[row] = {is_recentred ? -s.x : s.x, s.y};
+    p.recentred_sums[row] = is_recentred ? centre : 0.f;
     return;
   }
   const int64_t token = p.rows.token(row);
@@ -170,21 +170,22 @@ __global__ void __launch_bounds__(kThreads) fold_kernel(const __grid_constant__ 
   const float reference = p.reference[row];
   float t = p.exponent[row];
   if (centre > -INFINITY) t += reference - centre;
-  const float own = exp2f(t), own_weighted = own * t;
+  const float target_exp = exp2f(t), target_weighted = target_exp * t;
   if (reference <= kNoExponent) t = -INFINITY;
-  // Of the others alone: what remains to 1 of a confident token is not a difference.
-  const float others = s.x, sum = others + own;
+  // The sum excludes the target, so 1 - p of a confident token is no difference of close numbers.
+  const float others = s.x, sum = others + target_exp;
   const float log_sum = logf(sum);
-  const float logp = others < own ? 0.f - log1pf(others / own) : fmaf(t, kLn2, -log_sum);
-  const float entropy = log_sum - kLn2 * ((s.y + own_weighted) / sum);
+  const float logp =
+      others < target_exp ? 0.f - log1pf(others / target_exp) : fmaf(t, kLn2, -log_sum);
+  const float entropy = log_sum - kLn2 * ((s.y + target_weighted) / sum);
   p.logps[token] = logp;
   p.entropy[token] = entropy;
   float factor = -p.slope / sum;
-  if (p.terms) {
+  if (p.constants) {
     const int64_t sequence = token / p.policy.length;
-    const SequenceTerms<float>& terms = p.terms[sequence];
-    factor *= logp_coefficient(p.policy, terms,
-                               evaluate_token(p.policy, terms, sequence, token, logp, entropy));
+    const SequenceConstants<float>& constants = p.constants[sequence];
+    factor *= logp_coefficient(p.policy, constants,
+                               evaluate_token(p.policy, constants, sequence, token, logp, entropy));
   }
   p.factor[row] = factor;
   const int target = p.target[row];
@@ -195,7 +196,7 @@ __global__ void __launch_bounds__(kThreads) fold_kernel(const __grid_constant__ 
   p.residual[row] = -others - to_float(*element);
 }
 
-// A block per row, eight elements to a thread.
+// One block per row, eight elements per thread and step.
 template <class T, class Out>
 __global__ void __launch_bounds__(kScaleThreads)
     scale_kernel(const __grid_constant__ ScaleParams p) {
@@ -203,13 +204,14 @@ __global__ void __launch_bounds__(kScaleThreads)
   const int target = p.residual ? p.target[row] : -1;
   const float factor = p.factor[row], residual = target >= 0 ? p.residual[row] : 0.f;
   const auto* product = p.product + int64_t(row) * p.hidden_size;
-  const auto* own = static_cast<const T*>(p.weight) + (target >= 0 ? target : 0) * p.weight_stride;
+  const auto* target_weight =
+      static_cast<const T*>(p.weight) + (target >= 0 ? target : 0) * p.weight_stride;
   auto* out = static_cast<Out*>(p.out) + p.rows.token(row) * p.hidden_size;
   for (int k = threadIdx.x * 8; k < p.hidden_size; k += kScaleThreads * 8) {
     float v[8], w[8] = {};
     unpack<float>(*reinterpret_cast<const uint4*>(product + k), v);
     unpack<float>(*reinterpret_cast<const uint4*>(product + k + 4), v + 4);
-    if (target >= 0) unpack<T>(*reinterpret_cast<const uint4*>(own + k), w);
+    if (target >= 0) unpack<T>(*reinterpret_cast<const uint4*>(target_weight + k), w);
 #pragma unroll
     for (int j = 0; j < 8; ++j) v[j] = factor * fmaf(residual, w[j], v[j]);
     constexpr int n = kPerVector<Out>;
@@ -218,7 +220,7 @@ __global__ void __launch_bounds__(kScaleThreads)
   }
 }
 
-// A block per row, eight elements to a thread.
+// One block per row, eight elements per thread and step.
 template <class T>
 __global__ void __launch_bounds__(kScaleThreads)
     scaled_hidden_kernel(const __grid_constant__ ScaledHiddenParams p) {
@@ -237,8 +239,9 @@ __global__ void __launch_bounds__(kScaleThreads)
 
 void check_rows(const char* operation, const ChunkRows& rows, DType dtype) {
   if (rows.count < 0 || dtype != DType::kBFloat16)
-    throw std::invalid_argument(std::string("grpo_ext: ") + operation +
-                                " takes rows of bf16 hidden states");
+    throw std::invalid_argument(std::string("grpo_ext: ") + operation + " got " +
+                                std::to_string(rows.count) + " rows of dtype " +
+                                std::to_string(int(dtype)) + ": pass bf16 hidden states");
 }
 
 }  // namespace
@@ -266,7 +269,8 @@ void scale_product(int device, const ScaleParams& p, Stream stream) {
   check_rows("scale_product", p.rows, p.dtype);
   if (p.rows.count == 0) return;
   if (p.out_dtype != p.dtype && p.out_dtype != DType::kFloat32)
-    throw std::invalid_argument("grpo_ext: scale_product writes the dtype of the head or fp32");
+    throw std::invalid_argument(
+        "grpo_ext: scale_product got another dtype for out: use the head's or fp32");
   const bool wide = p.out_dtype == DType::kFloat32;
   const unsigned blocks = unsigned(p.rows.count);
   const auto kernel =
@@ -279,7 +283,8 @@ void scaled_hidden(int device, const ScaledHiddenParams& p, Stream stream) {
   const DeviceGuard guard(device);
   if (p.rows == 0) return;
   if (p.dtype != DType::kBFloat16)
-    throw std::invalid_argument("grpo_ext: scaled_hidden takes rows of bf16 hidden states");
+    throw std::invalid_argument(
+        "grpo_ext: scaled_hidden got another dtype: pass bf16 hidden states");
   scaled_hidden_kernel<__nv_bfloat16><<<unsigned(p.rows), kScaleThreads, 0, stream>>>(p);
   GRPO_CUDA_CHECK(cudaGetLastError());
 }

@@ -62,7 +62,7 @@ __device__ __forceinline__ uint4 pack(const float* f) {
           pack_word(f + 3 * n, T())};
 }
 
-// Greatest elements of two words; a NaN loses against a number.
+// Element-wise maximum of two words; a number wins against NaN.
 __device__ __forceinline__ uint32_t max_word(uint32_t a, uint32_t b, __nv_bfloat16) {
   const __nv_bfloat162 v = __hmax2(*reinterpret_cast<const __nv_bfloat162*>(&a),
                                    *reinterpret_cast<const __nv_bfloat162*>(&b));
@@ -77,12 +77,12 @@ __device__ __forceinline__ uint32_t max_word(uint32_t a, uint32_t b, float) {
   return __float_as_uint(fmaxf(__uint_as_float(a), __uint_as_float(b)));
 }
 
-// Words of nothing but -inf.
+// A word with -inf in every element.
 __device__ __forceinline__ uint32_t lowest_word(__nv_bfloat16) { return 0xff80ff80u; }
 __device__ __forceinline__ uint32_t lowest_word(__half) { return 0xfc00fc00u; }
 __device__ __forceinline__ uint32_t lowest_word(float) { return 0xff800000u; }
 
-// The first `count` elements of a vector, -inf behind them.
+// Keep the first `count` elements of a vector and set the others to -inf.
 template <class T>
 __device__ __forceinline__ uint4 keep_first(const uint4& v, int count) {
   uint32_t w[4] = {v.x, v.y, v.z, v.w};
@@ -101,58 +101,58 @@ __device__ __forceinline__ uint4 keep_first(const uint4& v, int count) {
   return {w[0], w[1], w[2], w[3]};
 }
 
-// The 16 bytes that start `skip` bytes into low|high.
-__device__ __forceinline__ uint4 extract(const uint4& low, const uint4& high, int skip) {
+// Extract the 16 bytes that start `shift` bytes into low|high.
+__device__ __forceinline__ uint4 extract(const uint4& low, const uint4& high, int shift) {
   uint32_t w[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-  if (skip & 8) {
+  if (shift & 8) {
 #pragma unroll
     for (int i = 0; i < 6; ++i) w[i] = w[i + 2];
   }
-  if (skip & 4) {
+  if (shift & 4) {
 #pragma unroll
     for (int i = 0; i < 5; ++i) w[i] = w[i + 1];
   }
-  const int bits = (skip & 3) * 8;
+  const int bits = (shift & 3) * 8;
   return {__funnelshift_r(w[0], w[1], bits), __funnelshift_r(w[1], w[2], bits),
           __funnelshift_r(w[2], w[3], bits), __funnelshift_r(w[3], w[4], bits)};
 }
 
-// Vectors of a share in shared memory whose first element lies on a vector's border.
+// Vectors in shared memory that start on a 16-byte boundary.
 struct AlignedShared {
   const uint4* base;
   __device__ __forceinline__ uint4 operator()(int v) const { return base[v]; }
 };
-// And one that starts `offset` bytes behind `share`: the logical vectors of a misaligned row, or
-// those of a destination with another alignment.
+// Vectors in shared memory that start `offset` bytes after `share`, off 16-byte boundaries: those
+// of a misaligned row, or of a destination with another alignment.
 struct ShiftedShared {
   const uint4* base;
-  int skip;  // 1..15
+  int shift;  // 1..15
   __device__ ShiftedShared(const unsigned char* share, int offset)
-      : base(reinterpret_cast<const uint4*>(share + (offset & ~15))), skip(offset & 15) {}
+      : base(reinterpret_cast<const uint4*>(share + (offset & ~15))), shift(offset & 15) {}
   __device__ __forceinline__ uint4 operator()(int v) const {
-    return extract(base[v], base[v + 1], skip);
+    return extract(base[v], base[v + 1], shift);
   }
 };
 
-// f(vectors), vectors(v) being the 16 bytes at share + offset + 16 v.
+// Call f(vectors), where vectors(v) returns the 16 bytes at share + offset + 16 v.
 template <class F>
 __device__ __forceinline__ auto with_shared_vectors(const unsigned char* share, int offset, F f) {
   if ((offset & 15) == 0) return f(AlignedShared{reinterpret_cast<const uint4*>(share + offset)});
   return f(ShiftedShared(share, offset));
 }
 
-// The same in global memory.
+// Vectors in global memory that start on a 16-byte boundary.
 struct AlignedGlobal {
   const unsigned char* base;
   __device__ __forceinline__ uint4 operator()(int64_t v) const {
     return ptx::load_once(base + v * 16);
   }
 };
-// An aligned 16-byte block that holds a byte of the tensor never crosses the end of its allocation:
-// such blocks are read whole, others not at all.
+// Vectors in global memory that start off 16-byte boundaries. An aligned 16-byte block that holds a
+// byte of the row lies within its allocation and is read whole; other blocks are not read.
 struct ShiftedGlobal {
   const unsigned char* base;  // 16-byte aligned
-  int skip;
+  int shift;
   int64_t begin, end;  // the row's bytes, from base
 
   __device__ __forceinline__ uint4 block(int64_t at) const {
@@ -160,21 +160,21 @@ struct ShiftedGlobal {
     return *reinterpret_cast<const uint4*>(base + at);
   }
   __device__ __forceinline__ uint4 operator()(int64_t v) const {
-    return extract(block(v * 16), block(v * 16 + 16), skip);
+    return extract(block(v * 16), block(v * 16 + 16), shift);
   }
 };
 
-// f(vectors), vectors(v) being the 16 bytes at from + 16 v; the row has `length` bytes and starts
-// `lead` bytes behind `from`.
+// Call f(vectors), where vectors(v) returns the 16 bytes at from + 16 v. The row has `length` bytes
+// and starts `lead` bytes after `from`.
 template <class F>
 __device__ __forceinline__ auto with_global_vectors(const unsigned char* from, int lead,
                                                     int64_t length, F f) {
-  const int skip = int(reinterpret_cast<uintptr_t>(from) & 15);
-  if (skip == 0) return f(AlignedGlobal{from});
-  return f(ShiftedGlobal{from - skip, skip, skip + lead, skip + lead + length});
+  const int shift = int(reinterpret_cast<uintptr_t>(from) & 15);
+  if (shift == 0) return f(AlignedGlobal{from});
+  return f(ShiftedGlobal{from - shift, shift, shift + lead, shift + lead + length});
 }
 
-// Where a share of the gradient goes, in 16-byte blocks of the destination.
+// The destination of a share of the gradient, in 16-byte blocks.
 template <class T>
 struct Destination {
   unsigned char* base;  // 16-byte aligned
@@ -192,7 +192,7 @@ struct Destination {
   __device__ __forceinline__ int first_element(int q) const {
     return (q * 16 - lead_bytes) / int(sizeof(T));
   }
-  // Blocks [first_whole, end_whole) belong to the share alone.
+  // Blocks [first_whole, end_whole) hold only elements of the share.
   __device__ __forceinline__ int first_whole() const { return lead_bytes > 0 ? 1 : 0; }
   __device__ __forceinline__ int end_whole() const {
     return (lead_bytes + length * int(sizeof(T))) / 16;
@@ -200,7 +200,8 @@ struct Destination {
   __device__ __forceinline__ void store_whole(int q, const uint4& v) const {
     *reinterpret_cast<uint4*>(base + int64_t(q) * 16) = v;
   }
-  // Any block: the ends element by element, since the rest of them belongs to others.
+  // Store any block. A block at an end of the share also holds its neighbour's elements: store only
+  // the share's.
   __device__ __forceinline__ void store(int q, const uint4& v) const {
     const int first = first_element(q);
     unsigned char* at = base + int64_t(q) * 16;

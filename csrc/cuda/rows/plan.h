@@ -38,12 +38,12 @@ constexpr int kStageLine = 128;
 constexpr int kStagePadding = 2 * kStageLine + 32;
 constexpr int kRingStaticSharedBytes = 17152;  // upper bound; static_asserts beside the kernels
 constexpr int kMaxGroups = 2;                  // consumer groups of a CTA
-// A warp sums at most kAhead rows before it forms the gradient of the first. Record slots: a CTA
-// sends its records of its t-th row after its gradient of row t - kAhead, which needed the other
-// CTAs' records of that row, which they sent after their gradients of row t - 2 kAhead. So
-// 2 kAhead slots never overwrite an unread record.
-constexpr int kAhead = 2;
-constexpr int kSlots = 2 * kAhead;
+// A warp sums at most kMaxRowsAhead rows before it forms the gradient of the first. Record slots: a
+// CTA sends its records of its t-th row after its gradient of row t - kMaxRowsAhead, which needed
+// the other CTAs' records of that row, which they sent after their gradients of row t - 2
+// kMaxRowsAhead. So 2 kMaxRowsAhead slots never overwrite an unread record.
+constexpr int kMaxRowsAhead = 2;
+constexpr int kRecordSlots = 2 * kMaxRowsAhead;
 constexpr int kRecordBytes = 16;
 
 // A row as `shares` pieces of `share` elements, the last one shorter (possibly empty).
@@ -64,7 +64,7 @@ struct RowPlan {
 // flight a record per warp of the cluster.
 inline int ring_shared_bytes(const RowPlan& plan) {
   return plan.stages * plan.stage_bytes +
-         plan.groups * kSlots * plan.division.shares * kGroupWarps * kRecordBytes;
+         plan.groups * kRecordSlots * plan.division.shares * kGroupWarps * kRecordBytes;
 }
 
 inline int element_bytes(DType dtype) {
@@ -125,22 +125,22 @@ inline RowPlan plan_row_stats(const Device& device, DType dtype, int64_t vocab) 
   return plan;
 }
 
-// At token level every CTA of the ring kernel computes the sequences' terms itself while its first
-// rows load. A warp counts the mask in pieces of half a microsecond. If there are more pieces than
-// kMaxTermPieces, or more sequences than fit in shared memory, a separate kernel (3 to 5
-// microseconds) computes the terms first.
+// At token level every CTA of the ring kernel computes the sequences' constants itself while its
+// first rows load. A warp counts the mask in pieces of half a microsecond. If there are more pieces
+// than kMaxMaskPieces, or more sequences than fit in shared memory, a separate kernel (3 to 5
+// microseconds) computes the constants first.
 constexpr int kMaxLocalSequences = 64;
-constexpr int kTermPiece = 1024;  // tokens
-constexpr int64_t kMaxTermPieces = 128;
+constexpr int kMaskPiece = 1024;  // tokens
+constexpr int64_t kMaxMaskPieces = 128;
 
 // Pieces of a sequence's mask. aligned: each sequence's mask starts at a 16-byte boundary.
-GRPO_HOST_DEVICE int64_t term_pieces(int64_t length, bool aligned) {
-  return (length + (aligned ? 0 : 15) + kTermPiece - 1) / kTermPiece;
+GRPO_HOST_DEVICE int64_t mask_pieces(int64_t length, bool aligned) {
+  return (length + (aligned ? 0 : 15) + kMaskPiece - 1) / kMaskPiece;
 }
 
-inline bool forms_terms_in_kernel(const PolicyParams<float>& p) {
+inline bool computes_constants_in_kernel(const PolicyParams<float>& p) {
   return !needs_sums(p) && p.batch <= kMaxLocalSequences &&
-         p.batch * term_pieces(p.length, false) <= kMaxTermPieces;
+         p.batch * mask_pieces(p.length, false) <= kMaxMaskPieces;
 }
 
 }  // namespace grpo::cuda

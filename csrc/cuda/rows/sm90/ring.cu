@@ -92,7 +92,7 @@ int ring_clusters(const RingParams& params, const RowPlan& plan) {
   return clusters < kMaxReporters ? clusters : kMaxReporters;
 }
 
-void launch_ring(const RingParams& params, const RowPlan& plan, bool beside_previous,
+void launch_ring(const RingParams& params, const RowPlan& plan, bool overlaps_previous_kernel,
                  Stream stream) {
   int clusters = ring_clusters(params, plan);
   if (clusters < 1) throw std::runtime_error("grpo_ext: no room for one cluster of the row kernel");
@@ -101,7 +101,7 @@ void launch_ring(const RingParams& params, const RowPlan& plan, bool beside_prev
   Launch how{unsigned(cluster * clusters), unsigned(ring_threads(plan.groups))};
   how.cluster = cluster;
   how.shared_bytes = ring_shared_bytes(plan);
-  how.beside_previous = beside_previous;
+  how.overlaps_previous_kernel = overlaps_previous_kernel;
   launch(ring_kernel_of(params), how, stream, params);
 }
 

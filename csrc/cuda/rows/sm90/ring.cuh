@@ -34,7 +34,7 @@ __device__ __forceinline__ void load_rows(const RingParams& p, RingShared& sh,
   const bool elected = (threadIdx.x & 31) == 0;
   RingPlace place = {0, 0};
   for (; cursor.more(); cursor.advance()) {
-    if (!cursor.live()) continue;
+    if (!cursor.is_unmasked()) continue;
     if (elected) {
       const int stage = place.stage;
       if (place.lap > 0) wait_with_backoff(&sh.empty[stage], (place.lap - 1) & 1);
@@ -76,7 +76,7 @@ __device__ __forceinline__ void store_rows(const RingParams& p, RingShared& sh,
   for (; cursor.more(); cursor.advance()) {
     const uint32_t row = cursor.row();
     const Destination<T> out(grad_row<T>(p.rows, row) + first, length);
-    if (!cursor.live()) {
+    if (!cursor.is_unmasked()) {
       clear_share(out, sh, lane, policy);
       if (rank == 0 && lane == 0) {
         p.rows.logps[row] = p.rows.entropy[row] = 0.f;
@@ -146,18 +146,18 @@ __device__ __forceinline__ void gradient_blocks(const Load& logits, const Destin
 // Write the gradient into the stage, from which the storing warp copies it; directly to global
 // memory if gradient and logits are aligned differently.
 template <class T, bool kAllFeatures>
-__device__ __forceinline__ void write_gradient(unsigned char* share, int skip,
+__device__ __forceinline__ void write_gradient(unsigned char* share, int lead_bytes,
                                                const Destination<T>& out,
                                                const LogitMap<kAllFeatures>& map,
                                                const GradientTerms& g, int target, int thread) {
-  if (skip == out.lead_bytes) {
+  if (lead_bytes == out.lead_bytes) {
     uint4* stage = reinterpret_cast<uint4*>(share);
     gradient_blocks<T>(AlignedShared{stage}, out, map, g, target, thread,
                        [&](int q, const uint4& v) { stage[q] = v; });
     ptx::fence_shared_for_bulk();
   } else {
-    gradient_blocks<T>(ShiftedShared(share, skip - out.lead_bytes), out, map, g, target, thread,
-                       [&](int q, const uint4& v) { out.store_whole(q, v); });
+    gradient_blocks<T>(ShiftedShared(share, lead_bytes - out.lead_bytes), out, map, g, target,
+                       thread, [&](int q, const uint4& v) { out.store_whole(q, v); });
   }
 }
 
@@ -173,32 +173,32 @@ __device__ __forceinline__ void sum_row(const RingParams& p, RingShared& sh, uns
   const int length = share_length(p.rows.vocab, rank, p.share);
   const int64_t id = warp == 0 ? p.rows.ids[row] : -1;  // loads while the warp sums
   const T* logits = logits_row<T>(p.rows, row) + first;
-  const int skip = int(reinterpret_cast<uintptr_t>(logits) & 15);
+  const int lead_bytes = int(reinterpret_cast<uintptr_t>(logits) & 15);
   const unsigned char* share = place_in_stage(stages, p.stage_bytes, stage, logits);
-  Part part = with_shared_vectors(share, skip, [&](const auto& vectors) {
+  Part part = with_shared_vectors(share, lead_bytes, [&](const auto& vectors) {
     return part_of_thread<T>(vectors, length, map, thread);
   });
   part = merge_warp(part, map.log2_slope);
   float target = 0.f;
   if (lane == 0 && id >= first && id < first + length)
-    target = map.unscaled(to_float(reinterpret_cast<const T*>(share + skip)[id - first]));
+    target = map.unscaled(to_float(reinterpret_cast<const T*>(share + lead_bytes)[id - first]));
   target = __shfl_sync(~0u, target, 0);
-  const uint32_t exchanged = ptx::shared_address(&sh.exchanged[group][slot]);
+  const uint32_t records_arrived = ptx::shared_address(&sh.records_arrived[group][slot]);
   if (lane < ranks) {
     const Record record = {part.max, part.sum, part.weighted, target};
     Record* box = records_of(p, stages, group, slot, ranks) + rank * kGroupWarps + warp;
     if (ranks > 1)
       ptx::store_async(ptx::map_to_rank(ptx::shared_address(box), lane), record,
-                       ptx::map_to_rank(exchanged, lane));
+                       ptx::map_to_rank(records_arrived, lane));
     else
       *box = record;
   }
-  // In a misaligned row, a block of the gradient overlaps logits that another thread sums: every
-  // thread arrives. Otherwise a thread overwrites only what it has read itself.
-  if (skip != 0)
-    ptx::mbarrier_arrive(exchanged);
+  // Misaligned: a gradient block overlaps logits that another thread may still read, so every
+  // thread arrives. Aligned: a thread overwrites only what it has read itself.
+  if (lead_bytes != 0)
+    ptx::mbarrier_arrive(records_arrived);
   else if (lane == 0)
-    ptx::mbarrier_arrive<32>(exchanged);
+    ptx::mbarrier_arrive<32>(records_arrived);
 }
 
 // Form one warp's part of a row's gradient.
@@ -213,9 +213,9 @@ __device__ __forceinline__ void finish_row(const RingParams& p, RingShared& sh,
   const int target = id >= first && id < first + length ? int(id - first) : -1;
   const uint32_t row = inputs.row;
   const T* logits = logits_row<T>(p.rows, row) + first;
-  const int skip = int(reinterpret_cast<uintptr_t>(logits) & 15);
+  const int lead_bytes = int(reinterpret_cast<uintptr_t>(logits) & 15);
   const Destination<T> out(grad_row<T>(p.rows, row) + first, length);
-  write_gradient<T>(place_in_stage(stages, p.stage_bytes, stage, logits), skip, out, map,
+  write_gradient<T>(place_in_stage(stages, p.stage_bytes, stage, logits), lead_bytes, out, map,
                     inputs.gradient, target, thread);
   __syncwarp();
   if ((thread & 31) == 0) ptx::mbarrier_arrive(ptx::shared_address(&sh.ready[stage]));
@@ -228,13 +228,14 @@ __device__ __forceinline__ void consume_rows(const RingParams& p, RingShared& sh
   const LogitMap<kAllFeatures> map(p.rows.transform);
   RingPlace to_sum = {group, 0};
   int to_finish = group;  // stage of the next gradient
-  if (!p.terms) count_tokens(p.policy, sh.local, threadIdx.x / 32, p.groups * kGroupWarps);
+  if (!p.constants) count_tokens(p.policy, sh.local, threadIdx.x / 32, p.groups * kGroupWarps);
   uint32_t summed = 0, finished = 0;
   bool more = true;
   while (more || finished < summed) {
-    const bool waits = finished < summed, may_sum = more && summed - finished < uint32_t(kAhead);
-    if (waits) {
-      const uint32_t slot = finished % kSlots, parity = finished / kSlots & 1;
+    const bool has_unfinished = finished < summed,
+               may_sum = more && summed - finished < uint32_t(kMaxRowsAhead);
+    if (has_unfinished) {
+      const uint32_t slot = finished % kRecordSlots, parity = finished / kRecordSlots & 1;
       uint64_t* decided = &sh.decided[group][slot];
       if (!may_sum) wait(decided, parity);
       if (!may_sum || phase_is_complete(decided, parity)) {
@@ -250,7 +251,7 @@ __device__ __forceinline__ void consume_rows(const RingParams& p, RingShared& sh
     // first: once the row before ours has left the stage, the next fill holds our row.
     uint64_t *empty = &sh.empty[to_sum.stage], *full = &sh.full[to_sum.stage];
     const uint32_t lap = to_sum.lap;
-    if (waits) {
+    if (has_unfinished) {
       if ((lap > 0 && !phase_is_complete(empty, (lap - 1) & 1)) ||
           !phase_is_complete(full, lap & 1)) {
         __nanosleep(20);
@@ -263,7 +264,7 @@ __device__ __forceinline__ void consume_rows(const RingParams& p, RingShared& sh
     if (sh.rows[to_sum.stage] == kNoRow) {
       more = false;
     } else {
-      sum_row<T, kAllFeatures>(p, sh, stages, to_sum.stage, group, summed % kSlots, map, rank,
+      sum_row<T, kAllFeatures>(p, sh, stages, to_sum.stage, group, summed % kRecordSlots, map, rank,
                                ranks);
       to_sum.advance(p.groups, p.stages);
       ++summed;
@@ -271,33 +272,33 @@ __device__ __forceinline__ void consume_rows(const RingParams& p, RingShared& sh
   }
 }
 
-// Iterates over the rows of one group and loads the next row's inputs ahead: one number of
-// RowInputs per lane.
 struct Pending {
   uint32_t row;
   int64_t id;
-  float input;
+  float input;  // this lane's number of RowInputs
 };
+// Iterates over one group's rows and prefetches the next row's RowInputs, one number a lane.
 class PendingRows {
  public:
-  __device__ PendingRows(const RowCursor& cursor, const SequenceTerms<float>* terms, int group)
-      : cursor_(cursor), terms_(terms), skip_(group) {}
+  __device__ PendingRows(const RowCursor& cursor, const SequenceConstants<float>* constants,
+                         int group)
+      : cursor_(cursor), constants_(constants), rows_to_skip_(group) {}
   __device__ Pending next(const RingParams& p) {
     for (; cursor_.more(); cursor_.advance()) {
-      if (!cursor_.live() || skip_-- > 0) continue;
-      skip_ = p.groups - 1;
+      if (!cursor_.is_unmasked() || rows_to_skip_-- > 0) continue;
+      rows_to_skip_ = p.groups - 1;
       const uint32_t row = cursor_.row();
       cursor_.advance();
       return {row, p.rows.ids[row],
-              load_input(p, row, row / uint32_t(p.rows.length), terms_, threadIdx.x & 31)};
+              load_input(p, row, row / uint32_t(p.rows.length), constants_, threadIdx.x & 31)};
     }
     return {kNoRow, 0, 0.f};
   }
 
  private:
   RowCursor cursor_;
-  const SequenceTerms<float>* terms_;
-  int skip_;  // unmasked rows of other groups before the next of this group
+  const SequenceConstants<float>* constants_;
+  int rows_to_skip_;  // unmasked rows of other groups before the next of this group
 };
 
 // Publish the coefficients of a group's rows (deciding warp).
@@ -307,31 +308,32 @@ __device__ __forceinline__ void decide_rows(const RingParams& p, RingShared& sh,
                                             int group, uint32_t rank, uint32_t ranks) {
   const int lane = threadIdx.x & 31;
   const LogitMap<kAllFeatures> map(p.rows.transform);
-  PendingRows rows(cursor, terms_of(p, sh), group);
-  if (!p.terms && group == 0) form_terms(p.policy, sh.local);
-  wait_for_terms(p, sh);
+  PendingRows rows(cursor, constants_of(p, sh), group);
+  if (!p.constants && group == 0) compute_constants(p.policy, sh.local);
+  wait_for_constants(p, sh);
   uint32_t turn = 0;
   for (Pending next = rows.next(p);; ++turn) {
     const Pending now = next;
-    const uint32_t batch = turn / kBatchRows % kBatches, lap = turn / (kBatchRows * kBatches);
-    if (turn % kBatchRows == 0 && rank == 0 && lap > 0)
-      wait(&sh.reported[group][batch], (lap - 1) & 1);
-    Decided& d = sh.batches[group][batch][turn % kBatchRows];
+    const uint32_t report_batch = turn / kReportBatchRows % kReportBatches,
+                   lap = turn / (kReportBatchRows * kReportBatches);
+    if (turn % kReportBatchRows == 0 && rank == 0 && lap > 0)
+      wait(&sh.reported[group][report_batch], (lap - 1) & 1);
+    RowToReport& d = sh.report_batches[group][report_batch][turn % kReportBatchRows];
     if (now.row == kNoRow) {
       if (lane == 0) d.row = kNoRow;
-      if (rank == 0) ptx::mbarrier_arrive(ptx::shared_address(&sh.complete[group][batch]));
+      if (rank == 0) ptx::mbarrier_arrive(ptx::shared_address(&sh.complete[group][report_batch]));
       return;
     }
     next = rows.next(p);
     if (lane < kInputWords) reinterpret_cast<float*>(&d.inputs)[lane] = now.input;
     __syncwarp();
-    const uint32_t slot = turn % kSlots;
-    uint64_t* exchanged = &sh.exchanged[group][slot];
+    const uint32_t slot = turn % kRecordSlots;
+    uint64_t* records_arrived = &sh.records_arrived[group][slot];
     const Record* records = records_of(p, stages, group, slot, ranks);
-    wait(exchanged, turn / kSlots & 1);
-    // Expect the records of turn + kSlots now: they may already be in flight.
+    wait(records_arrived, turn / kRecordSlots & 1);
+    // Expect the records of turn + kRecordSlots now: they may already be in flight.
     if (ranks > 1 && lane == 0)
-      ptx::mbarrier_arrive_expect(ptx::shared_address(exchanged),
+      ptx::mbarrier_arrive_expect(ptx::shared_address(records_arrived),
                                   ranks * kGroupWarps * sizeof(Record));
     const bool valid_target = now.id >= 0 && now.id < p.rows.vocab;
     const float target =
@@ -340,9 +342,9 @@ __device__ __forceinline__ void decide_rows(const RingParams& p, RingShared& sh,
         fold(records, int(ranks) * kGroupWarps, target, map.slope, map.log2_slope);
     const PolicyParams<float> q = policy_of_row(p.policy, d.inputs);
     const TokenLoss<float> token =
-        evaluate_token(q, d.inputs.terms, 0, 0, stats.logp, stats.entropy);
-    const float coef = valid_target ? logp_coefficient(q, d.inputs.terms, token) : NAN;
-    const float entropy_coef = kAllFeatures ? entropy_coefficient(q, d.inputs.terms) : 0.f;
+        evaluate_token(q, d.inputs.constants, 0, 0, stats.logp, stats.entropy);
+    const float coef = valid_target ? logp_coefficient(q, d.inputs.constants, token) : NAN;
+    const float entropy_coef = kAllFeatures ? entropy_coefficient(q, d.inputs.constants) : 0.f;
     if (lane == 0) {
       sh.gradient_inputs[group][slot] = {
           gradient_terms(coef, entropy_coef, stats.logp, stats.entropy, stats.log2_norm, map.slope),
@@ -352,8 +354,8 @@ __device__ __forceinline__ void decide_rows(const RingParams& p, RingShared& sh,
       d.entropy = stats.entropy;
       d.row = now.row;
     }
-    if (rank == 0 && turn % kBatchRows == kBatchRows - 1)
-      ptx::mbarrier_arrive(ptx::shared_address(&sh.complete[group][batch]));
+    if (rank == 0 && turn % kReportBatchRows == kReportBatchRows - 1)
+      ptx::mbarrier_arrive(ptx::shared_address(&sh.complete[group][report_batch]));
   }
 }
 
@@ -364,8 +366,9 @@ __global__ void __launch_bounds__(kRingLaunchBound, 1)
   __shared__ RingShared sh;
   const uint32_t rank = ptx::cluster_rank(), ranks = ptx::cluster_size();
   const uint32_t cluster = blockIdx.x / ranks, clusters = gridDim.x / ranks;
-  // With p.terms, only the warps that read the terms wait for the kernel that computes them.
-  if (!p.terms) ptx::wait_for_previous_kernel();
+  // With p.constants, only the warps that read the constants wait for the kernel that computes
+  // them.
+  if (!p.constants) ptx::wait_for_previous_kernel();
   const RowCursor cursor(p.rows.mask, p.row_count, cluster, clusters);
   if (threadIdx.x == 0) {
     for (int s = 0; s < p.stages; ++s) {
@@ -373,21 +376,21 @@ __global__ void __launch_bounds__(kRingLaunchBound, 1)
       ptx::mbarrier_init(ptx::shared_address(&sh.ready[s]), kGroupWarps);
       ptx::mbarrier_init(ptx::shared_address(&sh.empty[s]), 1);
     }
-    for (int i = 0; i < p.groups * int(kSlots); ++i) {
-      const uint32_t exchanged = ptx::shared_address(&sh.exchanged[0][i]);
-      // Arrivals: this CTA's threads, and in a cluster the expected bytes of all records.
-      ptx::mbarrier_init(exchanged, kGroupThreads + (ranks > 1));
+    for (int i = 0; i < p.groups * int(kRecordSlots); ++i) {
+      const uint32_t records_arrived = ptx::shared_address(&sh.records_arrived[0][i]);
+      // Arrivals: this CTA's threads; in a cluster also the one that expects the records.
+      ptx::mbarrier_init(records_arrived, kGroupThreads + (ranks > 1));
       ptx::mbarrier_init(ptx::shared_address(&sh.decided[0][i]), 1);
     }
-    for (int i = 0; i < p.groups * kBatches; ++i) {
+    for (int i = 0; i < p.groups * kReportBatches; ++i) {
       ptx::mbarrier_init(ptx::shared_address(&sh.complete[0][i]), 32);
       ptx::mbarrier_init(ptx::shared_address(&sh.reported[0][i]), 32);
     }
     ptx::mbarrier_init(ptx::shared_address(&sh.local.counted), p.groups * kGroupWarps);
-    ptx::mbarrier_init(ptx::shared_address(&sh.local.known), 32);
+    ptx::mbarrier_init(ptx::shared_address(&sh.local.computed), 32);
     ptx::fence_mbarrier_init();
-    for (int i = 0; i < p.groups * int(kSlots) && ranks > 1; ++i)
-      ptx::mbarrier_arrive_expect(ptx::shared_address(&sh.exchanged[0][i]),
+    for (int i = 0; i < p.groups * int(kRecordSlots) && ranks > 1; ++i)
+      ptx::mbarrier_arrive_expect(ptx::shared_address(&sh.records_arrived[0][i]),
                                   ranks * kGroupWarps * sizeof(Record));
   }
   if (threadIdx.x < kZeroBytes / 16) sh.zeros[threadIdx.x] = {0, 0, 0, 0};
@@ -417,7 +420,7 @@ __global__ void __launch_bounds__(kRingLaunchBound, 1)
   if (rank == 0 && p.report.sums && (role < 0 || role == 2))
     finish_report(p.report,
                   p.report.finished ? p.report.finished : &report_counters[p.report.counter],
-                  p.policy, terms_of(p, sh), sh.report, role < 0 ? role + consumers : consumers,
+                  p.policy, constants_of(p, sh), sh.report, role < 0 ? role + consumers : consumers,
                   consumers + 1, cluster, clusters);
   ptx::cluster_arrive();
   ptx::cluster_wait();  // a CTA must not exit while records may still be sent to it

@@ -16,10 +16,11 @@ constexpr int ring_threads(int groups) { return groups * (kGroupThreads + 32) + 
 constexpr int kRingLaunchBound = 800;
 
 struct RingParams {
-  RowParams<float> rows;  // grad is set; may be the logits
+  RowParams<float> rows;  // grad set; may alias the logits
   PolicyParams<float> policy;
-  // [B], from the previous kernel; null: every CTA computes them (forms_terms_in_kernel, plan.h).
-  const SequenceTerms<float>* terms;
+  // [B], from the previous kernel; null: every CTA computes them (computes_constants_in_kernel,
+  // plan.h).
+  const SequenceConstants<float>* constants;
   Report report;  // loss and metrics; empty: a later kernel computes them
   int32_t row_count;
   int32_t share;        // elements of a row per CTA
@@ -40,8 +41,8 @@ int take_report_counter(int device, Stream stream, bool capturing);
 // happen with 16 CTAs; use the streaming kernels.
 int ring_clusters(const RingParams& params, const RowPlan& plan);
 
-// `beside_previous`: see Launch.
-void launch_ring(const RingParams& params, const RowPlan& plan, bool beside_previous,
+// `overlaps_previous_kernel`: see Launch.
+void launch_ring(const RingParams& params, const RowPlan& plan, bool overlaps_previous_kernel,
                  Stream stream);
 
 // Threads of a CTA: consumer groups, a loading and a deciding warp.

@@ -23,9 +23,9 @@ __device__ __forceinline__ bool phase_is_complete(uint64_t* barrier, uint32_t pa
   return __all_sync(~0u, ptx::mbarrier_test_wait(ptx::shared_address(barrier), parity));
 }
 
-// Iterates over the rows of one cluster or CTA in ascending order: every `step`-th unmasked row, so
-// that work is balanced, and every `step`-th masked row, assigned in the opposite order. A warp
-// reads the mask in windows of 32 rows and prefetches the next 128 rows.
+// Iterates over one cluster's or CTA's rows in ascending order: every `step`-th unmasked row, which
+// balances the work, and every `step`-th masked row, dealt out from the last CTA on. A warp reads
+// the mask in windows of 32 rows and prefetches the next 128 rows.
 class RowCursor {
  public:
   __device__ RowCursor(const uint8_t* mask, uint32_t count, uint32_t first, uint32_t step)
@@ -33,31 +33,31 @@ class RowCursor {
         count_(count),
         step_(step),
         row_(first),
-        next_live_(first),
+        next_unmasked_(first),
         next_masked_(step - 1 - first) {
     if (!mask_) return;
     for (uint32_t i = 0; i < 32; i += step) every_step_ |= 1u << i;
-    read_ahead(0);
-    settle();
+    prefetch(0);
+    move_to_next_row();
   }
   __device__ bool more() const { return row_ < count_; }
   __device__ uint32_t row() const { return row_; }
-  __device__ bool live() const { return live_ >> (row_ & 31) & 1; }
+  __device__ bool is_unmasked() const { return unmasked_ >> (row_ & 31) & 1; }
   __device__ void advance() {
     if (!mask_) {
       row_ += step_;
     } else {
-      own_ &= own_ - 1;
-      settle();
+      unvisited_ &= unvisited_ - 1;
+      move_to_next_row();
     }
   }
 
  private:
-  static constexpr int kAheadWindows = 4;
+  static constexpr int kPrefetchedWindows = 4;
 
   // Move to this cluster's next row, in this window or a later one.
-  __device__ void settle() {
-    while (own_ == 0) {
+  __device__ void move_to_next_row() {
+    while (unvisited_ == 0) {
       window_ += 32;
       if (window_ >= count_) {
         row_ = count_;
@@ -65,43 +65,46 @@ class RowCursor {
       }
       open_window();
     }
-    row_ = window_ + __ffs(own_) - 1;
+    row_ = window_ + __ffs(unvisited_) - 1;
   }
   __device__ void open_window() {
-    const uint32_t lane = threadIdx.x & 31, turn = window_ / 32 % kAheadWindows;
+    const uint32_t lane = threadIdx.x & 31, turn = window_ / 32 % kPrefetchedWindows;
     if (turn == 0) {
       masks_ = 0;
 #pragma unroll
-      for (int i = 0; i < kAheadWindows; ++i) masks_ |= uint32_t(ahead_[i] != 0) << i;
-      read_ahead(window_ + 32 * kAheadWindows);
+      for (int i = 0; i < kPrefetchedWindows; ++i) masks_ |= uint32_t(prefetched_[i] != 0) << i;
+      prefetch(window_ + 32 * kPrefetchedWindows);
     }
-    const bool live = masks_ >> turn & 1;
-    live_ = __ballot_sync(~0u, live);
-    const uint32_t below = __popc(live_ & ((1u << lane) - 1)), lives = __popc(live_);
-    const uint32_t behind = live ? below - next_live_ : lane - below - next_masked_;
-    own_ = __ballot_sync(
-        ~0u, window_ + lane < count_ && behind < 32 && every_step_ >> (behind & 31) & 1);
-    next_live_ += step_ * __popc(own_ & live_) - lives;
-    next_masked_ += step_ * __popc(own_ & ~live_) - (32 - lives);
+    const bool unmasked = masks_ >> turn & 1;
+    unmasked_ = __ballot_sync(~0u, unmasked);
+    const uint32_t below = __popc(unmasked_ & ((1u << lane) - 1)),
+                   unmasked_count = __popc(unmasked_);
+    const uint32_t steps_from_next =
+        unmasked ? below - next_unmasked_ : lane - below - next_masked_;
+    unvisited_ = __ballot_sync(~0u, window_ + lane < count_ && steps_from_next < 32 &&
+                                        every_step_ >> (steps_from_next & 31) & 1);
+    next_unmasked_ += step_ * __popc(unvisited_ & unmasked_) - unmasked_count;
+    next_masked_ += step_ * __popc(unvisited_ & ~unmasked_) - (32 - unmasked_count);
   }
-  __device__ void read_ahead(uint32_t from) {
+  __device__ void prefetch(uint32_t from) {
 #pragma unroll
-    for (int i = 0; i < kAheadWindows; ++i) {
+    for (int i = 0; i < kPrefetchedWindows; ++i) {
       const uint32_t row = from + 32 * i + (threadIdx.x & 31);
-      ahead_[i] = row < count_ ? mask_[row] : 0;
+      prefetched_[i] = row < count_ ? mask_[row] : 0;
     }
   }
   const uint8_t* mask_;
   uint32_t count_, step_, row_;
-  uint32_t window_ = 0u - 32;         // first row of the window
-  uint32_t own_ = 0, live_ = ~0u;     // bits: rows of this cluster not yet visited, unmasked rows
-  uint32_t next_live_, next_masked_;  // rows of each kind to skip from the next window on
-  uint32_t every_step_ = 0;           // bits 0, step, 2 step, ...
-  uint32_t masks_ = 0;                // this lane's mask, a bit for each prefetched window
-  uint8_t ahead_[kAheadWindows];
+  uint32_t window_ = 0u - 32;             // first row of the window
+  uint32_t unvisited_ = 0;                // bits: this cluster's rows of the window still to visit
+  uint32_t unmasked_ = ~0u;               // bits: unmasked rows of the window
+  uint32_t next_unmasked_, next_masked_;  // rows of each kind to skip from the next window on
+  uint32_t every_step_ = 0;               // bits 0, step, 2 step, ...
+  uint32_t masks_ = 0;                    // this lane's mask, a bit for each prefetched window
+  uint8_t prefetched_[kPrefetchedWindows];
 };
 
-// A stage of the ring and how often the ring has been gone through.
+// A stage of the ring, and the number of completed laps around it.
 struct RingPlace {
   int stage;
   uint32_t lap;
@@ -125,12 +128,13 @@ template <class T, class... Policy>
 __device__ __forceinline__ void load_share(const T* logits, int length, unsigned char* in_stage,
                                            uint32_t full, Policy... policy) {
   const char* from = reinterpret_cast<const char*>(logits);
-  const uint32_t skip = uint32_t(reinterpret_cast<uintptr_t>(from) & 15);
-  const uint32_t total = length > 0 ? (skip + length * uint32_t(sizeof(T)) + 15) / 16 * 16 : 0;
+  const uint32_t lead_bytes = uint32_t(reinterpret_cast<uintptr_t>(from) & 15);
+  const uint32_t total =
+      length > 0 ? (lead_bytes + length * uint32_t(sizeof(T)) + 15) / 16 * 16 : 0;
   const uint32_t to = ptx::shared_address(in_stage);
   ptx::mbarrier_arrive_expect(full, total);
   for (uint32_t o = 0; o < total; o += kBulkBytes)
-    ptx::bulk_load(to + o, from - skip + o, min(kBulkBytes, total - o), full, policy...);
+    ptx::bulk_load(to + o, from - lead_bytes + o, min(kBulkBytes, total - o), full, policy...);
 }
 
 }  // namespace grpo::cuda

@@ -25,7 +25,7 @@ __device__ __forceinline__ void load_shares(const StatsRingParams& p, StatsShare
   const bool elected = (threadIdx.x & 31) == 0;
   RingPlace place = {0, 0};
   for (; cursor.more(); cursor.advance()) {
-    if (!cursor.live()) continue;
+    if (!cursor.is_unmasked()) continue;
     for (int s = 0; s < p.shares && elected; ++s, place.advance(1, p.stages)) {
       const int stage = place.stage;
       if (place.lap > 0) wait_with_backoff(&sh.empty[stage], (place.lap - 1) & 1);
@@ -64,9 +64,9 @@ __device__ __forceinline__ void sum_shares(const StatsRingParams& p, StatsShared
     const int length = share_length(p.rows.vocab, share_number, p.share);
     const int64_t id = warp == 0 ? p.rows.ids[row] : -1;  // loads while the warp sums
     const T* logits = logits_row<T>(p.rows, row) + first;
-    const int skip = int(reinterpret_cast<uintptr_t>(logits) & 15);
+    const int lead_bytes = int(reinterpret_cast<uintptr_t>(logits) & 15);
     const unsigned char* share = place_in_stage(stages, p.stage_bytes, stage, logits);
-    Part part = with_shared_vectors(share, skip, [&](const auto& vectors) {
+    Part part = with_shared_vectors(share, lead_bytes, [&](const auto& vectors) {
       return part_of_thread<T>(vectors, length, map, thread);
     });
     part = merge_warp(part, map.log2_slope);
@@ -74,7 +74,8 @@ __device__ __forceinline__ void sum_shares(const StatsRingParams& p, StatsShared
     if (lane == 0) {
       Record record = {part.max, part.sum, part.weighted, 0.f};
       if (id >= first && id < first + length)
-        record.w = map.unscaled(to_float(reinterpret_cast<const T*>(share + skip)[id - first]));
+        record.w =
+            map.unscaled(to_float(reinterpret_cast<const T*>(share + lead_bytes)[id - first]));
       ptx::mbarrier_arrive(ptx::shared_address(&sh.empty[stage]));
       const uint32_t slot = turn % kRowSlots;
       if (turn >= kRowSlots) wait(&sh.folded[slot], (turn / kRowSlots - 1) & 1);
@@ -93,7 +94,7 @@ __device__ __forceinline__ void fold_rows(const StatsRingParams& p, StatsShared&
   for (uint32_t turn = 0; cursor.more(); cursor.advance()) {
     const uint32_t row = cursor.row();
     RowStats stats = {};
-    if (cursor.live()) {
+    if (cursor.is_unmasked()) {
       const int64_t id = p.rows.ids[row];
       const bool valid_target = id >= 0 && id < p.rows.vocab;
       const uint32_t slot = turn % kRowSlots;

@@ -1,4 +1,4 @@
-// Compute the sequences' terms in every CTA while its first rows load.
+// Compute the sequences' constants in every CTA while its first rows load.
 #pragma once
 
 #include "cuda/rows/sm90/ring.h"
@@ -6,10 +6,10 @@
 
 namespace grpo::cuda {
 
-struct LocalTerms {
-  uint64_t counted, known;  // tokens are counted, terms are formed
+struct LocalConstants {
+  uint64_t counted, computed;  // tokens are counted, constants are computed
   uint32_t tokens[kMaxLocalSequences];
-  SequenceTerms<float> terms[kMaxLocalSequences];
+  SequenceConstants<float> constants[kMaxLocalSequences];
 };
 
 // Sum the mask bytes (0 or 1, torch.bool) of a 16-byte block that lie within [begin, end).
@@ -26,19 +26,19 @@ __device__ __forceinline__ uint32_t count_block(uintptr_t block, uintptr_t begin
   return tokens;
 }
 
-// Count one warp's pieces of the mask, of `warps` warps.
-__device__ __forceinline__ void count_tokens(const PolicyParams<float>& p, LocalTerms& local,
+// Count the tokens in one of `warps` warps' mask pieces.
+__device__ __forceinline__ void count_tokens(const PolicyParams<float>& p, LocalConstants& local,
                                              int warp, int warps) {
-  constexpr int kBlocks = kTermPiece / (32 * 16);  // per lane and piece
+  constexpr int kBlocks = kMaskPiece / (32 * 16);  // per lane and piece
   const int lane = threadIdx.x & 31;
   const int length = int(p.length);
   const bool aligned = ((reinterpret_cast<uintptr_t>(p.mask) | uintptr_t(length)) & 15) == 0;
-  const int pieces = int(term_pieces(length, aligned)), count = int(p.batch) * pieces;
+  const int pieces = int(mask_pieces(length, aligned)), count = int(p.batch) * pieces;
 #pragma unroll 1
   for (int piece = warp; piece < count; piece += warps) {
     const int sequence = piece / pieces;
     const uintptr_t begin = reinterpret_cast<uintptr_t>(p.mask) + uintptr_t(sequence) * length;
-    const uintptr_t first = begin / 16 * 16 + (piece % pieces) * kTermPiece + lane * 16;
+    const uintptr_t first = begin / 16 * 16 + (piece % pieces) * kMaskPiece + lane * 16;
     uint32_t tokens = 0;
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) tokens += count_block(first + i * 512, begin, begin + length);
@@ -48,8 +48,9 @@ __device__ __forceinline__ void count_tokens(const PolicyParams<float>& p, Local
   if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(&local.counted));
 }
 
-// Compute the terms (one warp); same values as terms_kernel in policy/policy.cu.
-__device__ __forceinline__ void form_terms(const PolicyParams<float>& p, LocalTerms& local) {
+// Compute the constants (one warp); same values as constants_kernel in policy/policy.cu.
+__device__ __forceinline__ void compute_constants(const PolicyParams<float>& p,
+                                                  LocalConstants& local) {
   const int lane = threadIdx.x & 31, batch = int(p.batch);
   wait(&local.counted, 0);
   uint32_t all = 0;
@@ -59,9 +60,9 @@ __device__ __forceinline__ void form_terms(const PolicyParams<float>& p, LocalTe
   for (int b = lane; b < batch; b += 32) {
     SequenceSums sums{};
     sums.tokens = local.tokens[b];
-    local.terms[b] = sequence_terms(p, b, sums, double(all));
+    local.constants[b] = sequence_constants(p, b, sums, double(all));
   }
-  ptx::mbarrier_arrive(ptx::shared_address(&local.known));
+  ptx::mbarrier_arrive(ptx::shared_address(&local.computed));
 }
 
 }  // namespace grpo::cuda
