@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "cuda/base/launch.h"
+#include "cuda/ops.h"
 #include "cuda/policy/policy.h"
 #include "cuda/rows/sm90/ring.h"
 
