@@ -13,7 +13,7 @@
 
 namespace grpo {
 
-enum class LossType : int32_t;  // its members stand beside the losses, in token_loss.h
+enum class LossType : int32_t;  // members: token_loss.h
 enum class Level : int32_t { kToken, kSequence };
 enum class ImportanceMode : int32_t {
   kOff,
@@ -23,7 +23,7 @@ enum class ImportanceMode : int32_t {
   kSequenceMask
 };
 
-// Real is float, or double for fp64 logits. Optional numbers carry a flag beside them.
+// Real is float, or double for fp64 logits. An optional number has a flag of its own.
 template <class Real>
 struct LossSpec {
   LossType loss_type;

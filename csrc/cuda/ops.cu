@@ -19,11 +19,12 @@ std::atomic<bool> use_ring{true}, use_constants_in_kernel{true};
 int32_t count_rows(const RowParams<float>& p) {
   const int64_t rows = p.batch * p.length;
   if (p.dtype == DType::kFloat64)
-    throw std::invalid_argument("grpo_ext: fp64 logits are served on the CPU only");
+    throw std::invalid_argument(
+        "grpo_ext: got fp64 logits on a GPU: move them to the CPU or use fp32");
   if (rows >= int64_t(1) << 31 || p.vocab >= int64_t(1) << 28)
-    throw std::invalid_argument("grpo_ext: " + std::to_string(rows) + " rows of " +
-                                std::to_string(p.vocab) +
-                                " logits; a call takes less than 2^31 rows of less than 2^28");
+    throw std::invalid_argument(
+        "grpo_ext: " + std::to_string(rows) + " rows of " + std::to_string(p.vocab) +
+        " logits; the limits are 2^31 - 1 rows of 2^28 - 1 logits: split the call");
   return int32_t(rows);
 }
 

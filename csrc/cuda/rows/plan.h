@@ -36,7 +36,7 @@ constexpr int kShareAlignment = 64;  // elements: whole 128-byte lines
 // into it.
 constexpr int kStageLine = 128;
 constexpr int kStagePadding = 2 * kStageLine + 32;
-constexpr int kRingStaticSharedBytes = 17152;  // upper bound; static_asserts beside the kernels
+constexpr int kRingStaticSharedBytes = 17152;  // upper bound; the kernels assert it
 constexpr int kMaxGroups = 2;                  // consumer groups of a CTA
 // A warp sums at most kMaxRowsAhead rows before it forms the gradient of the first. Record slots: a
 // CTA sends its records of its t-th row after its gradient of row t - kMaxRowsAhead, which needed

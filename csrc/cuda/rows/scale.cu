@@ -44,7 +44,8 @@ void scale_rows(int device, const RowParams<float>& p, const float* factor, Stre
       scale_kernel<__half><<<grid, kThreads, 0, stream>>>(p, factor);
       break;
     case DType::kFloat64:
-      throw std::invalid_argument("grpo_ext: fp64 logits are served on the CPU only");
+      throw std::invalid_argument(
+          "grpo_ext: got fp64 logits on a GPU: move them to the CPU or use fp32");
   }
   GRPO_CUDA_CHECK(cudaGetLastError());
 }
