@@ -81,28 +81,3 @@ def _split_to_count(slices: list[list[int]], idle: list[int], lengths: Sequence[
             shortest = min(idle, key=lambda row: lengths[row])
             idle.remove(shortest)
             slices.append([shortest])
-
-
-def groups_of_similar_length(lengths: Sequence[int], cost: int) -> list[list[int]]:
-    """Split rows into groups that are padded separately, each in a pass of its own.
-
-    Minimizes the padded tokens plus ``cost`` per group, over all groups of rows that are neighbours in length.
-
-    Args:
-        lengths: tokens of each row.
-        cost: tokens that cost as much as another pass; at least 1.
-
-    Returns:
-        The rows of each group, the longest rows first; the rows of a group in ascending order.
-    """
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    best: list[tuple[int, int]] = [(0, 0)]  # for the first n rows: the least sum, and where their last group starts
-    for end in range(1, len(order) + 1):
-        best.append(min((best[s][0] + (end - s) * lengths[order[s]] + cost, s) for s in range(end)))
-    groups: list[list[int]] = []
-    end = len(order)
-    while end:
-        start = best[end][1]
-        groups.insert(0, sorted(order[start:end]))
-        end = start
-    return groups

@@ -13,8 +13,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from trl_runs import WORDS, Recorder, fill_adapters, lora, prompts, settings, tiny_model, tiny_tokenizer, trl
 
 import grpo_ext.integrations.trl as ours
-from grpo_ext.integrations.trl import passes
-from grpo_ext.update.filling import groups_of_similar_length
 
 #: Completion tokens of the rows of a generation batch, in order; a completion of 6 tokens is cut off.
 LENGTHS = (6, 1, 3, 2, 5, 5, 1, 4)
@@ -255,14 +253,6 @@ def test_filled_micro_batches(loss_type: str, fuse_loss: bool, tmp_path: Path) -
     compare(stock, mine, names=("loss", "grad_norm", "sampling/importance_sampling_ratio/mean"), tolerance=2e-4)
     assert status.parts["fill_micro_batches"].served == 3
     assert sum(status.served.values()) < 3 * 4 * (1 if fuse_loss else 2)
-
-
-def test_passes_of_similar_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of one micro-batch in passes of their own: equal numbers, fewer positions."""
-    monkeypatch.setattr(passes, "groups_of_similar_length", lambda lengths, cost: groups_of_similar_length(lengths, 2))
-    stock, mine, status = both(tmp_path, loss_type="grpo", with_lora=False)
-    compare(stock, mine)
-    assert status.served["with gradient"] > 6
 
 
 def test_sorted_micro_batches(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +14,7 @@ from toys import FixedEngine, GradientCatcher
 from grpo_ext.config import LOSS_TYPES
 from grpo_ext.rollouts.batching import BatchPlan
 from grpo_ext.trainer import GRPOTrainer
-from grpo_ext.update.filling import filled_slices, groups_of_similar_length
+from grpo_ext.update.filling import filled_slices
 
 Make = Callable[..., GRPOTrainer]
 
@@ -144,22 +143,3 @@ def test_bnpo_divides_by_all_tokens(make_trainer: Make) -> None:
         ).train()  # fmt: skip
         steps.append(torch.cat([g.flatten() for g in catcher.steps[0].values()]))
     assert float((steps[1] - steps[0]).norm()) <= 5e-6 * float(steps[0].norm())
-
-
-@pytest.mark.parametrize("cost", [1, 5, 40, 1000])
-def test_groups_of_similar_length_are_the_cheapest(cost: int) -> None:
-    """Against all ways to cut the sorted rows; a cost of one token separates all but rows of equal length."""
-    generator = torch.Generator().manual_seed(cost)
-    for count in range(1, 8):
-        lengths = torch.randint(1, 60, (count,), generator=generator).tolist()
-
-        def price(groups: list[list[int]], lengths: list[int] = lengths) -> int:
-            return sum(len(rows) * max(lengths[row] for row in rows) + cost for rows in groups)
-
-        groups = groups_of_similar_length(lengths, cost)
-        assert sorted(row for rows in groups for row in rows) == list(range(count))
-        order = sorted(range(count), key=lambda row: -lengths[row])
-        cuts = itertools.chain.from_iterable(itertools.combinations(range(1, count), n) for n in range(count))
-        every = [[order[a:b] for a, b in zip((0, *cut), (*cut, count), strict=True)] for cut in cuts]
-        assert price(groups) == min(map(price, every))
-    assert groups_of_similar_length([], cost) == []

@@ -21,7 +21,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo_ext.integrations.trl.counting import counts
 from grpo_ext.modules.inspection import causal_lm, eval_mode
-from grpo_ext.update.filling import groups_of_similar_length
 from grpo_ext.update.layouts import LayoutChooser
 from grpo_ext.update.layouts.layout import TOLERANCE
 from grpo_ext.update.micro_batch import MicroBatch, to_device
@@ -180,11 +179,10 @@ def logps_and_entropies(
             parts = [chosen.run(model, everything)]
         else:
             idle = _rows_without_gradient(update.rows, completions)
-            groups = chosen.by_length([row for row in everything if row not in idle])
-            parts = [chosen.run(model, rows) for rows in groups]  # first: autocast keeps casts, and these need a graph
-            for rows in chosen.by_length(idle):
-                groups.append(rows)
-                parts.append(chosen.run_without_graph(model, rows))
+            groups = [[row for row in everything if row not in idle], idle] if idle else [everything]
+            parts = [chosen.run(model, groups[0])]  # first: autocast keeps casts, and these need a graph
+            if idle:
+                parts.append(chosen.run_without_graph(model, idle))
         found = _joined(parts, groups, input_ids.device)
     if update is not None:
         update.on_logps(found[0].detach())
@@ -232,18 +230,6 @@ class _Pass:
 
     def __init__(self, trainer: Any, chooser: LayoutChooser, batch: MicroBatch, width: int, entropy: bool) -> None:
         self._trainer, self._chooser, self._batch, self._width, self._entropy = trainer, chooser, batch, width, entropy
-
-    def by_length(self, rows: list[int]) -> list[list[int]]:
-        """Split rows into passes with less padding, if that saves more than the passes cost.
-
-        Only with one process: the wrapper of several expects one forward per backward.
-        """
-        if not rows or self._trainer.accelerator.num_processes > 1:
-            return [rows] if rows else []
-        prompts, completions = self._batch.lengths()
-        cost = self._chooser.positions_per_pass.get(self._batch.prompt_ids.device.type, 1024)
-        groups = groups_of_similar_length([prompts[row] + completions[row] for row in rows], cost)
-        return [[rows[place] for place in group] for group in groups]
 
     def run(self, model: nn.Module, rows: list[int]) -> tuple[Tensor, Tensor | None]:
         """Return log probabilities and entropies, ``(len(rows), T)`` each, 0 at padding."""

@@ -52,8 +52,6 @@ class LayoutChooser:
         missing = None if complete else "the model's forward takes no position_ids, use_cache and logits_to_keep"
         self.share_prompts = share_prompts and complete
         self._least_saving = {"cuda": least_saving_on_gpu(base)}  # by device type
-        #: Positions that cost a device, by its type, as much as another pass over the layers.
-        self.positions_per_pass = {"cuda": max(1, self._least_saving["cuda"]), "cpu": 64}
         self.positions = 0
         self.padding_free = padding_free
         self.padded_because: str | None = None

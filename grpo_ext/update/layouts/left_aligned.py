@@ -10,9 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from grpo_ext.update.layouts.layout import same_logits, scatter_tokens
 from grpo_ext.update.micro_batch import MicroBatch, to_device
+
+#: On a GPU, W is a multiple of this: cuDNN builds a plan for every new shape of attention, which takes longer than the
+#: attention itself.
+GPU_WIDTHS = 64
 
 
 class LeftAlignedLayout:
@@ -25,6 +30,8 @@ class LeftAlignedLayout:
     def __init__(self, batch: MicroBatch) -> None:
         prompts, completions = batch.lengths()
         width = max(p + c for p, c in zip(prompts, completions, strict=True)) - 1
+        if batch.prompt_ids.is_cuda:
+            width += -width % GPU_WIDTHS
         device = batch.prompt_ids.device
         both = torch.cat([batch.prompt_ids, batch.completion_ids], dim=1)
         gap = [batch.prompt_ids.shape[1] - p for p in prompts]
@@ -32,7 +39,7 @@ class LeftAlignedLayout:
             columns = torch.tensor(gap).unsqueeze(1) + torch.arange(width)
             self._ids = both.gather(1, to_device(columns.clamp_(max=both.shape[1] - 1), device))
         else:
-            self._ids = both[:, :width]
+            self._ids = pad(both[:, :width], (0, max(0, width - both.shape[1])))
         self.positions = self._ids.numel()
         self.logits_to_keep = width - (min(prompts) - 1)
         self._shape = batch.completion_ids.shape
@@ -56,7 +63,7 @@ class LeftAlignedLayout:
         """See `Layout`. Positions without a completion token hold arbitrary values."""
         outputs = outputs[:, -self.logits_to_keep :]
         if self._gather_index is None:
-            return outputs
+            return outputs[:, : self._shape[1]]
         found = outputs.reshape(-1, outputs.shape[-1]).index_select(0, self._gather_index)
         return scatter_tokens(found, self._scatter_index, self._shape)
 
