@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from grpo_ext.generation.vllm.check import LENGTH, WeightCheck
+from grpo_ext.generation.vllm.check import LENGTH, WeightCheck, ordinary_ids
 from grpo_ext.generation.vllm.colocate import ColocatedClient, EngineSettings, cached_folder, scratch_folder
 from grpo_ext.generation.vllm.engine import VllmEngine
 from grpo_ext.generation.vllm.parallel import Ranks
@@ -154,10 +154,3 @@ def longest_sequence(args: GRPOConfig, model: nn.Module) -> int:
             "vLLM: raise vllm_max_model_length or lower max_completion_length"
         )
     return asked
-
-
-def ordinary_ids(model: nn.Module, tokenizer: Any) -> list[int]:
-    """Return the token ids that model and tokenizer share, without special tokens."""
-    embeddings = base_of(model).get_input_embeddings()
-    special = set(tokenizer.all_special_ids)
-    return [i for i in range(min(len(tokenizer), embeddings.num_embeddings)) if i not in special]

@@ -118,7 +118,7 @@ def follow(folder: Path, peft_config: Any, mode: str | None, sleep_level: int) -
     )
     engine: Any = trainer.rollouts.engine
     try:
-        return *train_and_measure(trainer, engine), engine.client._placement is not None
+        return *train_and_measure(trainer, engine), engine.client._loader.placement is not None
     finally:
         close_quietly(engine)
 

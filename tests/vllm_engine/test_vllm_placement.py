@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo_ext.generation.vllm.colocate import ColocatedClient
-from grpo_ext.generation.vllm.placement import Placement, Sample, sampled
+from grpo_ext.generation.vllm.placement import Loader, Placement, Sample, sampled
 
 ROWS = {"q_proj": 8, "k_proj": 4, "v_proj": 4, "gate_proj": 6, "up_proj": 6}
 
@@ -189,7 +189,7 @@ def client_of(engine: Engine, calls: list[str], may_place: bool = True) -> Coloc
     inner = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker))
     client = object.__new__(ColocatedClient)
     llm = SimpleNamespace(collective_rpc=collective_rpc, llm_engine=inner, sleep=lambda level: calls.append("sleep"))
-    client.__dict__.update(llm=llm, _placement=None, _may_place=may_place)
+    client.__dict__.update(llm=llm, _loader=Loader(places=may_place))
     return client
 
 

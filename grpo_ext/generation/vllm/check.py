@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from grpo_ext.generation.errors import WeightMismatchError
 from grpo_ext.generation.vllm.client import Answer
+from grpo_ext.generation.vllm.weights import base_of
 from grpo_ext.modules.inspection import eval_mode
 
 #: Tokens of the longest prefix, number of prefixes, and log probabilities per prefix.
@@ -117,6 +118,13 @@ class WeightCheck:
         if not mine:
             return 0.0, 0.0
         return (float(torch.tensor(v).square().mean().sqrt()) for v in (mine, theirs))  # type: ignore[return-value]
+
+
+def ordinary_ids(model: nn.Module, tokenizer: Any) -> list[int]:
+    """Return the token ids that model and tokenizer share, without special tokens."""
+    embeddings = base_of(model).get_input_embeddings()
+    special = set(tokenizer.all_special_ids)
+    return [i for i in range(min(len(tokenizer), embeddings.num_embeddings)) if i not in special]
 
 
 REMEDY = (

@@ -16,7 +16,7 @@ import torch
 
 from grpo_ext.generation.errors import EngineError
 from grpo_ext.generation.vllm.client import Answer, Answered, Weights
-from grpo_ext.generation.vllm.placement import Placement, Sample, sampled
+from grpo_ext.generation.vllm.placement import Loader
 from grpo_ext.generation.vllm.weights import exhausted
 
 #: Maximum adapter ranks that vLLM accepts; an adapter uses the next one that is large enough.
@@ -104,8 +104,7 @@ class ColocatedClient:
         self._sampling_params = vllm.SamplingParams
         self._adapter: Any = None
         self._adapter_id = 0
-        self._placement: Placement | None = None
-        self._may_place = not self.on_cpu  # on the CPU vLLM repacks its weights
+        self._loader = Loader(places=not self.on_cpu)  # on the CPU vLLM repacks its weights
         self._owns_group = not torch.distributed.is_initialized()
         with _undisturbed(device):
             try:
@@ -166,7 +165,7 @@ class ColocatedClient:
         with self._failing("generating"), self._eager():
             if answered is None:
                 outputs = self.llm.generate(prompts, params, use_tqdm=False, lora_request=self._adapter)
-                answers = [_answer(output.outputs[0], top) for output in outputs]
+                answers = [answer_of(output.outputs[0], top) for output in outputs]
             else:
                 answers = self._one_by_one(prompts, params, top, answered)
         if len(answers) != len(prompts):
@@ -186,23 +185,18 @@ class ColocatedClient:
             for output in engine.step():
                 if output.finished:
                     index = int(output.request_id)
-                    answers[index] = _answer(output.outputs[0], top)
+                    answers[index] = answer_of(output.outputs[0], top)
                     answered(index, answers[index])
         return [answers[index] for index in sorted(answers)]
 
     def load_weights(self, weights: Weights) -> None:
-        """See `Client.load_weights`. If every tensor's place is known, later calls only copy tensors (`Placement`)."""
-        with self._failing("loading the weights"), exhausted(iter(weights)) as iterator:
-            if self._placement is not None:
-                self._placement.copy(iterator)
-                return
-            samples: dict[str, Sample] = {}
-            pairs = sampled(iterator, samples) if self._may_place else iterator
+        """See `Client.load_weights`. If every tensor's place is known, later calls only copy tensors (`Loader`)."""
+
+        def reload(pairs: Weights) -> None:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": pairs})
-            model = self._model() if self._may_place else None
-            if model is not None:
-                self._placement = Placement.found(model, samples)
-            self._may_place = self._placement is not None
+
+        with self._failing("loading the weights"), exhausted(iter(weights)) as iterator:
+            self._loader(iterator, reload, self._model)
 
     def _model(self) -> torch.nn.Module | None:
         """vLLM's model if it lives in this process, else None."""
@@ -233,7 +227,7 @@ class ColocatedClient:
         with self._failing("going to sleep"):
             self.llm.sleep(level=level)
         if level == 2:  # also discards what vLLM adds to the weights, such as padding
-            self._placement, self._may_place = None, False
+            self._loader.forget()
 
     def wake(self, tags: list[str]) -> None:
         """See `Client.wake`."""
@@ -319,7 +313,8 @@ def _described(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".strip().rstrip(":")
 
 
-def _answer(output: Any, top: int) -> Answer:
+def answer_of(output: Any, top: int) -> Answer:
+    """Convert vLLM's ``CompletionOutput``; with ``top``, the first token's log probabilities too."""
     ids = list(output.token_ids)
     logps = [float(at[token].logprob) for token, at in zip(ids, output.logprobs, strict=True)]
     first = {token: float(value.logprob) for token, value in output.logprobs[0].items()} if top else {}

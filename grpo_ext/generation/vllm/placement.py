@@ -10,7 +10,7 @@ other values from its weights after loading.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -115,6 +115,41 @@ class Placement:
             torch._foreach_copy_(targets, sources)
         if missing:
             raise ValueError(f"{len(missing)} of {len(self.places)} tensors are missing, such as {min(missing)}")
+
+
+class Loader:
+    """Load weights with vLLM's loader, and with plain copies as soon as every tensor's place is known.
+
+    Args:
+        places: whether places may be looked for. False if vLLM stores the weights differently from how it loads them.
+    """
+
+    def __init__(self, places: bool) -> None:
+        self.placement: Placement | None = None
+        self._places = places
+
+    def __call__(
+        self, weights: Weights, load: Callable[[Weights], object], find_model: Callable[[], nn.Module | None]
+    ) -> None:
+        """Load the weights.
+
+        Args:
+            load: vLLM's loader.
+            find_model: returns vLLM's model, or None if it lives in another process.
+        """
+        if self.placement is not None:
+            self.placement.copy(weights)
+            return
+        samples: dict[str, Sample] = {}
+        load(sampled(weights, samples) if self._places else weights)
+        model = find_model() if self._places else None
+        if model is not None:
+            self.placement = Placement.found(model, samples)
+        self._places = self.placement is not None
+
+    def forget(self) -> None:
+        """Load with vLLM's loader from now on."""
+        self.placement, self._places = None, False
 
 
 def _derives(module: nn.Module) -> bool:

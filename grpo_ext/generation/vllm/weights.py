@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from grpo_ext.modules.inspection import is_peft_model
 from grpo_ext.modules.sharding import full_tensor, gathered_parameters
 
+#: Elements of the sum of weight and adapter that are held unrounded at a time; they fit into the processor's cache.
+MERGED_AT_ONCE = {"cpu": 2**18, "cuda": 2**23}
+
 
 def base_of(model: nn.Module) -> Any:
     """The transformers model inside a PEFT model, or the model itself."""
@@ -53,6 +56,14 @@ def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield from checkpoint_weights(model)
 
 
+def policy_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield every parameter of the policy once, detached, under its name in memory, with the active adapter merged.
+
+    Differs from `checkpoint_weights` in names: tied weights have one, buffers none, and no conversion is reverted.
+    """
+    yield from _named_weights(model, once=True)
+
+
 def _converted(base: Any) -> bool:
     """Whether names or shapes in the checkpoint differ from those in memory."""
     conversions = getattr(base, "_weight_conversions", None)
@@ -65,24 +76,26 @@ def _converted(base: Any) -> bool:
     return bool(conversions)
 
 
-def _named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _named_weights(model: nn.Module, once: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights, detached; ``once`` leaves out buffers and the second names of tied weights."""
     base = base_of(model)
     tuned = _tuner_layers(model) if is_peft_model(model) else {}
     adapters = tuple(
         f"{name}.{part}." for name, layer in tuned.items() for part in (*layer.adapter_layer_names, "lora_")
     )
-    persistent = set(base.state_dict())
+    unused = _unused_copies(base) if is_peft_model(model) else ()
+    persistent = set() if once else set(base.state_dict())
     # Yield tied weights under both names: vLLM on the CPU repacks a separate output head from the second.
-    parameters = base.named_parameters(remove_duplicate=False)
+    parameters = base.named_parameters(remove_duplicate=once)
     tensors = [*parameters, *((n, b) for n, b in base.named_buffers() if n in persistent)]
     for name, tensor in tensors:
-        if name.startswith(adapters) or ".lora_" in name or ".original_module." in name:
+        if name.startswith((*adapters, *unused)) or ".lora_" in name:
             continue
         owner, _, leaf = name.rpartition(".base_layer.")
         if owner in tuned and leaf == "weight":
             yield f"{owner}.weight", _merged(tuned[owner])
             continue
-        parts = name.replace(".base_layer.", ".").split(".")
+        parts = name.replace(".base_layer.", ".").replace(".original_module.", ".").split(".")
         if "modules_to_save" in parts:
             at = parts.index("modules_to_save")
             del parts[at : at + 2]  # and the adapter's name
@@ -110,6 +123,21 @@ def _tuner_layers(model: nn.Module) -> dict[str, Any]:
     return found
 
 
+def _unused_copies(base: nn.Module) -> tuple[str, ...]:
+    """Prefixes of the modules that the forward leaves out, of a module and its trained copies (``modules_to_save``)."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    prefixes = []
+    for name, module in base.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            active = [] if module.disable_adapters else module.active_adapters
+            copies = {adapter: f"{name}.modules_to_save.{adapter}." for adapter in module.modules_to_save}
+            original = f"{name}.original_module."
+            used = next((copies[adapter] for adapter in active if adapter in copies), original)
+            prefixes += [prefix for prefix in (original, *copies.values()) if prefix != used]
+    return tuple(prefixes)
+
+
 def _prompt_learning(model: Any) -> bool:
     return any(getattr(config, "is_prompt_learning", False) for config in model.peft_config.values())
 
@@ -125,12 +153,13 @@ def _merged(layer: Any) -> Tensor:
         return full_tensor(layer.get_base_layer().weight)
     if _is_plain(layer):
         weight = full_tensor(layer.base_layer.weight)
-        total = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-        for name in layer.active_adapters:
-            if name in layer.lora_A:
-                a, b = (full_tensor(part[name].weight).to(total.dtype) for part in (layer.lora_A, layer.lora_B))
-                total.addmm_(b, a, alpha=layer.scaling[name])
-        return total.to(weight.dtype)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        terms = [
+            (*(full_tensor(part[name].weight).to(dtype) for part in (layer.lora_B, layer.lora_A)), layer.scaling[name])
+            for name in layer.active_adapters
+            if name in layer.lora_A
+        ]
+        return _sum(weight, terms, dtype)
     with gathered_parameters(layer):
         weight = layer.get_base_layer().weight
         before = weight.detach().clone()
@@ -139,6 +168,25 @@ def _merged(layer: Any) -> Tensor:
         layer.unmerge()
         weight.copy_(before)
         return full_tensor(merged)
+
+
+def _sum(weight: Tensor, terms: list[tuple[Tensor, Tensor, float]], dtype: torch.dtype) -> Tensor:
+    """``weight + Σ s B A`` over terms ``(B, A, s)`` of type ``dtype``, summed in that type and rounded once."""
+    if weight.dtype == dtype:
+        merged = weight.clone()
+        for b, a, scale in terms:
+            merged.addmm_(b, a, alpha=scale)
+        return merged
+    merged = torch.empty_like(weight)
+    rows = max(1, MERGED_AT_ONCE.get(weight.device.type, 2**23) // weight.shape[1])
+    sums = torch.empty(min(rows, len(weight)), weight.shape[1], dtype=dtype, device=weight.device)
+    for start in range(0, len(weight), rows):
+        some = slice(start, start + rows)
+        part = sums[: len(weight[some])].copy_(weight[some])
+        for b, a, scale in terms:
+            part.addmm_(b[some], a, alpha=scale)
+        merged[some].copy_(part)
+    return merged
 
 
 def _is_plain(layer: Any) -> bool:

@@ -32,6 +32,7 @@ class Options:
     skip_zero_gradient_sequences: bool = True
     layers: bool = True
     checkpointing: bool = True
+    weights: bool = True
     length_sorted_batches: bool = False
     fill_micro_batches: bool = False
 

@@ -12,6 +12,7 @@ PARTS = {
     "skip_zero_gradient_sequences": "sequences without backward",
     "layers": "runs with faster layers",
     "checkpointing": "runs with cheaper checkpointing",
+    "weights": "hand-overs of weights to vLLM",
     "length_sorted_batches": "sorted generation batches",
     "fill_micro_batches": "filled generation batches",
 }

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from grpo_ext.integrations.trl import handover
 from grpo_ext.integrations.trl.batches import Options, split, splitting
 from grpo_ext.integrations.trl.counting import Status, counts
 from grpo_ext.integrations.trl.fused_loss import compute_loss
@@ -76,6 +77,8 @@ def patch(*, fuse_loss: bool = False, **switches: bool) -> None:
             - ``skip_zero_gradient_sequences``: no backward for sequences of advantage 0.
             - ``layers``: faster LoRA and RMSNorm layers, adapters cast once per micro-batch.
             - ``checkpointing``: gradient checkpointing without hooks on saved tensors.
+            - ``weights``: hand the weights to a colocated vLLM in one pass, with adapters merged out of place, and log
+              ``vllm/weight_check`` (GRPO and RLOO).
 
             Off by default, as they change which sequences share a micro-batch, and with it TRL's averages of metrics:
 
@@ -129,6 +132,8 @@ def _patch_steps() -> None:
         _replace(owner, "_get_per_token_logps_and_entropies", _pass_method)
         _replace(owner, "_generate_and_score_completions", _generate_method)
         _replace(owner, "_prepare_inputs", _prepare_method)
+    for owner, name, method in handover.methods(lambda: _options.weights):
+        _replace(owner, name, method)
     for module in (grpo_trainer, rloo_trainer):
         _replace(module, "split_tensor_dict", lambda own: lambda batch, number: split(batch, number, own))
 
