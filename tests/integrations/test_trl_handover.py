@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
+import json
+import os
+import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +27,9 @@ from grpo_ext.generation.vllm import weights as weights_module
 from grpo_ext.integrations.trl import handover
 
 VLLMGeneration = pytest.importorskip("trl.generation.vllm_generation").VLLMGeneration
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: `make vllm` installs its CPU build"
+)
 BF16 = torch.bfloat16
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
@@ -297,16 +306,19 @@ def offloaded() -> Any:
 ia3 = IA3Config(task_type="CAUSAL_LM", target_modules=["up_proj"], feedforward_modules=["up_proj"])
 HANDED_BACK: dict[str, tuple[Callable[[], Any], str]] = {
     "quantised": (quantised, "quantised weights, uint8"),
-    "offloaded": (offloaded, "sharded or offloaded weights, such as lm_head.weight"),
+    "offloaded": (offloaded, "offloaded weights"),
     "ia3": (lambda: get_peft_model(model_of(), ia3), "adapters of ia3.layer.Linear"),
     "merged": (merged_already, "adapters that are merged already"),
-    "lora_bias": (lambda: with_lora(model_of(attention_bias=True), target_modules=["q_proj"], lora_bias=True), "lora_bias"),
+    "lora_bias": (
+        lambda: with_lora(model_of(attention_bias=True), target_modules=["q_proj"], lora_bias=True),
+        "lora_bias",
+    ),
     "tied": (lambda: with_lora(tied(), target_modules=["embed_tokens"]), "an adapter on tied weights"),
     "prompt": (
         lambda: get_peft_model(model_of(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)),
         "a PEFT method that changes the prompt",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -391,3 +403,32 @@ def test_the_trainer_logs_the_check_once() -> None:
     trainer._metrics["train"].clear()
     log(trainer, {})
     assert logged[1] == {}
+
+
+@needs_vllm
+def test_a_run_with_vllm_on_the_cpu(tmp_path: Path) -> None:
+    """LoRA, in a process of its own, because TRL's engine sets up torch.distributed and the environment.
+
+    vLLM runs fp32 weights in bf16, so the check does not fall to zero; weights that vLLM lacks raise it.
+    """
+    here = Path(__file__).parent
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent / "vllm_engine")]),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "HF_HUB_OFFLINE": "1",
+    }
+    command = [sys.executable, str(here / "trl_vllm_run.py"), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    assert result["served"] == 3
+    assert result["handed_back"] == {}
+    assert result["bits_equal"]
+    assert result["frozen"] == 26
+    assert max(result["checks"]) < 0.05
+    assert max(result["differences"]) < 0.05
+    assert result["stale"] > 4 * max(result["checks"])

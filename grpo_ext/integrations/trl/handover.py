@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -27,7 +28,7 @@ from grpo_ext.generation.vllm.client import Answer, Weights
 from grpo_ext.generation.vllm.colocate import answer_of
 from grpo_ext.generation.vllm.engine import PROBE_FIELDS
 from grpo_ext.generation.vllm.placement import Loader
-from grpo_ext.generation.vllm.weights import base_of, checkpoint_weights, policy_weights
+from grpo_ext.generation.vllm.weights import base_of, checkpoint_weights, policy_weights, walk
 from grpo_ext.integrations.trl.counting import counts
 from grpo_ext.modules.inspection import is_peft_model
 from grpo_ext.modules.sharding import is_sharded
@@ -48,26 +49,28 @@ def reason_to_keep_trl(generation: Any) -> str | None:
 
 
 def _reason_of_model(model: nn.Module) -> str | None:
-    base = base_of(model)
-    for name, parameter in base.named_parameters():
+    uses: Counter[nn.Parameter] = Counter()
+    modules = [module for _, module in walk(base_of(model))]
+    for module in modules:
+        uses.update(p for p in module._parameters.values() if p is not None)
+    for parameter in uses:
         if not parameter.is_floating_point():
             return f"quantised weights, {str(parameter.dtype).removeprefix('torch.')}"
-        if is_sharded(parameter) or parameter.is_meta:
-            return f"sharded or offloaded weights, such as {name}"
-    return _reason_of_adapter(model, base) if is_peft_model(model) else None
+        if is_sharded(parameter):
+            return "sharded weights"
+        if parameter.is_meta:
+            return "offloaded weights"
+    return _reason_of_adapter(model, modules, uses) if is_peft_model(model) else None
 
 
-def _reason_of_adapter(model: Any, base: nn.Module) -> str | None:
+def _reason_of_adapter(model: Any, modules: Iterable[Any], uses: Counter[nn.Parameter]) -> str | None:
     from peft.tuners import lora
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     mergeable = (lora.Linear, lora.Embedding, lora.Conv2d, lora.Conv3d)
     if any(config.is_prompt_learning for config in model.peft_config.values()):
         return "a PEFT method that changes the prompt"
-    names: dict[int, int] = {}
-    for _, parameter in base.named_parameters(remove_duplicate=False):
-        names[id(parameter)] = names.get(id(parameter), 0) + 1
-    for layer in base.modules():
+    for layer in modules:
         if not isinstance(layer, BaseTunerLayer):
             continue
         if type(layer) not in mergeable:
@@ -76,7 +79,7 @@ def _reason_of_adapter(model: Any, base: nn.Module) -> str | None:
             return "adapters that are merged already"
         if any(layer.lora_bias.get(name) for name in layer.active_adapters):
             return "lora_bias"
-        if names[id(layer.get_base_layer().weight)] > 1:
+        if uses[layer.get_base_layer().weight] > 1:
             return "an adapter on tied weights"
     return None
 
