@@ -177,7 +177,8 @@ def measure(options: argparse.Namespace, shape: str, device: torch.device) -> li
         )
     status = ours.status()
     ours.unpatch()
-    if status.weights_handed_back or not status.weights_served:
+    part = status.parts["weights"]
+    if part.handed_back or not part.served:
         raise RuntimeError(f"TRL's own method ran in place of ours: {status}")
     return rows
 

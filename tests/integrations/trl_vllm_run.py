@@ -49,12 +49,12 @@ def run(folder: Path) -> dict[str, Any]:
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
     handover.unchecked = True
     handover.check(stale)
-    status = ours.status()
+    part = ours.status().parts["weights"]
     return {
         "checks": [step["vllm/weight_check"] for step in recorder.steps],
         "stale": handover.figures[-1],
-        "served": status.weights_served,
-        "handed_back": status.weights_handed_back,
+        "served": part.served,
+        "handed_back": part.handed_back,
         "frozen": len(frozen),
         "bits_equal": all(torch.equal(p, frozen[n]) for n, p in trainer.model.named_parameters() if n in frozen),
         "differences": [step["sampling/sampling_logp_difference/mean"] for step in recorder.steps],
