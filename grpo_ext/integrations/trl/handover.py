@@ -104,7 +104,7 @@ class Handover:
         llm = generation.llm
         engine = llm.llm_engine.model_executor.driver_worker.model_runner.model
         if any("cpu_linear" in layer.__dict__ for layer in engine.modules()):
-            # vLLM has repacked its weights for the CPU; only its own reload, of a whole checkpoint, takes new ones.
+            # On the CPU vLLM may have repacked its weights: only its own reload, of a whole checkpoint, takes new ones.
             weights = checkpoint_weights(generation.model)
             llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         else:
