@@ -398,7 +398,7 @@ def test_the_trainer_logs_the_check_once() -> None:
     handover.handover_of(generation).figures = [0.25, 0.75]
     logged: list[Any] = []
     trainer = SimpleNamespace(
-        use_vllm=True, vllm_generation=generation, model=SimpleNamespace(training=True),
+        vllm_generation=generation, model=SimpleNamespace(training=True),
         _metrics={"train": defaultdict(list), "eval": defaultdict(list)},
     )  # fmt: skip
     log = handover._logging(lambda self, logs: logged.append(dict(self._metrics["train"])))

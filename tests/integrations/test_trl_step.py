@@ -310,7 +310,7 @@ def test_evaluation(tmp_path: Path) -> None:
 def test_switches_and_restoration(tmp_path: Path) -> None:
     before = {name: vars(trl.GRPOTrainer)[name] for name in ("_prepare_inputs", "_compute_loss")}
     everything = dict.fromkeys(
-        ("trim", "one_forward", "skip_zero_gradient_sequences", "layers", "checkpointing"), False
+        ("trim", "one_forward", "skip_zero_gradient_sequences", "layers", "checkpointing", "weights"), False
     )
     with patching(**everything):
         run(tmp_path)

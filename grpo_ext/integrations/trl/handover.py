@@ -230,7 +230,8 @@ def _generating(own: Callable[..., Any]) -> Callable[..., Any]:
 def _logging(own: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(own)
     def method(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        handover = _handovers.get(self.vllm_generation) if self.use_vllm else None
+        generation = getattr(self, "vllm_generation", None)
+        handover = None if generation is None else _handovers.get(generation)
         if handover is not None and handover.figures:
             self._metrics["train" if self.model.training else "eval"]["vllm/weight_check"] += handover.figures
             handover.figures = []
