@@ -28,6 +28,7 @@ class Request(NamedTuple):
     entropy_gradient: bool  # backward will need the gradient of an entropy; dlogp/dhidden would be wasted
     valid_rows: int | None
     gather: Gather | None
+    with_top1: bool = False
 
 
 class _LinearLogps(torch.autograd.Function):
@@ -49,7 +50,7 @@ class _LinearLogps(torch.autograd.Function):
         gradient_mask: Tensor | None,
         weight_grad: Tensor | None,
         request: Request,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         numerics, wanted = request.numerics, request.wanted
         trains_head = wanted.wants_weight or wanted.wants_bias
         differentiate = wanted.wants_hidden and not trains_head and not request.entropy_gradient
@@ -63,9 +64,9 @@ class _LinearLogps(torch.autograd.Function):
             arguments = LinearLogps(
                 Inputs(hidden, *head, ids, numerics),
                 _row_arguments(mask, gradient_mask, selection, request.valid_rows),
-                request.with_entropy, differentiate, save_product, request.entropy_gradient,
+                request.with_entropy, differentiate, save_product, request.entropy_gradient, request.with_top1,
             )  # fmt: skip
-            logps, entropy, row_stats, dlogp_dhidden, product = kernels.linear_logps(*flat(arguments))
+            logps, entropy, is_top1, row_stats, dlogp_dhidden, product = kernels.linear_logps(*flat(arguments))
         needs_inputs = not differentiate or request.with_entropy
         ctx.save_for_backward(
             dlogp_dhidden if differentiate else None,
@@ -78,13 +79,14 @@ class _LinearLogps(torch.autograd.Function):
         ctx.selection = None if selection is None else selection._replace(indices=None)
         ctx.product = product if save_product else None
         ctx.set_materialize_grads(False)
-        if not request.with_entropy:
-            ctx.mark_non_differentiable(entropy)
-        return logps, entropy
+        ctx.mark_non_differentiable(is_top1, *(() if request.with_entropy else (entropy,)))
+        return logps, entropy, is_top1
 
     @staticmethod
     @first_order("linear_selective_log_softmax", "differentiate grpo_ext.reference.linear_selective_log_softmax")
-    def backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, _: None
+    ) -> tuple[Tensor | None, ...]:
         dlogp_dhidden, mask, logps, *inputs = ctx.saved_tensors
         request: Request = ctx.request
         rest = (None,) * 5  # the other arguments have no gradient
@@ -148,8 +150,11 @@ def scaled_rows(rows: Tensor, factor: Tensor) -> Tensor:
     return torch.mul(rows, factor, out=torch.empty_like(rows))
 
 
-#: Takes the arguments of `_LinearLogps.forward`; returns (logps, entropy) of the shape of ids, 0 at masked rows.
-linear_logps: Callable[..., tuple[Tensor, Tensor]] = _LinearLogps.apply
+#: Takes the arguments of `_LinearLogps.forward`; returns (logps, entropy, is_top1) of the shape of ids, 0 at masked rows.
+#: is_top1 is bool: whether the token has the greatest logit, the first of equal ones; empty without ``with_top1``. On the
+#: probability route a logit equals the token's if the ratio of their probabilities rounds to 1 in the dtype of the
+#: products (bf16: 0.998 to 1.004).
+linear_logps: Callable[..., tuple[Tensor, Tensor, Tensor]] = _LinearLogps.apply
 
 
 def linear_selective_log_softmax(
@@ -221,6 +226,6 @@ def linear_selective_log_softmax(
     numerics = numerics_of(config, hidden, plain_weight, logits_dtype, memory_budget, process_group)
     wanted = wanted_gradients(hidden, plain_weight, plain_bias)
     request = Request(numerics, wanted, return_entropy, False, valid_rows, gather)
-    logps, entropy = linear_logps(hidden, plain_weight, plain_bias, ids, mask, None, weight_grad, request)
+    logps, entropy, _ = linear_logps(hidden, plain_weight, plain_bias, ids, mask, None, weight_grad, request)
     logps, entropy = poisoned(mask_is_binary, logps), poisoned(mask_is_binary, entropy)
     return (logps, entropy) if return_entropy else logps

@@ -168,7 +168,7 @@ def linear_grpo_loss(
         return loss_output(loss, logps, entropy, kl, metrics, shape)
     request = Request(numerics, wanted, True, config.entropy_coef != 0, valid_rows, gather)
     has_gradient = None if has_gradient is None else has_gradient.reshape(shape)
-    logps, entropy = linear_logps(*inputs, tensors.mask.view(shape), has_gradient, weight_grad, request)
+    logps, entropy, _ = linear_logps(*inputs, tensors.mask.view(shape), has_gradient, weight_grad, request)
     if config.entropy_coef == 0:
         entropy = entropy.detach()
     return checked_policy_loss(logps, entropy, tensors, config, grad_scale)

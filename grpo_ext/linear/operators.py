@@ -39,6 +39,7 @@ class LinearLogps(NamedTuple):
     differentiate: bool  # form dlogp/dhidden
     save_product: bool  # return the product of all rows
     entropy_gradient: bool  # backward will need the gradient of an entropy
+    with_top1: bool
 
 
 class LinearGradient(NamedTuple):
@@ -103,24 +104,27 @@ def _check_ids(inputs: Inputs, mask: Tensor | None) -> None:
 def _logps_shapes(a: LinearLogps) -> Outputs:
     hidden, weight, _, ids, numerics = a.inputs
     logps, entropy = (ids.new_empty(ids.shape, dtype=numerics.statistics_dtype) for _ in range(2))
+    is_top1 = ids.new_empty(ids.shape if a.with_top1 else (0,), dtype=torch.bool)
     row_stats = logps.new_empty((1 + a.save_product, *ids.shape))
     dlogp_dhidden = hidden.new_empty(hidden.shape if a.differentiate else (0,))
     product = hidden.new_empty(0)
     if a.save_product:
         rows = torch.library.get_ctx().new_dynamic_size()
         product = hidden.new_empty((rows, weight.shape[0]), dtype=numerics.logits_dtype)
-    return logps, entropy, row_stats, dlogp_dhidden, product
+    return logps, entropy, is_top1, row_stats, dlogp_dhidden, product
 
 
 @_operator(
-    LinearLogps, "Tensor logps, Tensor entropy, Tensor row_stats, Tensor dlogp_dhidden, Tensor product", _logps_shapes
+    LinearLogps,
+    "Tensor logps, Tensor entropy, Tensor is_top1, Tensor row_stats, Tensor dlogp_dhidden, Tensor product",
+    _logps_shapes,
 )
 def linear_logps(a: LinearLogps) -> Outputs:
     ids = a.inputs.ids
     _check_ids(a.inputs, a.row_arguments.mask)
     selection, mask = a.row_arguments.select(ids.numel())
     chosen = choose_route(a.inputs.weight, a.inputs.numerics, entropy_gradient=a.entropy_gradient)
-    route = chosen(a.inputs, mask, selection, a.with_entropy, a.differentiate or a.save_product)
+    route = chosen(a.inputs, mask, selection, a.with_entropy, a.differentiate or a.save_product, a.with_top1)
     gradients = route.gradients(Wanted(a.differentiate, False, False))
     saved = log_probabilities(route, gradients, a.save_product)
     assert saved.entropy is not None
@@ -128,7 +132,10 @@ def linear_logps(a: LinearLogps) -> Outputs:
     product = a.inputs.hidden.new_empty(0) if saved.product is None else saved.product
     row_stats = saved.row_stats.view(1 + a.save_product, *ids.shape)
     dlogp_dhidden = route.finish_hidden(gradients.hidden)
-    return saved.logps.view(ids.shape), saved.entropy.view(ids.shape), row_stats, dlogp_dhidden, product
+    is_top1 = ids.new_empty(0, dtype=torch.bool)
+    if a.with_top1:  # no token of a row with a NaN is its greatest
+        is_top1 = (route.is_top1 & ~saved.logps.isnan()).view(ids.shape)
+    return saved.logps.view(ids.shape), saved.entropy.view(ids.shape), is_top1, row_stats, dlogp_dhidden, product
 
 
 def _gradient_shapes(a: LinearGradient | LinearLoss) -> Outputs:

@@ -134,10 +134,10 @@ def test_opcheck(device: torch.device) -> None:
     for derivative in (False, True):
         torch.library.opcheck(
             ops.linear_logps.default,
-            (data["hidden"], weight, None, data["ids"], *numerics, *which, True, derivative, False, False),
+            (data["hidden"], weight, None, data["ids"], *numerics, *which, True, derivative, False, False, derivative),
         )
-    logps, entropy, rows, _, _ = ops.linear_logps(
-        data["hidden"], weight, None, data["ids"], *numerics, *which, True, False, False, False
+    logps, entropy, _, rows, _, _ = ops.linear_logps(
+        data["hidden"], weight, None, data["ids"], *numerics, *which, True, False, False, False, False
     )
     torch.library.opcheck(
         ops.linear_gradient.default,

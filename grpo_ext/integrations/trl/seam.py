@@ -22,13 +22,14 @@ from grpo_ext.integrations.trl.counting import counts
 from grpo_ext.linear.arguments import wanted_gradients
 from grpo_ext.linear.logps import Request, linear_logps
 from grpo_ext.linear.plan import TRAINER_BUDGET, Numerics
+from grpo_ext.linear.routes.base import Wanted
 
 #: (logps fp32 (N,), entropy, log_sum_sq_probs, mean_logits, is_top1); None for outputs not requested.
 Outputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 #: Outputs that TRL's class computes by default, besides the log probabilities.
 ALL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-SUPPORTED_OUTPUTS = frozenset({"log_probs", "entropy", "mean_logits"})
+SUPPORTED_OUTPUTS = frozenset({"log_probs", *ALL_OUTPUTS})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,10 @@ class Projection:
     def memory_budget(self) -> int | None:
         """Memory budget of the linear losses in bytes; None: their default."""
         return TRAINER_BUDGET.get(self.hidden.device.type)
+
+    def numerics(self, temperature: float) -> Numerics:
+        transform = logit_transform(temperature, self.logit_softcap, self.logit_scale)
+        return Numerics(transform, self.compute_dtype, self.compute_dtype, self.memory_budget, None)
 
 
 #: Function that `fused_loss` sets during the model's forward; it handles the call instead of `log_probabilities`.
@@ -110,23 +115,33 @@ def mean_logits(projection: Projection) -> Tensor:
     return mean * (p.logit_scale / p.temperature)
 
 
+@torch.no_grad()
+def log_sum_sq_probs(projection: Projection, logps: Tensor) -> Tensor:
+    """``log sum p^2`` of each row's distribution, fp32 (N,), for one more product with the head.
+
+    At half the temperature a token of probability p has ``p^2 / sum p^2``.
+    """
+    p = projection
+    request = Request(p.numerics(p.temperature / 2), Wanted(False, False, False), False, False, None, gather_head)
+    sharper, _, _ = linear_logps(p.hidden, p.weight, p.bias, p.targets, None, None, None, request)
+    return 2 * logps - sharper
+
+
 def log_probabilities(projection: Projection, outputs: tuple[str, ...]) -> Outputs:
     """Compute the outputs with this package's kernels."""
     p = projection
-    numerics = Numerics(
-        logit_transform(p.temperature, p.logit_softcap, p.logit_scale),
-        p.compute_dtype,
-        p.compute_dtype,
-        p.memory_budget,
-        None,
-    )
     wanted = wanted_gradients(p.hidden, p.weight, p.bias)
     counts.served["with gradient" if any(wanted) else "without gradient"] += 1
-    with_entropy = "entropy" in outputs
-    request = Request(numerics, wanted, with_entropy, False, None, gather_head)
-    logps, entropy = linear_logps(p.hidden, p.weight, p.bias, p.targets, None, None, None, request)
-    mean = mean_logits(p) if "mean_logits" in outputs else None
-    return logps, entropy if with_entropy else None, None, mean, None
+    with_entropy, with_top1 = "entropy" in outputs, "is_top1" in outputs
+    request = Request(p.numerics(p.temperature), wanted, with_entropy, False, None, gather_head, with_top1)
+    logps, entropy, is_top1 = linear_logps(p.hidden, p.weight, p.bias, p.targets, None, None, None, request)
+    return (
+        logps,
+        entropy if with_entropy else None,
+        log_sum_sq_probs(p, logps) if "log_sum_sq_probs" in outputs else None,
+        mean_logits(p) if "mean_logits" in outputs else None,
+        is_top1 if with_top1 else None,
+    )
 
 
 class LogProbabilities:

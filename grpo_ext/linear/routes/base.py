@@ -72,6 +72,7 @@ class Route(abc.ABC):
         mask: bool, shape of the ids; None: no masked row is selected.
         with_entropy: whether `entropy` is filled.
         needs_products: whether any row's product is used after `forward`.
+        with_top1: whether `is_top1` is filled. Not for a vocabulary split over ranks.
     """
 
     #: Schedules in which `forward` multiplies the loss's coefficients into the product.
@@ -85,6 +86,7 @@ class Route(abc.ABC):
         selection: Selection,
         with_entropy: bool = True,
         needs_products: bool = True,
+        with_top1: bool = False,
     ) -> None:
         self.inputs = inputs
         self.numerics = inputs.numerics
@@ -95,6 +97,7 @@ class Route(abc.ABC):
         self.selection = selection
         self.with_entropy = with_entropy
         self.needs_products = needs_products
+        self.with_top1 = with_top1
         self.group = resolve_group(self.numerics.group)
         self._allocate()
 
@@ -116,6 +119,12 @@ class Route(abc.ABC):
     def entropy(self) -> Tensor:
         """(tokens,), 0 where masked or without `with_entropy`; `forward` fills it chunk by chunk."""
         return self.zeros_per_token()
+
+    @functools.cached_property
+    def is_top1(self) -> Tensor:
+        """(tokens,) bool: whether the token has the greatest logit, the first of equal ones. False where masked or
+        without `with_top1`; `forward` fills it chunk by chunk."""
+        return torch.zeros(self.ids.shape, dtype=torch.bool, device=self.ids.device)
 
     def unmasked(self, rows: Rows) -> Tensor | None:
         """(rows,) bool: whether each row is unmasked; None: all are."""

@@ -65,6 +65,8 @@ class LogitsRoute(Route):
 
     def forward(self, start: int, end: int, needed: int) -> LogitsChunk:
         chunk = self._chunk(start, end)
+        if self.with_top1:
+            self._put_top1(chunk)
         overwritten = 0 if self._overwrite is None else needed
         if self._overwrite is not None and overwritten:
             front = chunk.part(0, overwritten)
@@ -77,6 +79,12 @@ class LogitsRoute(Route):
             self._put(rest.rows, stats)
             chunk = chunk if overwritten else chunk._replace(stats=stats)
         return chunk
+
+    def _put_top1(self, chunk: LogitsChunk) -> None:
+        # Softcap and temperature keep the order of logits, a negative scale reverses it.
+        greatest = chunk.product.argmin(1) if self.numerics.transform[0] < 0 else chunk.product.argmax(1)
+        is_top1 = greatest == chunk.ids
+        put(self.is_top1, chunk.rows, is_top1 if chunk.unmasked is None else is_top1 & chunk.unmasked)
 
     def _put(self, rows: Rows, stats: Statistics) -> None:
         put(self.logps, rows, stats.logps)

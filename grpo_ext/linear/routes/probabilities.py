@@ -92,7 +92,8 @@ class ProbabilityRoute(Route):
         scale, _, temperature = self.numerics.transform
         self.slope = scale / temperature  # d(processed logit) / d(raw logit)
         device = self.weight.device.type
-        plan = probability_plan(self.vocab, self.hidden_size, self.numerics, device, self.needs_products)
+        stores = self.needs_products or self.with_top1
+        plan = probability_plan(self.vocab, self.hidden_size, self.numerics, device, stores)
         self.capacity = min(plan.rows, -(-self.selection.size // plan.block) * plan.block)
         self.shard: Tensor | None = None  # (2,) int64: first token of this rank, size of the whole vocabulary
         if self.group is not None:
@@ -140,15 +141,19 @@ class ProbabilityRoute(Route):
         )  # fmt: skip
         if self.group is not None:
             dist.all_reduce(reference, group=self.group)  # 0 except on the target's rank
-        E = self._probabilities(needed)
-        for part in (slice(0, needed), slice(needed, count)):
+        stored = count if self.with_top1 else needed
+        E = self._probabilities(stored)
+        for part in (slice(0, stored), slice(stored, count)):
             if part.start < part.stop:
                 self._kernels.product(
                     X[part], self.weight, self.bias, reference[part], target[part], self.slope,
-                    E if part.start < needed else None, self._partials[:, part], self._recentred[:, part],
+                    E if part.start < stored else None, self._partials[:, part], self._recentred[:, part],
                     exponent[part],
                 )  # fmt: skip
         partials, recentred = self._partials[:, :count], self._recentred[:, :count]
+        if self.with_top1:
+            put(self.is_top1, rows, _is_top1(E, target, exponent, partials))
+            E = E[:needed]
         factor, residual = self._factor[:count], self._residual[:count]
         outputs = self.logps, self.entropy, factor, residual, E if needed else None, self.weight.dtype
         rank = -1
@@ -249,3 +254,13 @@ class ProbabilityRoute(Route):
         if self._probability_buffer is None:
             return self.weight.new_empty((0, self.vocab))
         return self._probability_buffer[:needed]
+
+
+def _is_top1(E: Tensor, target: Tensor, exponent: Tensor, partials: Tensor) -> Tensor:
+    """Return (rows,) bool: whether the row's target has the first greatest E, after `product` and before `fold`.
+
+    The target's element, 0 until then, becomes its exponential. A recentred tile holds a far greater logit.
+    """
+    column = target.long()
+    E.scatter_(1, column.clamp(min=0).unsqueeze(1), exponent.exp2().to(E.dtype).unsqueeze(1))
+    return (E.argmax(1) == column) & (partials[..., 0] >= 0).all(0)
