@@ -140,16 +140,58 @@ def test_low_precision_is_no_worse_than_trl(case: str) -> None:
     assert sum(ours.status().served.values()) == 1
 
 
-@pytest.mark.parametrize("outputs", [("log_probs", "entropy", "is_top1"), ("log_sum_sq_probs",), seam.ALL_OUTPUTS])
-def test_outputs_that_are_not_ours_go_to_trl(outputs: tuple[str, ...]) -> None:
-    tensors = example(5)
-    mine = call(utils._ChunkedLogProbFunction, tensors, outputs=outputs)
-    stock = call(seam.LogProbabilities.original, tensors, outputs=outputs)
-    for a, b in zip(mine, stock, strict=True):
-        assert (a is None) == (b is None)
-        assert a is None or torch.equal(a, b)
-    (reason,) = ours.status().handed_back
-    assert reason == "TRL needs " + ", ".join(sorted(set(outputs) - seam.SUPPORTED_OUTPUTS))
+@pytest.mark.parametrize(
+    "outputs", [("log_probs", "entropy", "is_top1"), ("log_sum_sq_probs",), ("is_top1", "mean_logits")]
+)
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize(("scale", "bias"), [(1.0, False), (-0.5, True)])
+def test_metrics_of_sft_and_dpo(scale: float, bias: bool, frozen: bool, outputs: tuple[str, ...]) -> None:
+    hidden, weight, offset, ids = example(60, bias=bias)
+    logits = hidden.detach() @ weight.detach().t() + (0 if offset is None else offset.detach())
+    ids = torch.where(torch.arange(60) % 2 == 0, (scale * logits).argmax(1), ids)
+    tensors = hidden, weight.requires_grad_(not frozen), offset, ids
+    stock = call(seam.LogProbabilities.original, tensors, outputs, scale=scale)
+    mine = call(utils._ChunkedLogProbFunction, tensors, outputs, scale=scale)
+    with torch.no_grad():
+        again = call(utils._ChunkedLogProbFunction, tensors, outputs, scale=scale)
+    for a, b, c in zip(stock, mine, again, strict=True):
+        assert (a is None) == (b is None) == (c is None)
+        if a is not None:
+            assert a.dtype == b.dtype == c.dtype
+            assert a.requires_grad == b.requires_grad
+            torch.testing.assert_close(b, a, rtol=2e-5, atol=2e-5)
+            torch.testing.assert_close(c, b, rtol=1e-6, atol=1e-6)
+    assert stock[4] is None or 30 <= int(stock[4].sum()) < 40
+    assert ours.status().served == {"with gradient": 1, "without gradient": 1}
+
+
+def test_a_tie_goes_to_the_first_token() -> None:
+    """As in TRL and ``argmax``; of whole numbers, which are exact."""
+    g = torch.Generator().manual_seed(1)
+    hidden, weight = (torch.randint(-1, 2, (n, 12), generator=g).float() for n in (90, 301))
+    logits = hidden @ weight.t()
+    last = 300 - logits.flip(1).argmax(1)
+    for ids in (logits.argmax(1), last):
+        (*_, stock), (*_, mine) = (
+            call(function, (hidden, weight, None, ids), ("log_probs", "is_top1"))
+            for function in (seam.LogProbabilities.original, utils._ChunkedLogProbFunction)
+        )
+        assert torch.equal(mine, stock)
+    assert not mine.all()
+    assert ours.status().served == {"without gradient": 2}
+
+
+def test_log_sum_sq_probs_under_a_softcap() -> None:
+    tensors, outputs = example(20), ("log_probs", "log_sum_sq_probs")
+    stock = call(seam.LogProbabilities.original, tensors, outputs, softcap=3.0)
+    mine = call(utils._ChunkedLogProbFunction, tensors, outputs, softcap=3.0)
+    torch.testing.assert_close(mine[2], stock[2], rtol=1e-5, atol=1e-5)
+    assert not ours.status().handed_back
+
+
+def test_an_output_that_is_not_known_goes_to_trl() -> None:
+    call(utils._ChunkedLogProbFunction, example(5), outputs=("log_probs", "is_top5"))
+    assert ours.status().handed_back == {"TRL needs is_top5": 1}
     assert not ours.status().served
 
 
@@ -157,9 +199,9 @@ def test_all_outputs_is_what_trl_computes_unasked() -> None:
     from trl.kernels.chunked_logprob import OPTIONAL_OUTPUTS
 
     assert OPTIONAL_OUTPUTS == seam.ALL_OUTPUTS
-    tensors = example(3)
-    utils._ChunkedLogProbFunction.apply(*tensors, 1.0, 128)
-    assert sum(ours.status().handed_back.values()) == 1
+    found = utils._ChunkedLogProbFunction.apply(*example(3), 1.0, 128)
+    assert all(output is not None for output in found)
+    assert ours.status().served == {"with gradient": 1}
 
 
 def test_float64_goes_to_trl() -> None:

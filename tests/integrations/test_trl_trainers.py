@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,19 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from trl_runs import Recorder, largest_difference, patched, prompts, reward, settings, tiny_model, tiny_tokenizer
+from trl_runs import (
+    Recorder,
+    compared,
+    fill_adapters,
+    largest_difference,
+    lora,
+    patched,
+    prompts,
+    reward,
+    settings,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 import grpo_ext.integrations.trl as ours
 
@@ -20,20 +33,24 @@ with warnings.catch_warnings():
     import trl
 
 patching = contextlib.contextmanager(patched)
-Run = Callable[[str], list[dict[str, float]]]
+Run = Callable[..., list[dict[str, float]]]
 
 
-def train(trainer_class: Any, config: Any, data: Dataset, *arguments: Any, **options: Any) -> list[dict[str, float]]:
+def train(
+    trainer_class: Any, config: Any, data: Dataset, *arguments: Any, with_lora: bool = False, **options: Any
+) -> list[dict[str, float]]:
     recorder = Recorder()
     torch.manual_seed(3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = trainer_class(
             tiny_model(), *arguments, args=config, train_dataset=data, processing_class=tiny_tokenizer(),
-            callbacks=[recorder], **options,
+            peft_config=lora() if with_lora else None, callbacks=[recorder], **options,
         )  # fmt: skip
+        if with_lora:
+            fill_adapters(trainer.model)
         trainer.train()
-    assert len(recorder.steps) == 2
+    assert len(recorder.steps) >= config.max_steps
     return recorder.steps
 
 
@@ -55,44 +72,95 @@ def rloo(folder: str) -> list[dict[str, float]]:
     return train(trl.RLOOTrainer, config, prompts(), reward)
 
 
-def sft(folder: str) -> list[dict[str, float]]:
+def options(folder: str, changes: dict[str, Any]) -> dict[str, Any]:
+    return settings(folder, **{"per_device_train_batch_size": 4, "max_length": 16, "max_steps": 3, **changes})
+
+
+def sft(folder: str, with_lora: bool = False, **changes: Any) -> list[dict[str, float]]:
     data = Dataset.from_list([{"text": words(i, 3 + i % 4)} for i in range(16)])
-    return train(trl.SFTTrainer, trl.SFTConfig(**settings(folder, per_device_train_batch_size=4, max_length=16)), data)
+    evaluated = {"eval_dataset": data.select(range(6))} if "eval_steps" in changes else {}
+    config = trl.SFTConfig(**options(folder, changes))
+    return train(trl.SFTTrainer, config, data, with_lora=with_lora, **evaluated)
 
 
-def dpo(folder: str) -> list[dict[str, float]]:
+def dpo(folder: str, with_lora: bool = False, **changes: Any) -> list[dict[str, float]]:
     rows = [{"prompt": words(i, 2), "chosen": words(i + 9, 3), "rejected": words(i + 31, 4)} for i in range(16)]
-    config = trl.DPOConfig(**settings(folder, per_device_train_batch_size=4, max_length=16))
-    return train(trl.DPOTrainer, config, Dataset.from_list(rows), ref_model=tiny_model(seed=1))
+    reference = {} if with_lora else {"ref_model": tiny_model(seed=1)}
+    config = trl.DPOConfig(**options(folder, changes))
+    return train(trl.DPOTrainer, config, Dataset.from_list(rows), with_lora=with_lora, **reference)
 
 
-def kto(folder: str) -> list[dict[str, float]]:
+def kto(folder: str, with_lora: bool = False, **changes: Any) -> list[dict[str, float]]:
     rows = [{"prompt": words(i, 2), "completion": words(i + 9, 3 + i % 2), "label": i % 2 == 0} for i in range(16)]
-    config = trl.KTOConfig(**settings(folder, per_device_train_batch_size=4, max_length=16))
-    return train(trl.KTOTrainer, config, Dataset.from_list(rows), ref_model=tiny_model(seed=1))
+    reference = {} if with_lora else {"ref_model": tiny_model(seed=1)}
+    config = trl.KTOConfig(**options(folder, changes))
+    return train(trl.KTOTrainer, config, Dataset.from_list(rows), with_lora=with_lora, **reference)
+
+
+#: Names of metrics that each trainer must log, besides the loss.
+METRICS: dict[Run, set[str]] = {
+    rloo: {"entropy", "grad_norm"},
+    sft: {"entropy", "grad_norm", "mean_token_accuracy"},
+    dpo: {"entropy", "grad_norm", "mean_token_accuracy", "logits/chosen", "logits/rejected", "logps/chosen"},
+    kto: {"entropy", "grad_norm", "kl", "logits/chosen", "logits/rejected", "logps/chosen", "rewards/margins"},
+}
+
+
+CASES: list[tuple[Run, dict[str, Any], dict[str, int]]] = [
+    # num_iterations=2: both steps learn from one batch, whose old log probabilities take one call more.
+    (rloo, {}, {"with gradient": 2, "without gradient": 1}),
+    (sft, {}, {"with gradient": 3}),
+    (sft, {"with_lora": True, "gradient_accumulation_steps": 2}, {"with gradient": 6}),
+    (sft, {"loss_type": "dft"}, {"with gradient": 3}),
+    # The full logits are the label smoother's; the fused head brings the metrics.
+    (sft, {"label_smoothing_factor": 0.1}, {"without gradient": 3}),
+    (sft, {"eval_strategy": "steps", "eval_steps": 1}, {"with gradient": 3, "without gradient": 3}),
+    (dpo, {}, {"with gradient": 3, "without gradient": 3}),
+    (dpo, {"with_lora": True}, {"with gradient": 3, "without gradient": 3}),
+    (dpo, {"use_weighting": True, "loss_type": ["ipo", "sigmoid"]}, {"with gradient": 3, "without gradient": 3}),
+    (dpo, {"precompute_ref_log_probs": True}, {"with gradient": 3, "without gradient": 4}),
+    # A step is the policy's call, the reference model's, and one of each without a gradient for the KL estimate.
+    (kto, {}, {"with gradient": 3, "without gradient": 9}),
+    (kto, {"with_lora": True, "loss_type": "apo_zero_unpaired"}, {"with gradient": 3, "without gradient": 3}),
+]
 
 
 @pytest.mark.parametrize(
-    ("run", "served", "handed_back"),
-    [
-        # num_iterations=2: both steps learn from one batch, whose old log probabilities take one call more.
-        (rloo, {"with gradient": 2, "without gradient": 1}, set()),
-        # The accuracy of each token is a metric that TRL's class computes on the way.
-        (sft, {}, {"TRL needs is_top1"}),
-        # So it is for DPO's policy; the reference model's calls are ours.
-        (dpo, {"without gradient": 2}, {"TRL needs is_top1"}),
-        # A step is the policy's call, the reference model's, and one of each without a gradient for the KL estimate;
-        # the policy's ask for mean logits too.
-        (kto, {"with gradient": 2, "without gradient": 6}, set()),
-    ],
-    ids=["rloo", "sft", "dpo", "kto"],
+    ("run", "changes", "served"), CASES, ids=["-".join([run.__name__, *changes]) for run, changes, _ in CASES]
 )
-def test_trainer(run: Run, served: dict[str, int], handed_back: set[str], tmp_path: Path) -> None:
-    stock = run(str(tmp_path / "stock"))
+def test_trainer(run: Run, changes: dict[str, Any], served: dict[str, int], tmp_path: Path) -> None:
+    stock = run(str(tmp_path / "stock"), **changes)
     with patching():
-        mine = run(str(tmp_path / "ours"))
+        mine = run(str(tmp_path / "ours"), **changes)
         status = ours.status()
+    assert METRICS[run] <= compared(stock[0]).keys()
     worst, where = largest_difference(stock, mine)
     assert worst <= 5e-5, where
     assert status.served == served
-    assert set(status.handed_back) == handed_back
+    assert not status.handed_back
+
+
+@pytest.mark.parametrize("with_lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("run", [sft, dpo, kto])
+def test_bf16_is_no_worse_than_stock(run: Run, with_lora: bool, tmp_path: Path) -> None:
+    """Of all numbers of all steps, against a run in fp32: at most twice the error of TRL's own run in bf16."""
+    exact = run(str(tmp_path / "exact"), with_lora=with_lora)
+    stock = run(str(tmp_path / "stock"), with_lora=with_lora, bf16=True)
+    with patching():
+        mine = run(str(tmp_path / "ours"), with_lora=with_lora, bf16=True)
+        status = ours.status()
+    assert status.served["with gradient"] == 3
+    assert not status.handed_back
+    error, of_stock = error_of(mine, exact), error_of(stock, exact)
+    assert of_stock > 1e-3
+    assert error <= 2 * of_stock
+
+
+def error_of(run: list[dict[str, float]], exact: list[dict[str, float]]) -> float:
+    """Root of the mean square, each number relative to the larger of itself and 1e-2."""
+    squares = [
+        ((found[name] - value) / max(abs(value), 1e-2)) ** 2
+        for found, wanted in zip(run, exact, strict=True)
+        for name, value in compared(wanted).items()
+    ]
+    return math.sqrt(sum(squares) / len(squares))

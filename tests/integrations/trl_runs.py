@@ -71,7 +71,7 @@ class Recorder(TrainerCallback):
         self.steps: list[dict[str, float]] = []
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if logs and "loss" in logs:
+        if logs and ("loss" in logs or "eval_loss" in logs):
             self.steps.append(dict(logs))
 
 
@@ -200,8 +200,13 @@ def fill_adapters(model: Any) -> None:
 
 def compared(logs: dict[str, float]) -> dict[str, float]:
     """The numbers of one step that follow from the loss."""
-    names = ("loss", "grad_norm", "kl", "entropy", "cispo_clip_ratio", "vespo/phi_seq_mean")
-    return {k: v for k, v in logs.items() if k in names or k.startswith(("clip_ratio/", "logits/"))}
+    names = ("loss", "grad_norm", "kl", "entropy", "cispo_clip_ratio", "vespo/phi_seq_mean", "mean_token_accuracy")
+    prefixes = ("clip_ratio/", "logits/", "logps/", "rewards/", "eval_")
+    return {k: v for k, v in logs.items() if k in names or (k.startswith(prefixes) and not k.endswith(CLOCKS))}
+
+
+#: Ends of the names of numbers that are times.
+CLOCKS = ("_runtime", "_per_second")
 
 
 def largest_difference(first: list[dict[str, float]], second: list[dict[str, float]]) -> tuple[float, str]:
