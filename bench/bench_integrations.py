@@ -7,7 +7,7 @@
 `make peers` installs Liger-Kernel and verl into .venv/peers; TRL comes with `make setup`. Candidates that cannot be
 imported, or do not run on the device, are skipped with a message. The candidates:
 
-kto, dpo      One step of TRL's trainer, loss and backward, on a fixed batch of random texts: unpatched, and after
+sft, kto, dpo One step of TRL's trainer, loss and backward, on a fixed batch of random texts: unpatched, and after
               `grpo_ext.integrations.trl.patch()`. The model is a random Llama of the given sizes, by default
               SmolLM2-135M's. `lora` trains LoRA on every linear layer but the head, and the model without adapter is
               the reference model. `full` trains all weights and has a second model as reference. Data loading and the
@@ -21,7 +21,8 @@ verl_head     `FusedLinearForPPO`, verl's fused head in torch (chunks of 512 row
               backward from the log probabilities, as verl trains without an entropy bonus.
 verl_policy   verl's policy loss ``vanilla`` and our ``grpo_ext``, with their metrics, on fp32 (B,T).
 
-``--trained`` takes lora and full for kto and dpo; ``--heads`` takes frozen and trained for liger_linear and verl_head.
+``--trained`` takes lora and full for sft, kto and dpo; ``--heads`` takes frozen and trained for liger_linear and
+verl_head.
 The peer runs first. Before timing, values and gradients of every candidate must agree with the peer's, within
 `TOLERANCE` of their norm; `difference` is the largest difference.
 
@@ -119,11 +120,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--vocab", type=int, default=49152)
     parser.add_argument("--hidden", type=int, default=576)
     parser.add_argument("--batch", type=int, default=4, help="texts (an even number: dpo pairs them), completions")
-    parser.add_argument("--layers", type=int, default=30, help="layers of the model of kto and dpo")
-    parser.add_argument("--prompt", type=int, default=32, help="prompt tokens of kto and dpo")
-    parser.add_argument("--completion", type=int, default=96, help="longest completion of kto and dpo")
-    parser.add_argument("--trained", default="lora,full", type=names, help="lora, full: weights of kto and dpo")
-    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing in kto and dpo")
+    parser.add_argument("--layers", type=int, default=30, help="layers of the model of sft, kto and dpo")
+    parser.add_argument("--prompt", type=int, default=32, help="prompt tokens of sft, kto and dpo")
+    parser.add_argument("--completion", type=int, default=96, help="longest completion of sft, kto and dpo")
+    parser.add_argument("--trained", default="lora,full", type=names, help="lora, full: weights of sft, kto and dpo")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing in sft, kto and dpo")
     parser.add_argument("--tokens", type=int, default=256, help="T of the liger and verl_head candidates")
     parser.add_argument("--heads", default="frozen,trained", type=names)
     parser.add_argument("--equal", action="store_true", help="completions of equal length, without padding")

@@ -20,11 +20,12 @@ from grpo_ext.bench.common import DTYPES
 #: Largest difference of a value or gradient from the peer's, relative to its norm. In bf16 both have rounding errors.
 TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2}
 
-#: Calls of one patched step by our kernels, and by TRL's own class.
-SERVED: dict[str, tuple[dict[str, int], dict[str, int]]] = {
+#: Calls of one patched step by our kernels; TRL's own class has none.
+SERVED: dict[str, dict[str, int]] = {
+    "sft": {"with gradient": 1},
     # The policy with gradient; without gradient the reference model, and both models again for the KL estimate.
-    "kto": ({"with gradient": 1, "without gradient": 3}, {}),
-    "dpo": ({"without gradient": 1}, {"TRL needs is_top1": 1}),
+    "kto": {"with gradient": 1, "without gradient": 3},
+    "dpo": {"with gradient": 1, "without gradient": 1},
 }
 
 
@@ -137,7 +138,7 @@ def lengths(longest: int, count: int, equal: bool = False) -> list[int]:
 
 
 def dataset(kind: str, options: argparse.Namespace) -> Any:
-    """Build ``options.batch`` texts: that many completions for kto, or half as many pairs for dpo."""
+    """Build ``options.batch`` texts: that many completions for sft and kto, or half as many pairs for dpo."""
     from datasets import Dataset
 
     generator = torch.Generator().manual_seed(0)
@@ -152,6 +153,8 @@ def dataset(kind: str, options: argparse.Namespace) -> Any:
     if kind == "kto":
         labels = [number % 2 == 0 for number in range(options.batch)]
         return Dataset.from_dict({"prompt": prompts, "completion": completions, "label": labels})
+    if kind == "sft":
+        return Dataset.from_dict({"prompt": prompts, "completion": completions})
     pairs = {"prompt": prompts[::2], "chosen": completions[::2], "rejected": completions[1::2]}
     return Dataset.from_dict(pairs)
 
@@ -177,11 +180,11 @@ def build_trainer(kind: str, trained: str, options: argparse.Namespace) -> Any:
     lora = None if full else LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = getattr(trl, f"{kind.upper()}Trainer")(
         build_model(options, 0),
-        ref_model=build_model(options, 1) if full else None,
         args=config,
         train_dataset=dataset(kind, options),
         processing_class=build_tokenizer(options.vocab),
         peft_config=lora,
+        **({"ref_model": build_model(options, 1)} if full and kind != "sft" else {}),
     )
     trainer.model.train()
     for name, parameter in trainer.model.named_parameters():
@@ -191,10 +194,6 @@ def build_trainer(kind: str, trained: str, options: argparse.Namespace) -> Any:
 
 
 def trl_step(kind: str, trained: str, options: argparse.Namespace) -> Comparison:
-    if (kind, trained) == ("dpo", "lora"):
-        raise Unavailable(
-            "its reference is the policy without the adapter, and TRL's own code runs every call (token accuracy)"
-        )
     trainer = build_trainer(kind, trained, options)
     import grpo_ext.integrations.trl as ours
 
@@ -211,16 +210,17 @@ def trl_step(kind: str, trained: str, options: argparse.Namespace) -> Comparison
         loss = trainer.compute_loss(trainer.model_wrapped, inputs)
         loss.backward()
         status = ours.status()
-        if status.patched and (status.served, status.handed_back) != SERVED[kind]:
+        if status.patched and (status.served, status.handed_back) != (SERVED[kind], {}):
             raise RuntimeError(f"the patched step did not make the expected calls: {status}")
         return [loss]
 
     rows, tokens = inputs["input_ids"].shape
+    scored = inputs["labels"] != -100 if kind == "sft" else inputs["completion_mask"]
     return Comparison(
         version("trl"),
         {"trl": ours.unpatch, "grpo_ext": ours.patch},
         step,
-        columns(options, trained, rows, tokens, int(inputs["completion_mask"].sum()), options.layers),
+        columns(options, trained, rows, tokens, int(scored.sum()), options.layers),
         options.dtype,
         before,
         lambda: [torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])],
@@ -382,7 +382,7 @@ def verl_policy(options: argparse.Namespace) -> Comparison:
 
 def comparisons(options: argparse.Namespace) -> Iterator[tuple[str, str, Callable[[], Comparison]]]:
     """Yield each candidate's name, its subject in the table, and a function that builds the comparison."""
-    for kind in ("kto", "dpo"):
+    for kind in SERVED:
         for trained in options.trained:
             yield kind, f"{kind}, {trained}", functools.partial(trl_step, kind, trained, options)
     for head in options.heads:
@@ -394,4 +394,4 @@ def comparisons(options: argparse.Namespace) -> Iterator[tuple[str, str, Callabl
     yield "verl_policy", "verl_policy", functools.partial(verl_policy, options)
 
 
-CANDIDATES = ("kto", "dpo", "liger_linear", "liger_logits", "liger_logps", "verl_head", "verl_policy")
+CANDIDATES = (*SERVED, "liger_linear", "liger_logits", "liger_logps", "verl_head", "verl_policy")
