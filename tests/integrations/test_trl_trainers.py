@@ -156,24 +156,27 @@ def test_trainer(run: Run, changes: dict[str, Any], served: dict[str, int], tmp_
 @pytest.mark.parametrize("run", [sft, dpo, kto])
 def test_bf16_is_no_worse_than_stock(run: Run, with_lora: bool, device: torch.device, tmp_path: Path) -> None:
     """Of all numbers of all steps, against a run in fp32: at most twice the error of TRL's own run in bf16."""
-    changes = {"with_lora": with_lora, "use_cpu": device.type == "cpu"}
+    changes = {"with_lora": with_lora, "use_cpu": device.type == "cpu", "max_steps": 8}
     exact = run(str(tmp_path / "exact"), **changes)
     stock = run(str(tmp_path / "stock"), **changes, bf16=True)
     with patching():
         mine = run(str(tmp_path / "ours"), **changes, bf16=True)
         status = ours.status()
-    assert status.served["with gradient"] == 3
+    assert status.served["with gradient"] == 8
     assert not status.handed_back
-    error, of_stock = error_of(mine, exact), error_of(stock, exact)
+    (error, wrong), (of_stock, wrong_in_stock) = errors(mine, exact), errors(stock, exact)
     assert of_stock > 1e-3
     assert error <= 2 * of_stock
+    assert wrong <= 2 * wrong_in_stock + 0.1  # a step has 16 to 23 tokens, or 4 pairs: a tie that rounding decides
 
 
-def error_of(run: list[dict[str, float]], exact: list[dict[str, float]]) -> float:
-    """Root of the mean square, each number relative to the larger of itself and 1e-2."""
-    squares = [
-        ((found[name] - value) / max(abs(value), 1e-2)) ** 2
-        for found, wanted in zip(run, exact, strict=True)
-        for name, value in compared(wanted).items()
-    ]
-    return math.sqrt(sum(squares) / len(squares))
+def errors(run: list[dict[str, float]], exact: list[dict[str, float]]) -> tuple[float, float]:
+    """Root of the mean square, each number relative to the larger of itself and 1e-2; sum of the errors of shares."""
+    squares, wrong = [], 0.0
+    for found, wanted in zip(run, exact, strict=True):
+        for name, value in compared(wanted).items():
+            if name in ("mean_token_accuracy", "rewards/accuracies"):
+                wrong += abs(found[name] - value)
+            else:
+                squares.append(((found[name] - value) / max(abs(value), 1e-2)) ** 2)
+    return math.sqrt(sum(squares) / len(squares)), wrong
