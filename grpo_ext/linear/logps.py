@@ -150,10 +150,10 @@ def scaled_rows(rows: Tensor, factor: Tensor) -> Tensor:
     return torch.mul(rows, factor, out=torch.empty_like(rows))
 
 
-#: Takes the arguments of `_LinearLogps.forward`; returns (logps, entropy, is_top1) of the shape of ids, 0 at masked rows.
-#: is_top1 is bool: whether the token has the greatest logit, the first of equal ones; empty without ``with_top1``. On the
-#: probability route a logit equals the token's if the ratio of their probabilities rounds to 1 in the dtype of the
-#: products (bf16: 0.998 to 1.004).
+#: Takes the arguments of `_LinearLogps.forward`; returns (logps, entropy, is_top1) of the shape of ids, 0 at masked
+#: rows. is_top1 is bool: whether the token has the greatest logit, the first of equal ones; empty without `with_top1`.
+#: On the probability route a logit equals the token's if the ratio of their probabilities rounds to 1 in the dtype of
+#: the products (bf16: 0.998 to 1.004).
 linear_logps: Callable[..., tuple[Tensor, Tensor, Tensor]] = _LinearLogps.apply
 
 
