@@ -117,22 +117,25 @@ METRICS: dict[Run, set[str]] = {
 }
 
 
+#: TRL checkpoints by default.
+LORA = {"with_lora": True, "gradient_checkpointing": True}
+
 CASES: list[tuple[Run, dict[str, Any], dict[str, int]]] = [
     # num_iterations=2: both steps learn from one batch, whose old log probabilities take one call more.
     (rloo, {}, {"with gradient": 2, "without gradient": 1}),
     (sft, {}, {"with gradient": 3}),
-    (sft, {"with_lora": True, "gradient_accumulation_steps": 2}, {"with gradient": 6}),
+    (sft, {**LORA, "gradient_accumulation_steps": 2}, {"with gradient": 6}),
     (sft, {"loss_type": "dft"}, {"with gradient": 3}),
     # The full logits are the label smoother's; the fused head brings the metrics.
     (sft, {"label_smoothing_factor": 0.1}, {"without gradient": 3}),
     (sft, {"eval_strategy": "steps", "eval_steps": 1}, {"with gradient": 3, "without gradient": 3}),
     (dpo, {}, {"with gradient": 3, "without gradient": 3}),
-    (dpo, {"with_lora": True}, {"with gradient": 3, "without gradient": 3}),
+    (dpo, LORA, {"with gradient": 3, "without gradient": 3}),
     (dpo, {"use_weighting": True, "loss_type": ["ipo", "sigmoid"]}, {"with gradient": 3, "without gradient": 3}),
     (dpo, {"precompute_ref_log_probs": True}, {"with gradient": 3, "without gradient": 4}),
     # A step is the policy's call, the reference model's, and one of each without a gradient for the KL estimate.
     (kto, {}, {"with gradient": 3, "without gradient": 9}),
-    (kto, {"with_lora": True, "loss_type": "apo_zero_unpaired"}, {"with gradient": 3, "without gradient": 3}),
+    (kto, {**LORA, "loss_type": "apo_zero_unpaired"}, {"with gradient": 3, "without gradient": 3}),
 ]
 
 
@@ -150,6 +153,8 @@ def test_trainer(run: Run, changes: dict[str, Any], served: dict[str, int], tmp_
     assert worst <= 5e-5, where
     assert status.served == served
     assert not status.handed_back
+    for name, runs in (("layers", 1), ("checkpointing", int("gradient_checkpointing" in changes))):
+        assert (status.parts[name].served, status.parts[name].handed_back) == (runs, {})
 
 
 @pytest.mark.parametrize("with_lora", [False, True], ids=["full", "lora"])
