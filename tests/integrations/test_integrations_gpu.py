@@ -131,3 +131,38 @@ def test_trl_seam_is_no_worse_than_trls_triton_class(dtype: torch.dtype, frozen:
     assert ours.status().served == {"with gradient": 1}
     for theirs, mine in zip(*errors, strict=True):
         assert mine <= 2 * theirs + 1e-6
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["scored", "trained"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_trl_metrics_are_no_worse_than_trls_triton_class(dtype: torch.dtype, gradient: bool) -> None:
+    """Token accuracy, mean logits and WPO's weights against fp64: at most twice TRL's error, no more wrong tokens."""
+    pytest.importorskip("trl", reason="pip install 'grpo-ext[trl]'")
+    import grpo_ext.integrations.trl as ours
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from trl.trainer import utils
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(3000, 128, generator=generator).to(dtype)
+    weight = torch.randn(5003, 128, generator=generator).mul_(0.3).to(dtype)
+    logits = hidden.double() @ weight.double().T / 0.8
+    ids = logits.topk(3).indices[torch.arange(3000), torch.arange(3000) % 3]
+    truth = [2 * logits.log_softmax(-1), logits.mean(-1), ids == logits.argmax(-1)]
+    truth[0] = truth[0].logsumexp(-1)
+    errors = []
+    for patched in (False, True):
+        if patched:
+            ours.patch()
+        try:
+            leaves = [x.cuda().requires_grad_(gradient) for x in (hidden, weight)]
+            outputs = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+            _, _, *found = utils._ChunkedLogProbFunction.apply(*leaves, None, ids.cuda(), 0.8, 2048, None, 1.0, outputs)
+        finally:
+            ours.unpatch()
+        errors.append([(a.cpu().double() - b.double()).norm() for a, b in zip(found, truth, strict=True)])
+    assert list(ours.status().served) == ["with gradient" if gradient else "without gradient"]
+    assert not ours.status().handed_back
+    for theirs, mine in zip(*errors, strict=True):
+        assert mine <= 2 * theirs + 1e-4
+    assert errors[1][2] <= errors[0][2]
