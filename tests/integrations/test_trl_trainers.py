@@ -172,16 +172,19 @@ def test_bf16_is_no_worse_than_stock(run: Run, with_lora: bool, device: torch.de
     (error, wrong), (of_stock, wrong_in_stock) = errors(mine, exact), errors(stock, exact)
     assert of_stock > 1e-3
     assert error <= 2 * of_stock
-    assert wrong <= 2 * wrong_in_stock + 0.1  # a step has 16 to 23 tokens, or 4 pairs: a tie that rounding decides
+    assert wrong <= 2 * wrong_in_stock + 0.1  # a step has 16 to 23 tokens: near-ties that rounding decides
 
 
 def errors(run: list[dict[str, float]], exact: list[dict[str, float]]) -> tuple[float, float]:
-    """Root of the mean square, each number relative to the larger of itself and 1e-2; sum of the errors of shares."""
+    """Root of the mean square, each number relative to the larger of itself and 1e-2; sum for the token accuracy.
+
+    Without the share of 4 pairs whose margin, which is compared, is above 0.
+    """
     squares, wrong = [], 0.0
     for found, wanted in zip(run, exact, strict=True):
         for name, value in compared(wanted).items():
-            if name in ("mean_token_accuracy", "rewards/accuracies"):
+            if name == "mean_token_accuracy":
                 wrong += abs(found[name] - value)
-            else:
+            elif name != "rewards/accuracies":
                 squares.append(((found[name] - value) / max(abs(value), 1e-2)) ** 2)
     return math.sqrt(sum(squares) / len(squares)), wrong
