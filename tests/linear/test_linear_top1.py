@@ -32,11 +32,11 @@ def _route(request: pytest.FixtureRequest) -> Iterator[None]:
 def scored(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, mask: Tensor | None = None, *,
     temperature: float = 2.0, softcap: float | None = None, scale: float = 1.0, budget: int | None = None,
-    with_top1: bool = True,
+    with_top1: bool = True, valid_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     transform = logit_transform(temperature, softcap, scale)
     numerics = Numerics(transform, hidden.dtype, hidden.dtype, budget, None)
-    request = Request(numerics, wanted_gradients(hidden, weight, bias), True, False, None, None, with_top1)
+    request = Request(numerics, wanted_gradients(hidden, weight, bias), True, False, valid_rows, None, with_top1)
     return linear_logps(hidden, weight, bias, ids, mask, None, None, request)
 
 
@@ -99,11 +99,15 @@ def test_nothing_else_changes(dtype: str, trained: tuple[int, ...], device: torc
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_a_token_far_below_the_greatest(device: torch.device) -> None:
-    """Exponents beyond the range of a tile's sum, above and below the token's own."""
+@pytest.mark.parametrize("temperature", [0.5, 0.53, 0.56, 0.6])
+def test_a_token_far_below_the_greatest(temperature: float, device: torch.device) -> None:
+    """Exponents beyond the range of a tile's sum, which become relative to a logit near the tile's greatest."""
     hidden, weight, bias, ids = example(device, torch.bfloat16)
-    found = scored(hidden * 16, weight, bias, ids, temperature=0.5)[2]
-    assert torch.equal(found, expected(hidden * 16, weight, bias, ids))
+    hidden = hidden * 16
+    least = (hidden.float() @ weight.float().t() + bias.float()).argmin(1)
+    for tokens in (ids, least, least.new_full(least.shape, 0)):
+        found = scored(hidden, weight, bias, tokens, temperature=temperature)[2]
+        assert torch.equal(found, expected(hidden, weight, bias, tokens))
 
 
 def test_tokens_switched_off(device: torch.device) -> None:
@@ -113,6 +117,14 @@ def test_tokens_switched_off(device: torch.device) -> None:
     assert torch.equal(found, expected(hidden, weight, bias, ids))
     assert not found[ids % 2 == 0].any()
     assert found.any()
+
+
+def test_masked_rows_within_the_bound_have_no_greatest_logit(device: torch.device) -> None:
+    hidden, weight, bias, ids = example(device)
+    mask = torch.arange(120, device=device) % 5 != 1
+    ids[~mask] = bias.argmax()  # a masked row's hidden states count as 0
+    found = scored(hidden, weight, bias, ids, mask, valid_rows=120)[2]
+    assert torch.equal(found, expected(hidden, weight, bias, ids) & mask)
 
 
 def test_a_nan_is_no_greatest_logit(device: torch.device) -> None:
