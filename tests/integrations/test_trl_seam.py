@@ -269,13 +269,13 @@ def test_patching_twice_and_back() -> None:
 def test_loss_is_patched_and_restored() -> None:
     from trl import GRPOTrainer
 
+    ours.unpatch()
     own = GRPOTrainer._compute_loss
     ours.patch(fuse_loss=True)
     assert ours.status().fuse_loss
     assert GRPOTrainer._compute_loss is not own
     ours.patch()
     assert not ours.status().fuse_loss
-    ours.patch(fuse_loss=True)
     ours.unpatch()
     assert GRPOTrainer._compute_loss is own
 
