@@ -2,11 +2,13 @@
 
     from grpo_ext import modules
 
-    with modules.attached(model):
-        ...  # train
+    faster = modules.attach(model, checkpointing=True)
+    ...  # train; faster.run(inputs, loss) computes a loss in place of the model's logits
+    faster.detach()
 
-`attach` and `attached` replace the forward of LoRA and RMSNorm layers. `FusedHead` computes a loss in place of the
-model's logits. `checkpointing_arguments` returns ``gradient_checkpointing_kwargs`` that cost the host less.
+`attach` and `attached` replace the forward of LoRA and RMSNorm layers and, on request, enable gradient checkpointing
+that costs the host less. `FasterLayers.run` computes a loss from the hidden states. `FusedHead` and
+`checkpointing_arguments` are its parts, for loops that need them apart.
 """
 
 from __future__ import annotations
