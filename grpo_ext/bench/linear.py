@@ -20,16 +20,22 @@ Loss: dapo (token level, clip 0.2/0.28) with old log probabilities, mask and adv
     sequence_told  sequence with valid_rows=
     logps      linear_selective_log_softmax, then the loss in torch: the upstream gradient is unknown in forward
     forward    log probabilities without gradient; its ratio is to one bare product
-    trl        logps with TRL's (1.16) ChunkedLogProb, if TRL is installed
-    liger      LigerFusedLinearGRPOLoss of Liger-Kernel, if installed (CUDA)
-    quack      chunked_linear_cross_entropy of QuACK, if installed (Hopper): plain cross entropy of all rows, a
-               different loss with less work
+    trl        logps with TRL's (1.16) ChunkedLogProb
+    liger      LigerFusedLinearGRPOLoss of Liger-Kernel (CUDA)
+    liger_cute logps with LigerFusedLinearScaledCrossEntropyFunction of Liger-Kernel, its CuTe kernels (Hopper, bf16).
+               A frozen head costs as much as a trained one
+    quack      chunked_linear_cross_entropy of QuACK (Hopper): plain cross entropy of all rows, a different loss with
+               less work
+    quack_exp  the same by QuACK's scaled-exponential pipeline, scaled_exp_linear_cross_entropy (Hopper, bf16)
+
+A peer whose package is missing or does not support the device is reported as absent.
 
 On a Hopper GPU our candidates use the probability route (docs/inside/probabilities.md). The suffix ``:logits`` selects
 the logits route: ``--candidates loss,loss:logits``.
 
 Columns: extra_mb is the peak memory above the memory in use before, outputs included (`common.peak_extra_bytes`);
-logp_error is the largest difference of a log probability from fp64, over 64 rows.
+logp_error is the largest difference of a log probability from fp64, over 64 rows; gradient_error the largest relative
+error of a row's gradient of the hidden states, up to the row's factor in the loss.
 """
 
 from __future__ import annotations
@@ -46,23 +52,12 @@ from torch import Tensor
 
 import grpo_ext
 from grpo_ext.bench import common
+from grpo_ext.bench.linear_peers import CONFIG, PEERS, Inputs, Loss, torch_loss, version_of
 from grpo_ext.linear.plan import Numerics
 from grpo_ext.linear.routes import choose_route, select_route
 from grpo_ext.linear.routes.probabilities import ProbabilityRoute
 
-CONFIG = grpo_ext.LossConfig(loss_type="dapo", epsilon=0.2, epsilon_high=0.28)
 SHAPES = {"cpu": "576x49152", "cuda": "576x49152,1024x151936,2048x151936,4096x151936"}
-Inputs = dict[str, Tensor]
-#: (hidden, weight, inputs) -> (loss, logps or None)
-Loss = Callable[[Tensor, Tensor, Inputs], tuple[Tensor, Tensor | None]]
-
-
-def torch_loss(logps: Tensor, inputs: Inputs) -> Tensor:
-    ratio = torch.exp(logps - inputs["old"])
-    advantages = inputs["advantages"].unsqueeze(1)
-    clipped = ratio.clamp(1 - CONFIG.epsilon, 1 + CONFIG.clip_high)
-    loss = -torch.min(ratio * advantages, clipped * advantages)
-    return (loss * inputs["mask"]).sum() / inputs["mask"].sum().clamp(min=1)
 
 
 def our_loss(config: grpo_ext.LossConfig = CONFIG, pass_valid_rows: bool = True, **options: Any) -> Loss:
@@ -93,48 +88,6 @@ def our_forward(hidden: Tensor, weight: Tensor, inputs: Inputs) -> tuple[Tensor,
     return logps, logps
 
 
-def trl_logps() -> Loss:
-    from trl.trainer import utils
-
-    chunked, chunk = utils._ChunkedLogProbFunction, getattr(utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 8192)
-
-    def loss(hidden: Tensor, weight: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        mask = inputs["mask"]
-        rows = chunked.apply(hidden[mask], weight, None, inputs["ids"][mask], 1.0, chunk, None, 1.0, ())[0]
-        logps = rows.new_zeros(mask.shape).masked_scatter(mask, rows)
-        return torch_loss(logps, inputs), logps
-
-    return loss
-
-
-def quack_loss() -> Loss:
-    from quack.linear_cross_entropy import chunked_linear_cross_entropy
-
-    def loss(hidden: Tensor, weight: Tensor, inputs: Inputs) -> tuple[Tensor, None]:
-        rows, ids = hidden.flatten(0, 1), inputs["ids"].flatten()
-        return chunked_linear_cross_entropy(rows, weight, ids, chunk_size=4096, reduction="mean"), None
-
-    return loss
-
-
-def liger_loss() -> Loss:
-    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
-
-    module = LigerFusedLinearGRPOLoss(
-        beta=0.0, use_ref_model=False, epsilon_low=CONFIG.epsilon, epsilon_high=CONFIG.clip_high, loss_type="dapo",
-        temperature=1.0,
-    )  # fmt: skip
-
-    def loss(hidden: Tensor, weight: Tensor, inputs: Inputs) -> tuple[Tensor, None]:
-        out = module(
-            hidden, weight, inputs["ids"], inputs["mask"].long(), inputs["advantages"],
-            old_per_token_logps=inputs["old"],
-        )  # fmt: skip
-        return out[0], None
-
-    return loss
-
-
 KNOWN: dict[str, Callable[[], Loss]] = {
     "loss": our_loss,
     "loss_asks": lambda: our_loss(pass_valid_rows=False),
@@ -144,11 +97,10 @@ KNOWN: dict[str, Callable[[], Loss]] = {
     "sequence_told": lambda: our_loss(CONFIG.replace(importance_sampling_level="sequence")),
     "logps": lambda: our_logps,
     "forward": lambda: our_forward,
-    "trl": trl_logps,
-    "liger": liger_loss,
-    "quack": quack_loss,
 }
-WITHOUT_ROUTE = ("bare", "bare_one", "trl", "liger", "quack")
+WITHOUT_ROUTE = ("bare", "bare_one", *PEERS)
+#: Candidates that compute another loss than the others.
+OTHER_LOSS = ("sequence", "sequence_told", "quack", "quack_exp")
 #: Candidates that a GPU also measures on the logits route.
 BOTH_ROUTES = ("loss", "loss_512", "sequence", "logps", "forward")
 
@@ -229,24 +181,38 @@ def bare_products(inputs: Inputs, count: int) -> Callable[[], None]:
     return products
 
 
-def logp_error(logps: Tensor | None, inputs: Inputs) -> float:
-    if logps is None:
-        return math.nan
-    rows = inputs["mask"].flatten().nonzero().flatten()[:64]
-    inputs = {name: tensor.detach() for name, tensor in inputs.items()}
-    exact = grpo_ext.reference.linear_selective_log_softmax(
-        inputs["hidden"].flatten(0, 1)[rows].double(), inputs["weight"].double(), inputs["ids"].flatten()[rows]
-    )
-    assert isinstance(exact, Tensor)
-    return float((logps.detach().flatten()[rows].double() - exact).abs().max())
+class Exact:
+    """Log probabilities and their gradient in fp64, of the first 64 valid rows."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.rows = inputs["mask"].flatten().nonzero().flatten()[:64]
+        hidden = inputs["hidden"].detach().flatten(0, 1)[self.rows].double()
+        weight, ids = inputs["weight"].detach().double(), inputs["ids"].flatten()[self.rows]
+        logps = grpo_ext.reference.linear_selective_log_softmax(hidden, weight, ids)
+        assert isinstance(logps, Tensor)
+        self.logps = logps
+        self.gradient = weight[ids] - (hidden @ weight.t()).softmax(-1) @ weight
+
+    def logp_error(self, logps: Tensor | None) -> float:
+        """Largest difference of a log probability; NaN if the candidate returns none."""
+        if logps is None:
+            return math.nan
+        return float((logps.detach().flatten()[self.rows].double() - self.logps).abs().max())
+
+    def gradient_error(self, gradient: Tensor) -> float:
+        """Largest relative error of a row's gradient of the hidden states, up to the row's factor in the loss."""
+        rows = gradient.flatten(0, 1)[self.rows].double()
+        rows, exact = rows[rows.any(dim=1)], self.gradient[rows.any(dim=1)]
+        exact = exact * ((rows * exact).sum(1) / exact.square().sum(1)).unsqueeze(1)
+        return float(((rows - exact).norm(dim=1) / exact.norm(dim=1)).max()) if len(rows) else math.nan
 
 
 def check_gradients(results: dict[str, Tensor]) -> None:
     """Raise an error if a candidate's gradient differs from the first candidate's: it computes another loss."""
     first = next(iter(results.values()))
     for name, grad in results.items():
-        if split_name(name)[0] in ("sequence", "sequence_told", "quack"):
-            continue  # a different loss
+        if split_name(name)[0] in OTHER_LOSS:
+            continue
         error = (grad.float() - first.float()).norm() / first.float().norm()
         # The bound is loose in bf16: on random data rounding moves a few rows across a clip limit.
         if error > (1e-3 if first.dtype == torch.float32 else 0.1):
@@ -275,26 +241,36 @@ def measure(size: int, vocab: int, head: str, args: argparse.Namespace, device: 
         return prepare
 
     prepared: dict[str, Callable[[], Callable[[], Any]]] = {}
+    exact = Exact(inputs)
     errors: dict[str, float] = {}
+    gradient_errors: dict[str, float] = {}
     grads: dict[str, Tensor] = {}
     extra: dict[str, float] = {}
     for name in args.candidates.split(","):
         candidate = split_name(name)[0]
-        if candidate in ("liger", "quack") and device.type != "cuda":
-            continue
         try:
-            prepared[name] = preparing(name, KNOWN[candidate]())
+            loss = PEERS[candidate][0](device) if candidate in PEERS else KNOWN[candidate]()
         except ImportError as missing:
-            print(f"{name}: skipped, {missing}")
+            print(f"{name}: absent, {missing}")
             continue
-        errors[name] = logp_error(prepared[name]()(), inputs)
+        prepare = preparing(name, loss)
+        try:
+            errors[name] = exact.logp_error(prepare()())
+        except Exception as error:
+            if candidate not in PEERS:
+                raise
+            print(f"{name}: absent, {type(error).__name__}: {error}")
+            continue
+        prepared[name] = prepare
         if hidden.grad is not None:
             grads[name] = hidden.grad.clone()
+            gradient_errors[name] = exact.gradient_error(hidden.grad)
         hidden.grad = weight.grad = None
         extra[name] = common.peak_extra_bytes(prepared[name], device)
     hidden.grad = weight.grad = None
     check_gradients(grads)
     grads.clear()
+    del exact
     with torch.no_grad():
         bare = bare_products({k: v.detach() for k, v in inputs.items()}, 3 if head == "trained" else 2)
         one = bare_products({k: v.detach() for k, v in inputs.items()}, 1)
@@ -321,8 +297,10 @@ def measure(size: int, vocab: int, head: str, args: argparse.Namespace, device: 
             "ratio": timing.median / floor,
             "extra_mb": extra.get(name, math.nan) / 2**20,
             "logp_error": errors.get(name, math.nan),
+            "gradient_error": gradient_errors.get(name, math.nan),
+            "version": version_of(name),
         }
-        for peer in ("trl", "liger", "quack"):
+        for peer in PEERS:
             row[f"x_{peer}"] = timings[peer].median / timing.median if peer in timings else math.nan
         rows.append(row)
     return rows
@@ -350,7 +328,7 @@ def main() -> None:
     args.rows = args.rows or (1024 if on_cpu else 8192)
     args.runs = args.runs or (5 if on_cpu else 20)
     args.warmup = args.warmup if args.warmup is not None else (1 if on_cpu else 5)
-    usual = [n for n in KNOWN if not (on_cpu and n in ("loss_fp32", "loss_512"))]
+    usual = [n for n in (*KNOWN, *PEERS) if not (on_cpu and n in ("loss_fp32", "loss_512"))]
     usual += [] if on_cpu else [f"{n}:logits" for n in BOTH_ROUTES]
     args.candidates = args.candidates or ",".join(usual)
     torch.set_num_threads(args.threads)
@@ -362,8 +340,8 @@ def main() -> None:
     path = args.csv or common.RESULTS / f"linear_{args.device}.csv"
     common.write_csv(path, results, append=args.append)
     print(f"{results[0]['device']}, {results[0]['cpu']} ({results[0]['isa']}), {args.threads} threads")
-    columns = "rows valid improbable hidden vocab dtype head candidate route ms ms_min ratio x_trl x_liger x_quack "
-    columns += "extra_mb logp_error"
+    columns = "rows valid improbable hidden vocab dtype head candidate route ms ms_min ratio "
+    columns += " ".join(f"x_{peer}" for peer in PEERS) + " extra_mb logp_error gradient_error version"
     common.print_table(results, columns.split())
     print(f"written to {path}")
 
