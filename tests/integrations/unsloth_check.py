@@ -107,7 +107,7 @@ def main() -> int:
                 print(f"{name}, {str(dtype)[6:]}, {', '.join(sorted(options)) or 'no options'}")
                 theirs = functools.partial(run, getattr(replacements, name), given, **options)
                 of_theirs = report("unsloth", theirs, wanted)
-                ours.patch()
+                ours.patch(one_forward=False, trim=False, dense=False)
                 mine = functools.partial(run, getattr(replacements, name), given, **options)
                 ours_ran = mine() is not None and ours.status() == {"patched": True, "served": 1}
                 of_ours = report("grpo_ext", mine, wanted)

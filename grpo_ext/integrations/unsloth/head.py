@@ -1,26 +1,22 @@
-"""Unsloth with this package's kernels: ``import grpo_ext.integrations.unsloth as u; u.patch()``.
-
-Call `patch` before you create a trainer.
+"""Log probabilities from hidden states and head, in the place of Unsloth's functions.
 
 Unsloth generates its GRPO trainer as source text. At run time the generated code imports one function for hidden states
 and head from ``unsloth_zoo.rl_replacements``: ``chunked_hidden_states_selective_log_softmax``, in later versions also
-``grpo_chunked_hidden_states_logprobs``. `patch` replaces these names in that module. Calls with unsupported options
-(scoring over a truncated vocabulary, a head in fp32) fall back to Unsloth's code and are counted.
-
-``tests/integrations/unsloth_check.py`` compares Unsloth's functions with ours on the CPU in ``make test-all``. Unsloth
-from October 2026 can be imported without a GPU; its GRPO trainer needs one.
+``grpo_chunked_hidden_states_logprobs``. Calls with unsupported options (scoring over a truncated vocabulary, a head in
+fp32) fall back to Unsloth's code and are counted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
 
+from grpo_ext.integrations.unsloth.counting import counts
 from grpo_ext.linear import linear_selective_log_softmax
 
 #: Functions that multiply by the head; every supported version has the first.
@@ -31,8 +27,18 @@ NEUTRAL = {"support_top_k": 0, "support_top_p": 1.0, "support_min_p": 0.0, "fp32
 #: Options that choose an implementation and do not change the result.
 IGNORED = {"fused_linear", "support_triton_sampler"}
 
-_originals: dict[str, Any] = {}
-_counts: Counter[str] = Counter()
+#: Inside `padding_masked`: the id at which no log probability is used.
+_padding: list[int] = []
+
+
+@contextlib.contextmanager
+def padding_masked(pad_id: int) -> Iterator[None]:
+    """Skip the rows whose target is ``pad_id``, whose log probabilities the loss does not use; they become 0."""
+    _padding.append(pad_id)
+    try:
+        yield
+    finally:
+        _padding.pop()
 
 
 def hidden_states_logps(
@@ -57,18 +63,19 @@ def hidden_states_logps(
         temperature: divides the processed logits.
 
     Returns:
-        fp32 ``(B,T)``, with gradient for the inputs that require one.
+        fp32 ``(B,T)``, with gradient for the inputs that require one; 0 at the padding inside `padding_masked`.
     """
     scale = (logit_scale_multiply or 1.0) / (logit_scale_divide or 1.0)
     logps = linear_selective_log_softmax(
-        hidden_states.to(lm_head.dtype), lm_head, index, bias=lm_head_bias, temperature=temperature or 1.0,
+        hidden_states.to(lm_head.dtype), lm_head, index, bias=lm_head_bias,
+        mask=index != _padding[-1] if _padding else None, temperature=temperature or 1.0,
         logit_scale=scale, logit_softcap=logit_softcapping or None, logits_dtype="float32",
     )  # fmt: skip
     assert isinstance(logps, Tensor)
     return logps
 
 
-def _replacement(original: Callable[..., Any]) -> Callable[..., Any]:
+def replacement(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap ``original``: call `hidden_states_logps` if it supports the options, else ``original``."""
     own = set(hidden_states_logps.__annotations__)
     signature = inspect.signature(original)
@@ -83,9 +90,9 @@ def _replacement(original: Callable[..., Any]) -> Callable[..., Any]:
             values |= values.pop(name)
         unsupported = sorted(name for name, value in values.items() if name not in own and _unsupported(name, value))
         if unsupported:
-            _counts["handed back: " + ", ".join(unsupported)] += 1
+            counts["handed back: " + ", ".join(unsupported)] += 1
             return original(*arguments, **options)
-        _counts["served"] += 1
+        counts["served"] += 1
         return hidden_states_logps(**{name: value for name, value in values.items() if name in own})
 
     return function
@@ -95,47 +102,3 @@ def _unsupported(name: str, value: Any) -> bool:
     if name in IGNORED:
         return False
     return isinstance(value, Tensor) or value not in (None, False, "", NEUTRAL.get(name))
-
-
-def patch() -> None:
-    """Replace `SYMBOLS` in ``unsloth_zoo.rl_replacements``.
-
-    Raises:
-        ImportError: if Unsloth is missing or cannot be imported (older versions need a GPU), or if its version lacks
-            the function.
-    """
-    if _originals:
-        return
-    try:
-        import unsloth_zoo.rl_replacements as replacements
-    except (ImportError, NotImplementedError) as error:
-        raise ImportError(
-            "grpo_ext.integrations.unsloth needs unsloth, imported before it (and versions before October 2026 need a "
-            f"GPU for that): {error}"
-        ) from error
-    if not hasattr(replacements, SYMBOLS[0]):
-        raise ImportError(
-            f"this version of unsloth_zoo has no {SYMBOLS[0]} in its rl_replacements: install one from August 2026 or "
-            "later, or train without patch()"
-        )
-    _counts.clear()
-    for name in SYMBOLS:
-        if hasattr(replacements, name):
-            _originals[name] = getattr(replacements, name)
-            setattr(replacements, name, _replacement(_originals[name]))
-
-
-def unpatch() -> None:
-    """Restore Unsloth's own functions."""
-    if not _originals:
-        return
-    import unsloth_zoo.rl_replacements as replacements
-
-    for name, original in _originals.items():
-        setattr(replacements, name, original)
-    _originals.clear()
-
-
-def status() -> dict[str, int | bool]:
-    """``patched``; ``served``: calls by our kernels; ``handed back: <options>``: calls by Unsloth's own code."""
-    return {"patched": bool(_originals), **_counts}
