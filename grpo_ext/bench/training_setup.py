@@ -1,6 +1,6 @@
-"""Run a case with this package's trainer or TRL's on prepared completions, and time its steps.
+"""Run a case with this package's trainer, TRL's or Unsloth's on prepared completions, and time its steps.
 
-Both trainers get the same token ids, log probabilities and rewards instead of generating, so that generation does not
+All trainers get the same token ids, log probabilities and rewards instead of generating, so that generation does not
 affect the measurement. The rest of a step is the trainer's own code.
 """
 
@@ -10,11 +10,17 @@ import contextlib
 import dataclasses
 import gc
 import math
+import os
+import pickle
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +33,8 @@ from grpo_ext.bench.training_workload import Workload
 from grpo_ext.generation.engine import Completions
 from grpo_ext.trainer import GRPOConfig, GRPOTrainer
 
-#: Trainer and settings of each candidate; ``patch`` has the arguments of `grpo_ext.integrations.trl.patch`.
+#: Trainer and settings of each candidate; ``patch`` has the arguments of `patch` of `grpo_ext.integrations.trl` or
+#: `grpo_ext.integrations.unsloth`. Unsloth's trainer runs in a process of its own, see `run_unsloth`.
 CANDIDATES: dict[str, dict[str, Any]] = {
     "ours": {"trainer": "ours", "fill_micro_batches": True},
     "ours_unfused": {"trainer": "ours", "fill_micro_batches": True, "use_fused_lora": False, "use_fused_norm": False},
@@ -39,6 +46,10 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "trl_filled": {"trainer": "trl", "patch": {"fill_micro_batches": True}},
     "trl_fused": {"trainer": "trl", "patch": {"fuse_loss": True}},
     "trl_fused_filled": {"trainer": "trl", "patch": {"fuse_loss": True, "fill_micro_batches": True}},
+    "unsloth": {"trainer": "unsloth"},
+    "unsloth_head": {"trainer": "unsloth", "patch": {"one_forward": False, "trim": False, "dense": False}},
+    "unsloth_dense": {"trainer": "unsloth", "patch": {"head": False, "one_forward": False, "trim": False}},
+    "unsloth_patch": {"trainer": "unsloth", "patch": {}},
     # Settings with which TRL saves the same host work that this package's trainer saves by default.
     "trl_reentrant": {
         "trainer": "trl",
@@ -229,6 +240,8 @@ def run_candidate(
     settings = dict(CANDIDATES[name])
     kind, patch = settings.pop("trainer"), settings.pop("patch", None)
     release_memory(device)
+    if kind == "unsloth":
+        return run_unsloth(case, workload, patch)
     watch = StepWatch(device)
     with patched(patch), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -256,6 +269,29 @@ def run_candidate(
     return Measured(
         watch.seconds, watch.rollout, watch.losses, watch.grad_norms, watch.forwards, micro_batches, peak, before, note
     )
+
+
+#: Environment variable with folders that only the process of `run_unsloth` searches for packages, before the others.
+UNSLOTH_SITE = "GRPO_EXT_UNSLOTH_SITE"
+
+
+def run_unsloth(case: Case, workload: Workload, patch: dict[str, Any] | None) -> Measured:
+    """Run `training_unsloth.measure` in a process of its own: importing Unsloth changes torch, transformers and TRL.
+
+    Raises:
+        ValueError: the case is not LoRA on a GPU. subprocess.CalledProcessError: the process failed.
+    """
+    if case.trained != "lora" or case.device != "cuda":
+        raise ValueError(f"Unsloth is measured with lora on cuda, not with {case.trained} on {case.device}")
+    environment = dict(os.environ)
+    folders = [environment.get(name, "") for name in (UNSLOTH_SITE, "PYTHONPATH")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "given.pickle").write_bytes(pickle.dumps((case, workload, patch)))
+        command = [sys.executable, "-m", "grpo_ext.bench.training_unsloth", folder]
+        subprocess.run(command, env=environment, check=True)
+        found: Measured = pickle.loads(Path(folder, "found.pickle").read_bytes())
+    return found
 
 
 def versions(device: torch.device) -> dict[str, Any]:

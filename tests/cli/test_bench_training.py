@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import pickle
 import time
 from multiprocessing import get_context
 from pathlib import Path
@@ -246,3 +247,32 @@ def test_one_learning_run_that_dies_ends_the_others(bench: ModuleType) -> None:
         process.start()
     assert not training_learn.all_succeeded(processes)
     assert all(process.exitcode for process in processes)
+
+
+def test_unsloth_runs_in_its_own_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process gets case, completions and patch, and its packages come first; the CPU is refused."""
+    from grpo_ext.bench import training_setup as setup
+    from grpo_ext.bench.training_case import Case
+    from grpo_ext.bench.training_workload import Workload
+
+    workload = Workload(512, 2, 2, 16, True)
+    found = setup.Measured([2.0], [0.5], [0.1], [1.0], [2], 2, 1e9, 1e8, "note")
+    runs: list[tuple[Any, str]] = []
+
+    def run(command: list[str], env: dict[str, str], check: bool) -> None:
+        folder = Path(command[-1])
+        runs.append((pickle.loads((folder / "given.pickle").read_bytes()), env["PYTHONPATH"]))
+        (folder / "found.pickle").write_bytes(pickle.dumps(found))
+
+    monkeypatch.setattr(setup.subprocess, "run", run)
+    monkeypatch.setattr(setup, "release_memory", lambda _: None)
+    monkeypatch.setenv(setup.UNSLOTH_SITE, "/unsloth")
+    monkeypatch.setenv("PYTHONPATH", "/others")
+    case = Case(model="tiny", device="cuda")
+    assert setup.run_candidate("unsloth_head", case, workload, None) == found
+    (((given, completions, patch), path),) = runs
+    assert (given, path) == (case, "/unsloth:/others")
+    assert completions.completions == workload.completions
+    assert patch == {"one_forward": False, "trim": False, "dense": False}
+    with pytest.raises(ValueError, match="not with lora on cpu"):
+        setup.run_candidate("unsloth", Case(model="tiny"), workload, None)
