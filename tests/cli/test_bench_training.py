@@ -33,14 +33,14 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 def test_the_same_step_in_both_trainers(bench: ModuleType, tmp_path: Path) -> None:
     """fp32, so that a loss or gradient norm that differs is a difference and no rounding."""
     pytest.importorskip("trl", reason="the benchmark beside TRL needs TRL")
-    command = f"phase {SMALL} --cases tiny:lora:4:spread --steps 1 --warmup 0 --candidates ours,trl,trl_fused"
+    command = f"phase {SMALL} --cases tiny:lora:4:spread --steps 1 --warmup 1 --candidates ours,trl,trl_fused"
     assert bench.main([*command.split(), "--output", str(tmp_path)]) == 0
     ours, trl, fused = rows_of(tmp_path / "training_phase_cpu.csv")
     assert [row["agrees"] for row in (ours, trl, fused)] == ["True"] * 3
     assert float(ours["grad_norm"]) > 0
     assert ours["all_tokens"] == trl["all_tokens"]
-    assert float(ours["forwards"]) <= 2  # the one of each micro-batch, and in the first the attempt without a mask
-    assert (trl["forwards"], fused["forwards"]) == ("2", "2")  # its correction takes a forward of its own
+    # One per micro-batch after the first step, whose probes choose the layout; TRL's correction takes a second.
+    assert (ours["forwards"], trl["forwards"], fused["forwards"]) == ("1", "2", "1")
     assert float(ours["training_s"]) <= float(ours["step_s"])
 
 
