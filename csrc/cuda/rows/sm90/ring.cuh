@@ -275,9 +275,9 @@ __device__ __forceinline__ void consume_rows(const RingParams& p, RingShared& sh
 struct Pending {
   uint32_t row;
   int64_t id;
-  float input;  // this lane's number of RowInputs
+  float input;  // this lane's element of RowInputs
 };
-// Iterates over one group's rows and prefetches the next row's RowInputs, one number a lane.
+// Iterates over one group's rows and prefetches the next row's RowInputs, one element a lane.
 class PendingRows {
  public:
   __device__ PendingRows(const RowCursor& cursor, const SequenceConstants<float>* constants,

@@ -26,7 +26,7 @@ __device__ __forceinline__ uint32_t count_block(uintptr_t block, uintptr_t begin
   return tokens;
 }
 
-// Count the tokens in one of `warps` warps' mask pieces.
+// Count the tokens in every `warps`-th piece of the masks, from piece `warp` on (one warp).
 __device__ __forceinline__ void count_tokens(const PolicyParams<float>& p, LocalConstants& local,
                                              int warp, int warps) {
   constexpr int kBlocks = kMaskPiece / (32 * 16);  // per lane and piece

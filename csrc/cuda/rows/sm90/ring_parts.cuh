@@ -23,9 +23,10 @@ __device__ __forceinline__ bool phase_is_complete(uint64_t* barrier, uint32_t pa
   return __all_sync(~0u, ptx::mbarrier_test_wait(ptx::shared_address(barrier), parity));
 }
 
-// Iterates over one cluster's or CTA's rows in ascending order: every `step`-th unmasked row, which
-// balances the work, and every `step`-th masked row, dealt out from the last CTA on. A warp reads
-// the mask in windows of 32 rows and prefetches the next 128 rows.
+// Iterates over the rows of one cluster or CTA, number `first` of `step`, in ascending order. Each
+// gets every `step`-th unmasked row, which balances the work. Each also gets every `step`-th masked
+// row; the last cluster gets the first of them. A warp reads the mask in windows of 32 rows and
+// prefetches the next 128 rows.
 class RowCursor {
  public:
   __device__ RowCursor(const uint8_t* mask, uint32_t count, uint32_t first, uint32_t step)
@@ -68,21 +69,21 @@ class RowCursor {
     row_ = window_ + __ffs(unvisited_) - 1;
   }
   __device__ void open_window() {
-    const uint32_t lane = threadIdx.x & 31, turn = window_ / 32 % kPrefetchedWindows;
-    if (turn == 0) {
+    const uint32_t lane = threadIdx.x & 31, index = window_ / 32 % kPrefetchedWindows;
+    if (index == 0) {
       masks_ = 0;
 #pragma unroll
       for (int i = 0; i < kPrefetchedWindows; ++i) masks_ |= uint32_t(prefetched_[i] != 0) << i;
       prefetch(window_ + 32 * kPrefetchedWindows);
     }
-    const bool unmasked = masks_ >> turn & 1;
+    const bool unmasked = masks_ >> index & 1;
     unmasked_ = __ballot_sync(~0u, unmasked);
     const uint32_t below = __popc(unmasked_ & ((1u << lane) - 1)),
                    unmasked_count = __popc(unmasked_);
-    const uint32_t steps_from_next =
+    const uint32_t rows_after_next =
         unmasked ? below - next_unmasked_ : lane - below - next_masked_;
-    unvisited_ = __ballot_sync(~0u, window_ + lane < count_ && steps_from_next < 32 &&
-                                        every_step_ >> (steps_from_next & 31) & 1);
+    unvisited_ = __ballot_sync(~0u, window_ + lane < count_ && rows_after_next < 32 &&
+                                        every_step_ >> (rows_after_next & 31) & 1);
     next_unmasked_ += step_ * __popc(unvisited_ & unmasked_) - unmasked_count;
     next_masked_ += step_ * __popc(unvisited_ & ~unmasked_) - (32 - unmasked_count);
   }

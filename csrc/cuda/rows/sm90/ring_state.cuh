@@ -36,7 +36,8 @@ struct RowToReport {
   uint32_t row;
 };
 
-// Counters that tell a call's last reporting cluster; see take_report_counter.
+// Counters of reporting clusters that are done: the last one of a call folds all sums. See
+// take_report_counter.
 static __device__ uint32_t report_counters[kReportCounters];
 
 struct RingShared {
@@ -72,7 +73,7 @@ __device__ __forceinline__ void wait_for_constants(const RingParams& p, RingShar
     wait(&sh.local.computed, 0);
 }
 
-// Load one number of RowInputs per lane.
+// Load one element of RowInputs per lane.
 __device__ __forceinline__ float load_input(const RingParams& p, uint32_t row, uint32_t sequence,
                                             const SequenceConstants<float>* constants, int lane) {
   const PolicyParams<float>& q = p.policy;
