@@ -13,7 +13,7 @@ from grpo_ext._ops.packing import (
     Params,
     count_call,
     fresh_outputs,
-    given,
+    none_if_empty,
     policy_of,
     policy_outputs,
     rows_of,
@@ -41,7 +41,7 @@ def register(key: str, backend: Backend) -> None:
         logps, entropy = stats_outputs(a.logits, a.with_entropy)
         lse = torch.empty_like(logps)
         rows = rows_of(
-            a.logits, a.transform, ids=a.ids, mask=a.mask, logps=logps, entropy=given(entropy), lse=lse
+            a.logits, a.transform, ids=a.ids, mask=a.mask, logps=logps, entropy=none_if_empty(entropy), lse=lse
         )  # fmt: skip
         backend.row_stats(rows, a)
         return logps, entropy, lse
@@ -68,8 +68,8 @@ def register(key: str, backend: Backend) -> None:
         coef = torch.empty_like(a.logps)
         entropy_coef = torch.empty_like(a.logps) if a.spec[ENTROPY_COEF] else a.logps.new_empty(0)
         policy = policy_of(
-            a.tensors, a.spec, logps=a.logps, entropy=a.entropy, loss=loss, kl=given(kl), metrics=metrics,
-            coef=coef, entropy_coef=given(entropy_coef),
+            a.tensors, a.spec, logps=a.logps, entropy=a.entropy, loss=loss, kl=none_if_empty(kl), metrics=metrics,
+            coef=coef, entropy_coef=none_if_empty(entropy_coef),
         )  # fmt: skip
         backend.policy_loss(policy, a)
         return loss, coef, entropy_coef, kl, metrics

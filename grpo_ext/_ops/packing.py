@@ -165,5 +165,6 @@ def stats_outputs(logits: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor]:
     return logps, torch.empty_like(logps) if with_entropy else logps.new_empty(0)
 
 
-def given(tensor: Tensor) -> Tensor | None:
+def none_if_empty(tensor: Tensor) -> Tensor | None:
+    """Return None for an empty tensor, which stands for an output that the arguments turn off."""
     return tensor if tensor.numel() else None

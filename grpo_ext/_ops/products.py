@@ -16,7 +16,7 @@ def _is_hopper(device: int) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def served(*matrices: Tensor) -> bool:
+def supports(*matrices: Tensor) -> bool:
     """Whether the kernels accept these matrices: on a Hopper GPU, dense rows that start at multiples of 16 bytes."""
     if not matrices[0].is_cuda or not _C.CUDA_HOPPER_PRODUCTS or not _is_hopper(matrices[0].get_device()):
         return False

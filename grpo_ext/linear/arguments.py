@@ -96,7 +96,11 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, weight_grad:
 
 
 def check_mask(mask: Tensor | None, ids: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Check that a mask has the shape and device of ids; return the result of `checked_mask`, or None twice."""
+    """Check the shape and device of a mask.
+
+    Returns:
+        The two results of `checked_mask`: the bool mask, and a tensor for `poisoned` or None. (None, None) for None.
+    """
     if mask is None:
         return None, None
     if not isinstance(mask, Tensor) or mask.shape != ids.shape:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from grpo_ext._checks import PolicyTensors
-from grpo_ext._ops.packing import given
+from grpo_ext._ops.packing import none_if_empty
 from grpo_ext.linear.routes.base import Gradients, Route, Saved
 from grpo_ext.linear.rows import row_chunks, sequence_chunks
 from grpo_ext.vocabulary.statistics import kernels
@@ -19,8 +19,8 @@ def log_probabilities(route: Route, gradients: Gradients, save_product: bool) ->
     """Fill ``route.logps`` and ``route.entropy``; return them with the statistics and product that a backward needs.
 
     Args:
-        gradients: dlogp/dhidden is added to ``hidden`` unless that is None. Backward then only scales its rows by the
-            upstream gradient, so no statistics are saved.
+        gradients: if its ``hidden`` is a tensor, dlogp/dhidden is added to it, and no statistics are saved: backward
+            only scales the rows of dlogp/dhidden by the upstream gradient.
         save_product: save the product; one chunk must hold all rows.
     """
     selection = route.selection
@@ -81,10 +81,11 @@ def gradients_of_loss(
             continue
         chunk = chunk.part(0, needed)
         if not fused:
-            # For all tokens at once: later chunks, whose log probabilities are still 0, do not affect this one.
+            # Compute the coefficients of all tokens. Later chunks, whose log probabilities are still 0, affect none of
+            # this chunk's.
             logps, entropy = route.logps.view(shape), route.entropy.view(shape)
             _, coef, entropy_coef, _, _ = kernels.policy_loss(logps, entropy, *tensors, spec)
-            entropy_coef = given(entropy_coef)
+            entropy_coef = none_if_empty(entropy_coef)
             flat = None if entropy_coef is None else entropy_coef.view(-1)
             chunk = route.multiply(chunk, coef.view(-1), flat)
         route.accumulate(chunk, gradients, is_last=end >= selection.gradient_rows)

@@ -48,7 +48,7 @@ class Head:
         self.weight = weight.to(compute_dtype)
         self.vocab, hidden_size = weight.shape
         sixteen_bits = compute_dtype in (torch.bfloat16, torch.float16)
-        self._own_product = sixteen_bits and hidden_size % 8 == 0 and products.served(self.weight)
+        self._own_product = sixteen_bits and hidden_size % 8 == 0 and products.supports(self.weight)
         self.bias = None if bias is None else bias.to(torch.float32 if self._own_product else logits_dtype).contiguous()
         self.plan = plan
         self.capacity = min(plan.rows, -(-rows // plan.block) * plan.block)
@@ -86,7 +86,7 @@ class Head:
         return X, Z
 
     def _logits_product(self, rows: Tensor, out: Tensor) -> None:
-        if _onednn_serves(self.weight):
+        if _uses_onednn(self.weight):
             out.copy_(torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], ""))
         else:
             multiply(rows, self.weight.t(), out, self.bias)
@@ -117,7 +117,7 @@ class Head:
             out[rows] = target
 
 
-def _onednn_serves(weight: Tensor) -> bool:
+def _uses_onednn(weight: Tensor) -> bool:
     """Whether oneDNN forms the product: in fp32 on the CPU.
 
     torch.mm would call MKL, which splits a block of few rows badly over threads. oneDNN took 0.75 of MKL's time on one
@@ -148,7 +148,7 @@ class HeadGradient:
         self._bias_sum: Tensor | None = None
 
     def add(self, gradient: Tensor, hidden: Tensor, factor: Tensor | None = None, *, is_last: bool = False) -> None:
-        """Add a chunk's ``(factor * gradient).T @ hidden`` to the weight's sum, and its rows to the bias's.
+        """Add ``gradient.T @ hidden`` to the weight's sum, and the column sums of ``factor * gradient`` to the bias's.
 
         Args:
             gradient: (rows, V) gradient of the logits, without ``factor``.
@@ -196,15 +196,15 @@ class HeadGradient:
     def _splits_sum(self, gradient: Tensor, hidden: Tensor) -> bool:
         """Whether the fp32 sum of several products is stored as high and low 16 bits.
 
-        The high bits become the bf16 gradient in place. That takes a third less memory than an fp32 sum with a rounded
-        copy, and nearly half the traffic.
+        The high bits become the bf16 gradient in place. This takes two thirds of the memory of an fp32 sum and its
+        rounded copy, and about half of their traffic.
         """
         assert self.weight is not None
         if self._low_bits is not None:
             return True
         rounded = self.weight.dtype == hidden.dtype == torch.bfloat16
-        aligned = hidden.shape[1] % 8 == 0  # both halves are dense, unlike the rows of `hidden`
-        return self._sum is None and rounded and aligned and products.served(gradient, hidden)
+        aligned = hidden.shape[1] % 8 == 0  # H is the row stride of both halves
+        return self._sum is None and rounded and aligned and products.supports(gradient, hidden)
 
     def results(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradients of weight and bias in their dtypes; empty tensors for those not wanted."""

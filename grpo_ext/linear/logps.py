@@ -25,7 +25,7 @@ class Request(NamedTuple):
     numerics: Numerics
     wanted: Wanted
     with_entropy: bool
-    entropy_gradient: bool  # backward will need the gradient of an entropy; dlogp/dhidden would be wasted
+    needs_entropy_gradient: bool  # backward will need the gradient of an entropy; dlogp/dhidden would be wasted
     valid_rows: int | None
     gather: Gather | None
     with_top1: bool = False
@@ -53,7 +53,7 @@ class _LinearLogps(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         numerics, wanted = request.numerics, request.wanted
         trains_head = wanted.wants_weight or wanted.wants_bias
-        differentiate = wanted.wants_hidden and not trains_head and not request.entropy_gradient
+        differentiate = wanted.wants_hidden and not trains_head and not request.needs_entropy_gradient
         selection: Selection | None = None
         if not torch.compiler.is_compiling():
             selection = select_rows(mask, gradient_mask, ids.numel(), request.valid_rows)
@@ -64,7 +64,7 @@ class _LinearLogps(torch.autograd.Function):
             arguments = LinearLogps(
                 Inputs(hidden, *head, ids, numerics),
                 _row_arguments(mask, gradient_mask, selection, request.valid_rows),
-                request.with_entropy, differentiate, save_product, request.entropy_gradient, request.with_top1,
+                request.with_entropy, differentiate, save_product, request.needs_entropy_gradient, request.with_top1,
             )  # fmt: skip
             logps, entropy, is_top1, row_stats, dlogp_dhidden, product = kernels.linear_logps(*flat(arguments))
         needs_inputs = not differentiate or request.with_entropy
@@ -113,7 +113,7 @@ class _LinearLogps(torch.autograd.Function):
             arguments = LinearGradient(
                 Inputs(hidden, *head, ids, request.numerics),
                 _row_arguments(mask, gradient_mask, selection, request.valid_rows),
-                saved, coef, entropy_coef, wanted, weight_grad, request.entropy_gradient,
+                saved, coef, entropy_coef, wanted, weight_grad, request.needs_entropy_gradient,
             )  # fmt: skip
             dhidden, dweight, dbias = kernels.linear_gradient(*flat(arguments))
         return (
@@ -152,8 +152,8 @@ def scaled_rows(rows: Tensor, factor: Tensor) -> Tensor:
 
 #: Takes the arguments of `_LinearLogps.forward`; returns (logps, entropy, is_top1) of the shape of ids, 0 at masked
 #: rows. is_top1 is bool: whether the token has the greatest logit, the first of equal ones; empty without `with_top1`.
-#: On the probability route a logit equals the token's if the ratio of their probabilities rounds to 1 in the dtype of
-#: the products (bf16: 0.998 to 1.004).
+#: The probability route compares probabilities relative to the token's, rounded to the dtype of the products: in bf16
+#: those of 0.998 to 1.004 count as equal.
 linear_logps: Callable[..., tuple[Tensor, Tensor, Tensor]] = _LinearLogps.apply
 
 

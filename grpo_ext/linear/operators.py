@@ -38,7 +38,7 @@ class LinearLogps(NamedTuple):
     with_entropy: bool
     differentiate: bool  # form dlogp/dhidden
     save_product: bool  # return the product of all rows
-    entropy_gradient: bool  # backward will need the gradient of an entropy
+    needs_entropy_gradient: bool  # backward will need the gradient of an entropy
     with_top1: bool
 
 
@@ -52,7 +52,7 @@ class LinearGradient(NamedTuple):
     entropy_coef: Tensor | None  # upstream gradients of the entropies
     wanted: Wanted
     weight_grad: Tensor | None
-    entropy_gradient: bool  # as in the forward
+    needs_entropy_gradient: bool  # as in the forward
 
 
 class LinearLoss(NamedTuple):
@@ -95,7 +95,7 @@ def _operator(
 
 
 def _check_ids(inputs: Inputs, mask: Tensor | None) -> None:
-    """Check unmasked ids on the CPU, and equal shards on every device."""
+    """Check that unmasked ids are in the vocabulary (CPU only), and that the shards of all ranks have equal sizes."""
     ids = inputs.ids
     vocab = total_vocabulary(inputs.weight.shape[0], inputs.numerics.group, ids.device)
     check_id_range(ids, vocab, mask, "the head; set the mask to 0 there, or pass the whole head")
@@ -123,7 +123,7 @@ def linear_logps(a: LinearLogps) -> Outputs:
     ids = a.inputs.ids
     _check_ids(a.inputs, a.row_arguments.mask)
     selection, mask = a.row_arguments.select(ids.numel())
-    chosen = choose_route(a.inputs.weight, a.inputs.numerics, entropy_gradient=a.entropy_gradient)
+    chosen = choose_route(a.inputs.weight, a.inputs.numerics, needs_entropy_gradient=a.needs_entropy_gradient)
     route = chosen(a.inputs, mask, selection, a.with_entropy, a.differentiate or a.save_product, a.with_top1)
     gradients = route.gradients(Wanted(a.differentiate, False, False))
     saved = log_probabilities(route, gradients, a.save_product)
@@ -133,7 +133,7 @@ def linear_logps(a: LinearLogps) -> Outputs:
     row_stats = saved.row_stats.view(1 + a.save_product, *ids.shape)
     dlogp_dhidden = route.finish_hidden(gradients.hidden)
     is_top1 = ids.new_empty(0, dtype=torch.bool)
-    if a.with_top1:  # no token of a row with a NaN is its greatest
+    if a.with_top1:  # a row with a NaN has no greatest logit
         is_top1 = (route.is_top1 & ~saved.logps.isnan()).view(ids.shape)
     return saved.logps.view(ids.shape), saved.entropy.view(ids.shape), is_top1, row_stats, dlogp_dhidden, product
 
@@ -152,8 +152,10 @@ def linear_gradient(a: LinearGradient) -> Outputs:
     # Masked rows get no gradient: their log probability is the constant 0.
     selection, mask = a.row_arguments.select(a.inputs.ids.numel())
     weight, numerics, saved = a.inputs.weight, a.inputs.numerics, a.saved
-    chosen = choose_route(weight, numerics, entropy_gradient=a.entropy_gradient or a.entropy_coef is not None)
-    if chosen is not choose_route(weight, numerics, entropy_gradient=a.entropy_gradient):
+    chosen = choose_route(
+        weight, numerics, needs_entropy_gradient=a.needs_entropy_gradient or a.entropy_coef is not None
+    )
+    if chosen is not choose_route(weight, numerics, needs_entropy_gradient=a.needs_entropy_gradient):
         saved = saved._replace(row_stats=None, product=None)  # the forward took another route
     route = chosen(a.inputs, mask, selection)
     gradients = route.gradients(a.wanted, a.weight_grad)
@@ -182,7 +184,7 @@ def linear_loss(a: LinearLoss) -> Outputs:
         selection, lengths = select_sequences(mask, a.gradient_mask)
     else:
         selection = select_rows(mask, a.gradient_mask, ids.numel(), a.valid_rows)
-    chosen = choose_route(a.inputs.weight, a.inputs.numerics, entropy_gradient=a.spec[ENTROPY_COEF] != 0)
+    chosen = choose_route(a.inputs.weight, a.inputs.numerics, needs_entropy_gradient=a.spec[ENTROPY_COEF] != 0)
     route = chosen(a.inputs, None if selection.excludes_masked else mask, selection)
     gradients = route.gradients(a.wanted, a.weight_grad)
     gradients_of_loss(route, a.policy, a.spec, a.schedule, lengths, gradients)

@@ -24,8 +24,9 @@ DEFAULT_BUDGET = {"cuda": 1220 << 20, "cpu": 128 << 20}
 #: trained), and needs no more memory than the chunks of other trainers.
 TRAINER_BUDGET = {"cuda": 512 << 20}
 
-#: Rows of one logits product. Larger blocks waste more on the last one, half a block on average; smaller ones fill
-#: neither the GPU (1024 x 151,936 is 36 waves of 128 x 256 tiles on 132 SMs) nor the packed panels of a CPU product.
+#: Rows of one logits product. Larger blocks waste more on the last one, half a block on average. With smaller ones the
+#: idle part of a GPU's last wave of tiles weighs more (1024 x 151,936 is 36 waves of 128 x 256 tiles on 132 SMs), and
+#: they do not fill the packed panels of a CPU product.
 BLOCK = {"cuda": 1024, "cpu": 128}
 
 #: Rows of the buffers start at multiples of this many elements. They are aligned for any vocabulary and hidden size:

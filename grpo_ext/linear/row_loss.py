@@ -1,9 +1,9 @@
 """The one-pass loss kernel on a chunk of rows.
 
-The kernel reduces the loss of a ``(B,T)`` batch, but a chunk holds arbitrary rows of one. `RowLoss` therefore passes
-each chunk as a small batch and puts the whole batch's reduction into its numbers. If all tokens have equal weight, the
-reduction is a divisor. A weight per sequence is multiplied into the advantages: a positive factor scales the policy
-term.
+The kernel reduces the loss of a ``(B,T)`` batch, but a chunk holds arbitrary rows of that batch. `RowLoss` therefore
+passes each chunk as a small batch, with the divisor and advantages that reduce the loss as in the whole batch. If all
+tokens have equal weight, the reduction is a divisor. A weight per sequence is multiplied into the advantages: a
+positive factor scales the policy term.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from grpo_ext import _C
 from grpo_ext._checks import PolicyTensors
-from grpo_ext._ops.packing import given
+from grpo_ext._ops.packing import none_if_empty
 from grpo_ext.advantages import importance_weights
 from grpo_ext.config import CLIPPED_LOSS_TYPES, IMPORTANCE_MODES, LEVELS, LOSS_TYPES, LossConfig
 from grpo_ext.linear.rows import Rows
@@ -117,7 +117,7 @@ class RowLoss:
         nonzero = None
         if not Z.is_cuda:
             _, coef, entropy_coef, _, _ = kernels.policy_loss(logps, entropy, *policy)
-            nonzero = coef.flatten() != 0 if given(entropy_coef) is None else None
+            nonzero = coef.flatten() != 0 if none_if_empty(entropy_coef) is None else None
         return Statistics(logps.flatten(), entropy.flatten(), None), nonzero
 
 

@@ -87,8 +87,8 @@ def test_head_gradient(rows: int, vocab: int, size: int, chunks: int) -> None:
 
 def test_served() -> None:
     weight = torch.empty(100, 64, device="cuda", dtype=torch.bfloat16)
-    assert products.served(weight, weight[:7])
-    assert not products.served(weight.cpu())
-    assert not products.served(weight, weight.t())
-    assert not products.served(weight[:, 1:])
-    assert not products.served(torch.empty(100, 69, device="cuda", dtype=torch.bfloat16)[:, :64])
+    assert products.supports(weight, weight[:7])
+    assert not products.supports(weight.cpu())
+    assert not products.supports(weight, weight.t())
+    assert not products.supports(weight[:, 1:])
+    assert not products.supports(torch.empty(100, 69, device="cuda", dtype=torch.bfloat16)[:, :64])

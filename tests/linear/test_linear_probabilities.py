@@ -94,7 +94,7 @@ OPEN = {
     "compute_dtype": torch.bfloat16,
     "hidden_size": 2048,
     "transform": [1.3, 0.0, 0.7],
-    "entropy_gradient": False,
+    "needs_entropy_gradient": False,
     "aligned": True,
     "built": True,
     "capability": (9, 0),
@@ -109,7 +109,7 @@ OPEN = {
         ({"transform": [-1.0, 0.0, 1.0]}, None),
         ({"transform": [1.0, 0.0, 1e9]}, "scale / temperature"),
         ({"transform": [-1e5, 0.0, 1e-4]}, "scale / temperature"),
-        ({"entropy_gradient": True}, "entropy"),
+        ({"needs_entropy_gradient": True}, "entropy"),
         ({"compute_dtype": torch.float16}, "e.11"),
         ({"compute_dtype": torch.float32}, "for bf16"),
         ({"hidden_size": 2052}, "multiples of 8"),
@@ -161,7 +161,7 @@ def test_a_sum_in_planes_has_several_products(with_advantage: int, route: str, m
         if last:
             upper.copy_(total.bfloat16())
 
-    monkeypatch.setattr(products, "served", lambda *matrices: len(matrices) == 2)  # the head's gradient alone
+    monkeypatch.setattr(products, "supports", lambda *matrices: len(matrices) == 2)  # the head's gradient alone
     monkeypatch.setattr(products, "head_gradient", head_gradient)
     data = batch(torch.device("cpu"), dtype=torch.bfloat16)
     data["advantages"][with_advantage:] = 0

@@ -14,7 +14,8 @@ from grpo_ext.linear.plan import Numerics
 from grpo_ext.linear.routes.logits import LogitsRoute
 from grpo_ext.linear.routes.probabilities import ProbabilityRoute
 
-#: Bounds of |scale / temperature|. Within them -1e30 divided by it, the logit of a token with bias -inf, is finite.
+#: Bounds of |scale / temperature|. A token with bias -inf gets the logit -1e30 / |scale / temperature|, which is finite
+#: within them.
 SLOPE_RANGE = (1e-8, 1e8)
 
 _ROUTES = ("auto", "logits", "probabilities")
@@ -38,12 +39,12 @@ def select_route(name: str) -> None:
 
 
 def choose_route(
-    weight: Tensor, numerics: Numerics, *, entropy_gradient: bool = False
+    weight: Tensor, numerics: Numerics, *, needs_entropy_gradient: bool = False
 ) -> type[LogitsRoute] | type[ProbabilityRoute]:
     """Choose the route of a call with this head.
 
     Args:
-        entropy_gradient: backward will need the gradient of an entropy.
+        needs_entropy_gradient: backward will need the gradient of an entropy.
     """
     if _selected == "logits" or (_selected == "auto" and not weight.is_cuda):
         return LogitsRoute
@@ -52,7 +53,7 @@ def choose_route(
         compute_dtype=numerics.compute_dtype,
         hidden_size=weight.shape[1],
         transform=numerics.transform,
-        entropy_gradient=entropy_gradient,
+        needs_entropy_gradient=needs_entropy_gradient,
         aligned=copied or (weight.stride(1) == 1 and weight.stride(0) % 8 == 0 and weight.data_ptr() % 16 == 0),
         built=_C.CUDA_HOPPER_PRODUCTS,
         capability=torch.cuda.get_device_capability(weight.device) if weight.is_cuda else None,
@@ -65,7 +66,7 @@ def reason_for_logits(
     compute_dtype: torch.dtype,
     hidden_size: int,
     transform: list[float],
-    entropy_gradient: bool,
+    needs_entropy_gradient: bool,
     aligned: bool,
     built: bool,
     capability: tuple[int, int] | None,
@@ -73,7 +74,7 @@ def reason_for_logits(
     """Return why a call takes the logits route; None if it takes the probability route.
 
     Args:
-        entropy_gradient: backward will need the gradient of an entropy.
+        needs_entropy_gradient: backward will need the gradient of an entropy.
         aligned: the head's rows start at multiples of 16 bytes.
         built: the extension was built with the kernel.
         capability: compute capability of the device; None for a CPU.
@@ -83,7 +84,7 @@ def reason_for_logits(
         return f"|scale / temperature| must lie in {SLOPE_RANGE}: tokens with bias -inf need finite logits"
     if softcap:
         return "a softcap needs an element-wise factor in the gradient"
-    if entropy_gradient:
+    if needs_entropy_gradient:
         return "the gradient of an entropy needs an element-wise factor"
     if compute_dtype == torch.float16:
         # Also without a gradient: log probabilities have the same bits with and without one.

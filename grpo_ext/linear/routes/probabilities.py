@@ -1,7 +1,8 @@
 """The probability route: the product with the head stores ``E = exp(z - z_target)`` instead of the logits z.
 
 No pass over ``[tokens, V]`` remains. The product's epilogue sums E, the gradient's products read E unchanged, and a
-row's coefficient is multiplied into tensors of ``[tokens, H]``. Method and errors: docs/inside/probabilities.md.
+row's coefficient is multiplied into tensors of ``[tokens, H]``. A tile of E whose sum would reach 2^64 is *recentred*:
+its greatest exponent takes the place of z_target. Method and errors: docs/inside/probabilities.md.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class ProbabilityRoute(Route):
         self._recentred = new((tiles, self.capacity), dtype=dtype)  # references of recentred tiles
         self._reference, self._factor, self._residual = (new(self.capacity, dtype=dtype) for _ in range(3))
         self._target = new(self.capacity, dtype=torch.int32)
-        #: What ranks exchange, per row of a chunk: two sums and a reference, then the target's exponent.
+        #: What ranks exchange for n rows: 2 n sums, n references, and n exponents of targets, one after the other.
         self._rank_message = new(4 * self.capacity, dtype=dtype)
         #: dLoss/dlogp, which `forward` multiplies into `factor` if set.
         self._coefficients: probability.RowCoefficients | probabilities_reference.RowCoefficients | None = None
@@ -259,7 +260,8 @@ class ProbabilityRoute(Route):
 def _is_top1(E: Tensor, target: Tensor, exponent: Tensor, partials: Tensor) -> Tensor:
     """Return (rows,) bool: whether the row's target has the first greatest E, after `product` and before `fold`.
 
-    The target's element, 0 until then, becomes its exponential. A recentred tile holds a far greater logit.
+    The target's element, 0 until then, becomes its exponential. In a row with a recentred tile the target is not the
+    greatest: that tile holds a far greater logit.
     """
     column = target.long()
     E.scatter_(1, column.clamp(min=0).unsqueeze(1), exponent.exp2().to(E.dtype).unsqueeze(1))

@@ -42,13 +42,13 @@ class RowCoefficients:
     def of(self, logps: Tensor, entropy: Tensor) -> Tensor:
         """Return (tokens,) dLoss/dlogp, valid for tokens whose `logps` and `entropy` are filled in.
 
-        Even and odd tokens are computed apart, with zeros for the rest: like the kernel, a row must not depend on its
-        neighbours.
+        The kernel sees one row at a time. To hide a token's neighbours here too, one call computes the even tokens with
+        zeros for the odd ones, and another the odd tokens with zeros for the even ones.
         """
 
-        def coefficients(shown: Tensor) -> Tensor:
-            now = (torch.where(shown, t, 0.0).view(self.tensors.mask.shape) for t in (logps, entropy))
-            _, coef, *_ = torch.ops.grpo_ext.policy_loss(*now, *self.tensors, self.spec)
+        def coefficients(visible: Tensor) -> Tensor:
+            masked = (torch.where(visible, t, 0.0).view(self.tensors.mask.shape) for t in (logps, entropy))
+            _, coef, *_ = torch.ops.grpo_ext.policy_loss(*masked, *self.tensors, self.spec)
             return coef.view(-1)
 
         even = torch.arange(logps.numel(), device=logps.device) % 2 == 0
