@@ -64,7 +64,7 @@ class FusedHead:
             raise error(f"use_fused_head=True, but {reason}: leave it None to compute the loss from logits")
 
     @property
-    def serves(self) -> bool:
+    def in_use(self) -> bool:
         """Whether the fused head is in use."""
         return self.reason is None
 

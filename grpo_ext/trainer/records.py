@@ -126,7 +126,7 @@ def completion_records(
 
 
 def write_completions(
-    folder: Path, step: int, generation: int, records: Sequence[dict[str, Any]], several: bool = False
+    folder: Path, step: int, generation: int, records: Sequence[dict[str, Any]], several_generations: bool = False
 ) -> Path:
     """Write one generation batch, one JSON object per line with its ``step`` and ``generation``.
 
@@ -137,13 +137,15 @@ def write_completions(
         step: first optimizer step that trains on the batch, from 1.
         generation: number of the batch in the run, from 1.
         records: result of `completion_records`.
-        several: a step may span several batches; the file's name then also has the number of the batch.
+        several_generations: a step may span several batches; the file's name then also has the number of the batch.
 
     Returns:
         The file's path: ``step-<step>.jsonl``, or ``step-<step>-generation-<generation>.jsonl``.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / (f"step-{step:06d}-generation-{generation:06d}.jsonl" if several else f"step-{step:06d}.jsonl")
+    path = folder / (
+        f"step-{step:06d}-generation-{generation:06d}.jsonl" if several_generations else f"step-{step:06d}.jsonl"
+    )
     with path.open("w", encoding="utf-8") as file:
         for record in records:
             file.write(json.dumps({"step": step, "generation": generation, **record}, default=str) + "\n")

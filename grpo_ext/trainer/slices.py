@@ -121,7 +121,7 @@ class Slices:
                 rollout.ref_logps[index] = rollout.expand_to_slice(index, kept, ref)
                 self._reference_passes += self.model_pass.passes - passes
 
-    def without_gradient(self, model: nn.Module, rollout: Rollout) -> Tensor:
+    def zero_loss(self, model: nn.Module, rollout: Rollout) -> Tensor:
         """Return loss 0 for a slice without rows for the model; set missing gradients of parameters to 0."""
         if self.may_skip_backward:  # else another micro-batch of the step runs backward
             for parameter in model.parameters():

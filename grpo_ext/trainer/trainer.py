@@ -210,7 +210,7 @@ class GRPOTrainer(ResumableTrainer):
                 replayed = micro_step.iteration + 1 < self.plan.num_iterations
                 loss = self._train_on(model, rollout, index, kept, replayed=replayed)
             else:
-                loss = self.slices.without_gradient(model, rollout)
+                loss = self.slices.zero_loss(model, rollout)
         self.slices.add_metrics(rollout, len(rollout.rows_of(index)), len(kept))
         self.guard.watch(loss, rollout, index)
         return loss
@@ -295,8 +295,8 @@ class GRPOTrainer(ResumableTrainer):
         norm = super()._get_grad_norm(model, grad_norm)
         scaled, taken = self.accelerator.scaler is not None, None
         if scaled and not self.args.max_grad_norm:
-            # The scaler's step raises if no gradient was unscaled. Without clipping, which unscales, do it before the
-            # guard may drop the gradients.
+            # Clipping would have unscaled the gradients. The scaler's step raises if none was unscaled, and the guard
+            # may drop them all, so unscale first.
             self.accelerator.unscale_gradients()
         if self.is_deepspeed_enabled:
             engine: Any = model
@@ -315,7 +315,7 @@ class GRPOTrainer(ResumableTrainer):
             optimizer_train()  # schedule-free optimizers keep separate weights for training
 
     def _locate(self, number: int) -> tuple[int, MicroStep]:
-        """Return how many micro-steps of the run precede micro-step ``number`` of the epoch, and its position."""
+        """Return how many micro-steps of the run precede micro-step ``number`` of the epoch, and its `MicroStep`."""
         steps_per_epoch = len(self.schedule) // self.plan.gradient_accumulation_steps
         before = self.state.global_step // steps_per_epoch * len(self.schedule) + number
         return before, self.schedule.locate(before)
@@ -370,9 +370,9 @@ class GRPOTrainer(ResumableTrainer):
             return
         if args.save_completions:
             micro_steps = self.plan.micro_steps_per_generation
-            multiple_per_step = micro_steps % self.plan.gradient_accumulation_steps != 0
+            several_generations = micro_steps % self.plan.gradient_accumulation_steps != 0
             folder = Path(str(args.output_dir)) / "completions"
-            write_completions(folder, step, rollout.start // micro_steps + 1, records, multiple_per_step)
+            write_completions(folder, step, rollout.start // micro_steps + 1, records, several_generations)
         if show:
             print_completions(records, step, args.num_completions_to_print)
 
@@ -383,7 +383,7 @@ class GRPOTrainer(ResumableTrainer):
         """Add the metrics collected since the last log to a training log line."""
         if "loss" in logs:
             self.metrics.add("kernel_calls", float(self.kernel_calls), reduce="last")
-            self.metrics.add("fused_head", float(self.fused_head.serves), reduce="last")
+            self.metrics.add("fused_head", float(self.fused_head.in_use), reduce="last")
             logs = {**logs, **self.metrics.flush(self._gather), "loss": self.step_losses.logged(logs["loss"])}
         super().log(logs, start_time)
 
@@ -491,6 +491,6 @@ class GRPOTrainer(ResumableTrainer):
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """Correct transformers' mean loss, which counts skipped steps. transformers calls this after the last step."""
         total: float = self._total_loss_scalar + self._tr_loss.item()  # type: ignore[has-type]
-        self._total_loss_scalar = self.step_losses.of_run(total)
+        self._total_loss_scalar = self.step_losses.corrected_total(total)
         self._tr_loss.zero_()
         return super()._finalize_training(*args, **kwargs)

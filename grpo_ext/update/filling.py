@@ -25,9 +25,9 @@ def filled_slices(
 ) -> tuple[list[int], list[int]]:
     """Fill as few slices as possible with the rows of one rank.
 
-    Rows stay in their optimizer step; its longest rows come first. A slice takes rows while their number times its
-    longest row stays within ``rows_per_slice`` times the step's longest row. So no slice has more padded tokens than
-    the largest one without filling. A step needs at most ``slices_per_step`` slices; unneeded slices are empty and
+    Rows stay in their optimizer step; its longest rows come first. A slice takes rows while ``rows * longest_of_slice
+    <= rows_per_slice * longest_of_step``. So no slice has more padded tokens than the largest one without filling. A
+    step needs at most ``slices_per_step`` slices; unneeded slices are empty and
     come first.
 
     Args:

@@ -74,7 +74,7 @@ class ModelPass:
 
     def _through_head(self, model: nn.Module, batch: MicroBatch, function: AtHead[Result]) -> Result | None:
         """Call ``function`` with batch, hidden states ``(B, T, H)`` and head; None if the fused head is not in use."""
-        if not self.head.serves:
+        if not self.head.in_use:
             return None
         layout = self.layouts.choose(model, batch)
 

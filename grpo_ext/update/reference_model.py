@@ -50,8 +50,8 @@ class ReferenceModel:
             return
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         with eval_mode(model), model.disable_adapter():  # type: ignore[operator]
-            # PEFT freezes a disabled adapter. Enabling it unfreezes only one of FSDP2's copies of a weight, sharded or
-            # gathered: weights gathered by this pass would stay frozen.
+            # PEFT freezes a disabled adapter. FSDP2 has two copies of a weight, sharded and gathered, and enabling the
+            # adapter unfreezes only one of them. Unfreeze now, or the weights that this pass gathers would stay frozen.
             for parameter in trained:
                 parameter.requires_grad_(True)
             yield model

@@ -51,12 +51,12 @@ class StepLosses(TrainerCallback):
         (steps, skipped), self._log = self._log, [0, 0]
         return _over_taken(mean, steps, skipped)
 
-    def of_run(self, mean: float) -> float:
-        """Convert transformers' mean of the run to a mean over the steps taken."""
-        return _over_taken(mean, *self._run)
+    def corrected_total(self, total: float) -> float:
+        """Scale the run's total loss so that transformers' division by all steps gives a mean over the steps taken."""
+        return _over_taken(total, *self._run)
 
 
-def _over_taken(mean: float, steps: int, skipped: int) -> float:
+def _over_taken(value: float, steps: int, skipped: int) -> float:
     if not skipped:
-        return mean
-    return mean * steps / (steps - skipped) if skipped < steps else math.nan
+        return value
+    return value * steps / (steps - skipped) if skipped < steps else math.nan

@@ -37,7 +37,7 @@ def results(model: Any, batch: MicroBatch, masked: bool) -> tuple[LayoutChooser,
     model.zero_grad()
     output = policy.loss(model, batch)
     output.loss.backward()
-    assert policy.head.serves
+    assert policy.head.in_use
     grads = [p.grad.clone() for p in model.parameters()]
     return forward, [output.loss.detach(), output.entropy, policy.logps(model, batch), *grads]
 

@@ -239,7 +239,7 @@ def test_packing_where_the_attention_does_not_allow_it() -> None:
     policy = ModelPass(forward, FusedHead(model), LossConfig())
     policy.loss(model, batch)
     assert forward.padded_because == "the model does not separate packed sequences (sdpa)"
-    assert policy.head.serves
+    assert policy.head.in_use
 
 
 @pytest.mark.parametrize(

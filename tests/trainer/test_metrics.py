@@ -112,7 +112,7 @@ def test_completion_file(tmp_path: Path) -> None:
     assert path.name == "step-000012.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines == [{"step": 12, "generation": 6, **RECORD}] * 2
-    path = write_completions(tmp_path / "completions", 12, 46, [RECORD], several=True)
+    path = write_completions(tmp_path / "completions", 12, 46, [RECORD], several_generations=True)
     assert path.name == "step-000012-generation-000046.jsonl"
 
 

@@ -15,7 +15,8 @@ TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3}
 class Layout(Protocol):
     """A micro-batch as model input.
 
-    No layout passes a row's last completion token to the model, as the token after it is not part of the loss.
+    The model need not see the last token of a row: the loss has no token after it. `PackedLayout` omits it in every
+    row, the other layouts only in the longest rows.
 
     Attributes:
         positions: token positions that go through the model, padding included.

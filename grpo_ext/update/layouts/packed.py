@@ -56,12 +56,12 @@ def reason_against_packing(model: nn.Module, batch: MicroBatch) -> str | None:
     row = (batch.prompt_mask.sum(dim=1) + batch.completion_mask.sum(dim=1)).argmax()
     mask = torch.cat([batch.prompt_mask, batch.completion_mask], dim=1)[row].bool()
     ids = torch.cat([batch.prompt_ids, batch.completion_ids], dim=1)[row][mask][-16:].unsqueeze(0)
-    count = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
-    expected = model(input_ids=ids, position_ids=count, use_cache=False, logits_to_keep=1).logits[0, -1]
+    positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
+    expected = model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=1).logits[0, -1]
     try:
         # Reversed ids in front: a model that attends to them computes other logits.
-        both, positions = torch.cat([ids.flip(1), ids], dim=1), torch.cat([count, count], dim=1)
-        got = model(input_ids=both, position_ids=positions, use_cache=False, logits_to_keep=1).logits[0, -1]
+        both, restarted = torch.cat([ids.flip(1), ids], dim=1), torch.cat([positions, positions], dim=1)
+        got = model(input_ids=both, position_ids=restarted, use_cache=False, logits_to_keep=1).logits[0, -1]
     except (RuntimeError, ValueError, TypeError) as error:
         return f"the model's attention does not run on packed sequences ({type(error).__name__})"
     if same_logits(got, expected):

@@ -11,8 +11,9 @@ from grpo_ext.modules.inspection import output_layer
 from grpo_ext.modules.prompt_cache import position_ids, shared_prompt_cache
 from grpo_ext.update.micro_batch import MicroBatch
 
-#: On a GPU the extra pass over the prompts pays if weights per layer times saved positions exceed this. The pass costs
-#: 0.5 ms of host time per layer, forward and backward; a GPU does 6 operations per weight and position at 400 TFLOP/s.
+#: On a GPU the extra pass over the prompts pays if ``weights per layer * saved positions`` exceeds this. The pass costs
+#: 0.5 ms of host time per layer, forward and backward. In that time a GPU does 2e11 operations (400 TFLOP/s), and each
+#: saved position saves 6 per weight.
 MIN_SAVED_WORK = 3e10
 
 
