@@ -27,8 +27,7 @@ def filled_slices(
 
     Rows stay in their optimizer step; its longest rows come first. A slice takes rows while ``rows * longest_of_slice
     <= rows_per_slice * longest_of_step``. So no slice has more padded tokens than the largest one without filling. A
-    step needs at most ``slices_per_step`` slices; unneeded slices are empty and
-    come first.
+    step needs at most ``slices_per_step`` slices; unneeded slices are empty and come first.
 
     Args:
         lengths: tokens of each row, prompt plus completion.

@@ -16,7 +16,7 @@ class Layout(Protocol):
     """A micro-batch as model input.
 
     The model need not see the last token of a row: the loss has no token after it. `PackedLayout` omits it in every
-    row, the other layouts only in the longest rows.
+    row, the other layouts only if that removes a column.
 
     Attributes:
         positions: token positions that go through the model, padding included.

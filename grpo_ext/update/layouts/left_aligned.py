@@ -15,13 +15,13 @@ from torch.nn.functional import pad
 from grpo_ext.update.layouts.layout import same_logits, scatter_tokens
 from grpo_ext.update.micro_batch import MicroBatch, to_device
 
-#: On a GPU, W is a multiple of this: cuDNN builds a plan for every new shape of attention, which takes longer than the
-#: attention itself.
+#: On a GPU, W is rounded up to a multiple of this: cuDNN builds a plan for every new shape of attention, which takes
+#: longer than the attention itself.
 GPU_WIDTHS = 64
 
 
 class LeftAlignedLayout:
-    """``(B, W)`` ids, prompt and completion concatenated, without the last token of the longest row.
+    """``(B, W)`` ids, prompt and completion concatenated; W is the length of the longest row without its last token.
 
     Attributes:
         logits_to_keep: number of trailing columns that include every position which predicts a completion token.
