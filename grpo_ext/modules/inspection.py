@@ -9,6 +9,9 @@ from typing import Any
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
+#: Fields of a config whose rates may be applied without a layer.
+DROPOUT_RATES = ("attention_dropout", "dropout", "hidden_dropout", "activation_dropout", "layerdrop", "resid_pdrop")
+
 
 def is_peft_model(model: nn.Module) -> bool:
     """Whether the model has a PEFT adapter that can be disabled."""
@@ -16,11 +19,13 @@ def is_peft_model(model: nn.Module) -> bool:
 
 
 def has_dropout(model: nn.Module) -> bool:
-    """Whether two passes in train mode differ, through a dropout layer or dropped attention weights."""
+    """Whether two passes in train mode differ, through a dropout layer or a rate of the config."""
     if any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in model.modules()):
         return True
     config: Any = getattr(model, "config", None)
-    return bool(getattr(config, "attention_dropout", 0.0) or 0.0)
+    configs = (config, getattr(config, "text_config", None))
+    rates = (getattr(part, name, None) for part in configs for name in DROPOUT_RATES)
+    return any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)
 
 
 def context_length(model: nn.Module) -> int | None:

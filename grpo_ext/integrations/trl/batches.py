@@ -13,7 +13,7 @@ from torch import Tensor
 
 from grpo_ext.integrations.trl.counting import counts
 from grpo_ext.integrations.trl.one_forward import is_rloo, loss_mask
-from grpo_ext.integrations.trl.passes import ROWS, Rows
+from grpo_ext.integrations.trl.passes import Rows, is_sharded, remember_rows
 from grpo_ext.update.filling import filled_slices, sorted_order
 from grpo_ext.update.micro_batch import to_device
 
@@ -43,7 +43,7 @@ _splitting: ContextVar[tuple[Any, Options] | None] = ContextVar("grpo_ext_trl_sp
 
 @contextlib.contextmanager
 def splitting(trainer: Any, options: Options) -> Iterator[None]:
-    """Let `split` know the trainer."""
+    """Pass the trainer and the options to `split`."""
     token = _splitting.set((trainer, options))
     try:
         yield
@@ -51,13 +51,8 @@ def splitting(trainer: Any, options: Options) -> Iterator[None]:
         _splitting.reset(token)
 
 
-def is_sharded(trainer: Any) -> bool:
-    """Whether passes through the model are collectives, which all ranks must run alike."""
-    return bool(getattr(trainer, "is_fsdp_enabled", False) or getattr(trainer, "is_deepspeed_enabled", False))
-
-
 def split(batch: Batch, number: int, original: Callable[[Batch, int], list[Batch]]) -> list[Batch]:
-    """Replace TRL's ``split_tensor_dict``: the same batches, with `Rows`; sorted or filled if the options say so."""
+    """Replace TRL's ``split_tensor_dict``: equal batches with known `Rows`, sorted or filled if the options say so."""
     context = _splitting.get()
     if context is None or any(isinstance(value, (list, tuple)) for value in batch.values()):
         return original(batch, number)
@@ -88,8 +83,8 @@ def _rows(trainer: Any, batch: Batch, options: Options) -> Rows:
     table = torch.stack([batch["prompt_mask"].sum(dim=1), batch["completion_mask"].sum(dim=1), matters.long()])
     prompts, completions, has_gradient = table.tolist()
     reason = _reason_for_backward(trainer)
-    if options.skip_zero_gradient_sequences:
-        counts.part("skip_zero_gradient_sequences", reason, has_gradient.count(0) if reason is None else 1)
+    if options.skip_zero_gradient_sequences and reason is not None:
+        counts.part("skip_zero_gradient_sequences", reason)
     if reason is not None or not options.skip_zero_gradient_sequences:
         has_gradient = [1] * len(prompts)
     return Rows(prompts, completions, [bool(has) for has in has_gradient])
@@ -140,5 +135,5 @@ def _selected(batch: Batch, rows: Rows, order: list[int]) -> Batch:
         return value.index_select(0, index) if isinstance(value, Tensor) and value.dim() else value
 
     found = {name: part(value) for name, value in batch.items()}
-    found[ROWS] = Rows(*([values[row] for row in order] for values in dataclasses.astuple(rows)))
+    remember_rows(found, rows.of(order))
     return found

@@ -18,7 +18,7 @@ from grpo_ext.config import LEVELS, LOSS_TYPES, LossConfig
 from grpo_ext.integrations.trl.counting import counts
 from grpo_ext.integrations.trl.metrics import log_metrics
 from grpo_ext.integrations.trl.one_forward import complete, lacks_ratio
-from grpo_ext.integrations.trl.passes import ROWS, Update, updating
+from grpo_ext.integrations.trl.passes import Update, rows_of, updating
 from grpo_ext.integrations.trl.seam import Outputs, Projection, gather_head, overriding_head, reason_to_hand_back
 from grpo_ext.linear import linear_grpo_loss
 from grpo_ext.linear.arguments import Gather
@@ -175,7 +175,7 @@ def compute_loss(
         "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
         "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
     )  # fmt: skip
-    with overriding_head(call), updating(Update(inputs.get(ROWS), True, lambda _: None)):
+    with overriding_head(call), updating(Update(rows_of(inputs), True, lambda _: None)):
         carrier, _, _ = trainer._get_per_token_logps_and_entropies(
             model,
             torch.cat([inputs["prompt_ids"], ids], dim=1),

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
-from grpo_ext.integrations.trl.batches import Options, is_sharded
+from grpo_ext.integrations.trl.batches import Options
 from grpo_ext.integrations.trl.counting import counts
+from grpo_ext.integrations.trl.passes import is_sharded
 from grpo_ext.modules import FasterLayers, checkpointing_arguments
 
 #: Attribute of a trainer while it trains: its `FasterLayers`.
@@ -47,8 +49,10 @@ def _faster_layers(trainer: Any) -> Iterator[None]:
     setattr(trainer, LAYERS, layers)
     try:
         with layers.attached():
-            yield
-            counts.notes["layers"] = "; ".join(layers.report())
+            try:
+                yield
+            finally:
+                counts.notes["layers"] = "; ".join(layers.report())
     finally:
         delattr(trainer, LAYERS)
 
@@ -82,6 +86,17 @@ def _reason_for_own_checkpointing(trainer: Any) -> str | None:
         return "torch_compile"
     if getattr(args, "activation_offloading", False):
         return "activation_offloading"
-    if args.ddp_find_unused_parameters:
-        return "ddp_find_unused_parameters"
+    if trainer.accelerator.num_processes > 1 and _finds_unused_parameters(trainer):
+        return "DDP looks for unused parameters"
     return None
+
+
+def _finds_unused_parameters(trainer: Any) -> bool:
+    """Whether DDP's search needs a graph in the forward, which reentrant checkpointing does not build.
+
+    transformers' default is to search if the model is no `PreTrainedModel`, so also with an adapter of PEFT.
+    """
+    handler, wanted = trainer.accelerator.ddp_handler, trainer.args.ddp_find_unused_parameters
+    if handler is not None:
+        return bool(handler.find_unused_parameters)
+    return bool(wanted) if wanted is not None else not isinstance(trainer.model, PreTrainedModel)

@@ -38,6 +38,12 @@ def corrects_sampling(trainer: Any) -> bool:
 
 def reason_for_second_forward(trainer: Any) -> str | None:
     """Return why TRL's pass for old log probabilities must run; None if the update's forward replaces it."""
+    from trl import GRPOTrainer, RLOOTrainer
+
+    own = RLOOTrainer if is_rloo(trainer) else GRPOTrainer
+    for name in ("_compute_loss", "_get_per_token_logps_and_entropies"):
+        if getattr(type(trainer), name) is not getattr(own, name):
+            return f"{type(trainer).__name__} has its own {name}"
     steps = trainer.args.steps_per_generation * trainer.num_iterations
     if trainer.num_iterations != 1:
         return "num_iterations > 1"

@@ -28,8 +28,8 @@ from grpo_ext.update.micro_batch import MicroBatch, to_device
 #: ``(logps, entropies, aux_loss)`` as TRL's method returns them.
 Passed = tuple[Tensor, Tensor | None, Tensor | None]
 
-#: Key of a batch of TRL under which `Rows` stands.
-ROWS = "grpo_ext_rows"
+#: Tensors of a batch of TRL from which `Rows` follows, besides the advantages.
+FACTS = ("prompt_mask", "completion_mask", "tool_mask")
 
 
 @dataclasses.dataclass
@@ -44,6 +44,23 @@ class Rows:
     prompts: list[int]
     completions: list[int]
     has_gradient: list[bool]
+
+    def of(self, rows: Sequence[int]) -> Rows:
+        """Select rows."""
+        prompts, completions = ([values[row] for row in rows] for values in (self.prompts, self.completions))
+        return Rows(prompts, completions, [self.has_gradient[row] for row in rows])
+
+
+def remember_rows(batch: dict[str, Any], rows: Rows) -> None:
+    """Keep the facts about a batch for `rows_of`, at the tensor of its advantages."""
+    batch["advantages"].grpo_ext_rows = rows, [batch.get(name) for name in FACTS]
+
+
+def rows_of(batch: dict[str, Any]) -> Rows | None:
+    """Return the facts about a batch; None if they are unknown or a subclass has replaced a tensor since."""
+    rows, tensors = getattr(batch["advantages"], "grpo_ext_rows", (None, []))
+    unchanged = all(batch.get(name) is tensor for name, tensor in zip(FACTS, tensors, strict=False))
+    return rows if unchanged else None
 
 
 @dataclasses.dataclass
@@ -95,8 +112,10 @@ def _reason_to_pad(model: nn.Module, batch: MicroBatch) -> str | None:
     """Run one row alone and behind padding, without position ids as TRL does.
 
     Rotary embeddings of shifted positions round differently, and 16-bit logits differ by much more than in the tests of
-    the layouts. Learned positions show in the hidden states before the first layer, which must be equal bit for bit.
+    the layouts. Learned positions change the embeddings, so the embeddings must be equal bit for bit.
     """
+    if _encoding_depends_on_width(causal_lm(model)):
+        return "the encoding of positions depends on the padded width"
     row = max(range(len(batch.lengths()[0])), key=lambda r: batch.lengths()[0][r])
     ids = batch.prompt_ids[row : row + 1, -batch.lengths()[0][row] :][:, -16:]
     ones, count = torch.ones_like(ids), ids.shape[1]
@@ -116,6 +135,16 @@ def _reason_to_pad(model: nn.Module, batch: MicroBatch) -> str | None:
     return "the model's logits depend on the padding before a prompt"
 
 
+def _encoding_depends_on_width(model: nn.Module) -> bool:
+    """Whether rotary frequencies follow the longest position (dynamic, longrope), or attention has chunks."""
+    config: Any = getattr(model, "config", None)
+    config = getattr(config, "text_config", None) or config
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+    kinds = {str(part.get(key)) for part in parts for key in ("rope_type", "type")}
+    return bool(kinds & {"dynamic", "longrope"}) or bool(getattr(config, "attention_chunk_size", None))
+
+
 def reason_to_keep_padding(trainer: Any, aux_loss: bool, modal: dict[str, Any]) -> str | None:
     """Return why TRL's own pass must run, as far as the arguments tell; None if they allow another layout."""
     given = sorted(name for name, value in modal.items() if value is not None)
@@ -129,7 +158,14 @@ def reason_to_keep_padding(trainer: Any, aux_loss: bool, modal: dict[str, Any]) 
         return "torch_compile, which would compile every length"
     if getattr(trainer.args, "parallelism_config", None) is not None:
         return "parallelism_config"
+    if is_sharded(trainer):
+        return "sharded model: every rank must run the same passes"
     return None
+
+
+def is_sharded(trainer: Any) -> bool:
+    """Whether passes through the model are collectives, which all ranks must run alike."""
+    return bool(getattr(trainer, "is_fsdp_enabled", False) or getattr(trainer, "is_deepspeed_enabled", False))
 
 
 def logps_and_entropies(
@@ -179,6 +215,7 @@ def logps_and_entropies(
             parts = [chosen.run(model, everything)]
         else:
             idle = _rows_without_gradient(update.rows, completions)
+            counts.part("skip_zero_gradient_sequences", None, len(idle))
             groups = [[row for row in everything if row not in idle], idle] if idle else [everything]
             parts = [chosen.run(model, groups[0])]  # first: autocast keeps casts, and these need a graph
             if idle:

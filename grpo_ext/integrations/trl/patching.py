@@ -15,7 +15,7 @@ from grpo_ext.integrations.trl.counting import Status, counts
 from grpo_ext.integrations.trl.fused_loss import compute_loss
 from grpo_ext.integrations.trl.layers import train, training_step
 from grpo_ext.integrations.trl.one_forward import complete, generate, old_pass_skipped
-from grpo_ext.integrations.trl.passes import ROWS, Update, logps_and_entropies, updating, zero_loss
+from grpo_ext.integrations.trl.passes import Update, logps_and_entropies, rows_of, updating, zero_loss
 from grpo_ext.integrations.trl.seam import LogProbabilities
 
 #: First supported version, first unsupported version after it.
@@ -156,10 +156,20 @@ def _step_method(own: Callable[..., Any]) -> Callable[..., Any]:
 
 def _pass_method(own: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(own)
-    def method(self: Any, model: Any, ids: torch.Tensor, mask: torch.Tensor, width: int, *args: Any, **kw: Any) -> Any:
+    def method(
+        self: Any,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         if old_pass_skipped.get():
-            return torch.zeros(len(ids), width, device=ids.device), None, None
-        return logps_and_entropies(self, own, _options.trim, model, ids, mask, width, *args, **kw)
+            return torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device), None, None
+        return logps_and_entropies(
+            self, own, _options.trim, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+        )  # fmt: skip
 
     return method
 
@@ -183,7 +193,7 @@ def _prepare_method(own: Callable[..., Any]) -> Callable[..., Any]:
 
 def _loss_method(own: Callable[..., Any], fuse_loss: bool) -> Callable[..., Any]:
     def in_update(self: Any, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        with updating(Update(inputs.get(ROWS), False, lambda logps: complete(self, inputs, logps))):
+        with updating(Update(rows_of(inputs), False, lambda logps: complete(self, inputs, logps))):
             loss: torch.Tensor = own(self, model, inputs)
             return loss
 
