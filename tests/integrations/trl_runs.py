@@ -27,8 +27,8 @@ WORDS = ["<eos>", "<pad>", "<unk>", *[f"w{i}" for i in range(94)]]
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+def tiny_tokenizer(words: list[str] = WORDS) -> PreTrainedTokenizerFast:
+    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, eos_token="<eos>", unk_token="<unk>", pad_token="<pad>", padding_side="left"
