@@ -300,6 +300,10 @@ def test_sorted_micro_batches(tmp_path: Path) -> None:
     [
         ("fill_micro_batches", {"loss_type": "grpo"}, "the loss divides by each micro-batch"),
         ("length_sorted_batches", {"loss_type": "bnpo"}, "loss_type 'bnpo'"),
+        ("length_sorted_batches", {"top_entropy_quantile": 0.5}, "top_entropy_quantile"),
+        ("length_sorted_batches", {"entropy_coef": 0.1}, "entropy bonus"),
+        ("fill_micro_batches", {"top_entropy_quantile": 0.5}, "top_entropy_quantile"),
+        ("fill_micro_batches", {"entropy_coef": 0.1}, "entropy bonus"),
     ],
 )
 def test_choices_that_would_change_the_loss(patch: str, changes: Any, reason: str, tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """TRL with this package's kernels: ``import grpo_ext.integrations.trl as t; t.patch()``.
 
-`patch` replaces the class with which TRL's GRPO, RLOO, SFT, DPO and KTO trainers compute log probabilities from hidden
-states and head. ``fuse_loss=True`` also replaces the loss of TRL's GRPO trainer. `status` counts the calls that our
-kernels computed, and the fallbacks to TRL's own code with their reasons.
+`patch` replaces the class with which TRL's GRPO, RLOO, AsyncGRPO, SFT, DPO and KTO trainers compute log probabilities
+from hidden states and head. ``fuse_loss=True`` also replaces the loss of TRL's GRPO trainer. `status` counts the calls
+that our kernels computed, and the fallbacks to TRL's own code with their reasons.
 """
 
 from __future__ import annotations

@@ -104,8 +104,15 @@ def _reason_for_backward(trainer: Any) -> str | None:
 
 
 def _reason_against_sorting(trainer: Any) -> str | None:
+    """Return which term of the loss depends on the other rows of a micro-batch; None if none does."""
     if not is_rloo(trainer) and trainer.loss_type == "bnpo":
         return "loss_type 'bnpo' divides by the tokens of each micro-batch"
+    if getattr(trainer, "top_entropy_quantile", 1.0) < 1.0:
+        return "top_entropy_quantile: the quantile is over each micro-batch"
+    if getattr(trainer, "_entropy_bonus_enabled", False):
+        return "entropy bonus: the mean is over each micro-batch"
+    if getattr(trainer, "aux_loss_enabled", False):
+        return "load-balancing loss of a mixture of experts: it is over each micro-batch"
     return None
 
 
@@ -116,7 +123,7 @@ def _reason_against_filling(trainer: Any, per_step: int, number: int) -> str | N
         return "steps_per_generation is no multiple of gradient_accumulation_steps"
     if is_sharded(trainer):
         return "sharded model: every rank must run the same passes"
-    return None
+    return _reason_against_sorting(trainer)
 
 
 def _agree(trainer: Any) -> Callable[[list[int]], list[int]]:

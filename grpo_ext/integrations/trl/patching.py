@@ -63,8 +63,9 @@ def _restore(owner: Any, name: str) -> None:
 def patch(*, fuse_loss: bool = False, **switches: bool) -> None:
     """Make TRL's trainers train with this package's kernels and training step.
 
-    Affects GRPO, RLOO, SFT, DPO and KTO trainers created before or after this call. Every part of the step that a
-    trainer's settings rule out falls back to TRL; `status` has the reasons. A further call changes only the arguments.
+    Affects GRPO, RLOO, AsyncGRPO, SFT, DPO and KTO trainers created before or after this call. Every part of the step
+    that a trainer's settings rule out falls back to TRL; `status` has the reasons. A further call changes only the
+    arguments.
 
     Args:
         fuse_loss: also compute the loss of ``trl.GRPOTrainer`` with `grpo_ext.linear_grpo_loss`, inside the model's
