@@ -16,7 +16,7 @@ from trl_runs import WORDS, Recorder, fill_adapters, lora, settings, tiny_model,
 import grpo_ext.integrations.trl as ours
 
 #: One token each: the call of a tool with one of four places; no tool knows the last one.
-CALLS = ['{"name":"look","arguments":{"place":%d}}' % place for place in range(4)]
+CALLS = [f'{{"name":"look","arguments":{{"place":{place}}}}}' for place in range(4)]
 CHAT_WORDS = [*WORDS[:3], "<user>", "<assistant>", "<tool>", "<call>", "</call>", *CALLS, *WORDS[3:]][: len(WORDS)]
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }}"
