@@ -85,7 +85,7 @@ def _reason_of_adapter(model: Any, modules: Iterable[Any], uses: Counter[nn.Para
 
 
 class Handover:
-    """The weights' way to one vLLM, and the check of what arrived.
+    """Load the weights into one vLLM engine, and check them there.
 
     Attributes:
         unchecked: whether weights were loaded since the last check.
@@ -132,7 +132,7 @@ _handovers: WeakKeyDictionary[Any, Handover] = WeakKeyDictionary()
 
 
 def handover_of(generation: Any) -> Handover:
-    """The `Handover` of a ``VLLMGeneration``; made at the first call."""
+    """Return the `Handover` of a ``VLLMGeneration``; create it at the first call."""
     if generation not in _handovers:
         _handovers[generation] = Handover(generation)
     return _handovers[generation]
