@@ -64,8 +64,7 @@ def split(batch: Batch, number: int, original: Callable[[Batch, int], list[Batch
     per_step = min(trainer.args.gradient_accumulation_steps, number)
     if options.fill_micro_batches:
         if counts.part("fill_micro_batches", _reason_against_filling(trainer, per_step, number)):
-            agree = _agree(trainer) if trainer.accelerator.num_processes > 1 else None
-            order, sizes = filled_slices(lengths, rows.has_gradient, total // number, per_step, agree)
+            order, sizes = filled_slices(lengths, rows.has_gradient, total // number, per_step)
     elif options.length_sorted_batches and counts.part("length_sorted_batches", _reason_against_sorting(trainer)):
         order = sorted_order(lengths, per_step * (total // number))
     batches, start = [], 0
@@ -121,18 +120,9 @@ def _reason_against_filling(trainer: Any, per_step: int, number: int) -> str | N
         return f"the loss divides by each micro-batch; {', '.join(GLOBAL_DIVISOR)} do not"
     if number % per_step != 0:
         return "steps_per_generation is no multiple of gradient_accumulation_steps"
-    if is_sharded(trainer):
-        return "sharded model: every rank must run the same passes"
+    if trainer.accelerator.num_processes > 1:
+        return "several processes: TRL gathers one value per sequence, so micro-batches must have equal sizes"
     return _reason_against_sorting(trainer)
-
-
-def _agree(trainer: Any) -> Callable[[list[int]], list[int]]:
-    def largest(needed: list[int]) -> list[int]:
-        every = trainer.accelerator.gather(torch.tensor([needed], device=trainer.accelerator.device))
-        found: list[int] = every.amax(dim=0).tolist()
-        return found
-
-    return largest
 
 
 def _selected(batch: Batch, rows: Rows, order: list[int]) -> Batch:
