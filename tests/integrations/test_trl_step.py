@@ -142,10 +142,19 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+#: Runs of stock TRL by case, for both values of ``fuse_loss``.
+_stock: dict[str, Any] = {}
+
+
 @pytest.mark.parametrize("fuse_loss", [False, True], ids=["", "fused"])
 @pytest.mark.parametrize("name", CASES)
 def test_equal_to_stock(name: str, fuse_loss: bool, tmp_path: Path) -> None:
-    stock, mine, status = both(tmp_path, patch={"fuse_loss": fuse_loss}, **CASES[name])
+    if name not in _stock:
+        _stock[name] = run(tmp_path / "stock", **CASES[name])
+    stock = _stock[name]
+    with patching(fuse_loss=fuse_loss):
+        mine = run(tmp_path / "ours", **CASES[name])
+        status = ours.status()
     loose = CASES[name].get("loss_type") in ("vespo", "luspo")
     compare(stock, mine, tolerance=2e-4 if loose else 5e-5)
     assert ("sampling/importance_sampling_ratio/mean" in stock[0][0]) == (name != "without-vllm")

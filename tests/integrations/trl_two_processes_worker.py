@@ -17,7 +17,7 @@ import grpo_ext.integrations.trl as ours
 
 def main(folder: Path) -> None:
     rank = os.environ["RANK"]
-    arguments: dict[str, Any] = {"gradient_checkpointing": True, "per_device_train_batch_size": 4, "max_steps": 2}
+    arguments: dict[str, Any] = {"gradient_checkpointing": True, "per_device_train_batch_size": 4, "max_steps": 1}
     found: dict[str, Any] = {}
     for with_lora in (True, False):
         model = {"model": tiny_model(), "with_lora": with_lora}
