@@ -189,9 +189,9 @@ def load_state(folder: Path, rank: int, plan: BatchPlan) -> tuple[str, int, Roll
         warnings.warn(
             f"batch numbers differ from the checkpoint's ({listed}): the run continues with other prompts", stacklevel=3
         )
-        return state["run"], state["kernel_calls"], None
+        return state.get("run", ""), state["kernel_calls"], None
     rollout = None if state["rollout"] is None else Rollout.from_state_dict(state["rollout"])
-    return state["run"], state["kernel_calls"], rollout
+    return state.get("run", ""), state["kernel_calls"], rollout
 
 
 def save_reference(folder: Path, state: dict[str, Tensor] | None) -> None:
