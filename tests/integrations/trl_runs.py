@@ -223,9 +223,9 @@ def largest_difference(first: list[dict[str, float]], second: list[dict[str, flo
     return worst, where
 
 
-def patched(fuse_loss: bool = False) -> Iterator[None]:
+def patched(fuse_loss: bool = False, **switches: bool) -> Iterator[None]:
     """For a context manager or fixture: TRL on our kernels, and as it was afterwards."""
-    ours.patch(fuse_loss=fuse_loss)
+    ours.patch(fuse_loss=fuse_loss, **switches)
     try:
         yield
     finally:
