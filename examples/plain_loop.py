@@ -84,7 +84,7 @@ def plain_loss(model: Any, batch: Batch) -> Tensor:
 
 
 def faster_loss(faster: modules.FasterLayers, batch: Batch) -> Tensor:
-    """The same from hidden states."""
+    """Compute the loss from hidden states instead of logits."""
     ids, mask = batch["ids"][:, -batch["completion_mask"].shape[1] :], batch["completion_mask"]
     config = grpo_ext.LossConfig(logit_scale=faster.head.logit_scale, logit_softcap=faster.head.logit_softcap)
     output = faster.run(

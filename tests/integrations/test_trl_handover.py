@@ -166,7 +166,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", MODELS)
 def test_the_engine_gets_what_trl_sends(name: str) -> None:
-    """The same names, shapes, types; the bits of every weight without adapter; the others within two roundings."""
+    """Names, shapes and dtypes equal TRL's; weights without adapter are bit-equal, merged ones within two roundings."""
     model = MODELS[name]()
     before = base_tensors(model)
     generation, stock = Generation(model), Generation(copy.deepcopy(model))
@@ -250,7 +250,7 @@ class Holding(nn.Module):
 
 @pytest.mark.parametrize("sleep", [False, True])
 def test_later_hand_overs_are_plain_copies(sleep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the same values. Not where vLLM sleeps, which drops what its loader fills in."""
+    """Copies equal the loader's values. With sleep mode the loader runs each time, as vLLM drops what it fills in."""
     monkeypatch.setattr(trl.generation.vllm_generation, "empty_cache", lambda: None)
     base = model_of()
     engine = Holding(base)

@@ -160,7 +160,7 @@ def test_trainer(run: Run, changes: dict[str, Any], served: dict[str, int], tmp_
 @pytest.mark.parametrize("with_lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("run", [sft, dpo, kto])
 def test_bf16_is_no_worse_than_stock(run: Run, with_lora: bool, device: torch.device, tmp_path: Path) -> None:
-    """Of all numbers of all steps, against a run in fp32: at most twice the error of TRL's own run in bf16."""
+    """Compare all numbers of all steps with an fp32 run: at most twice the error of TRL's own bf16 run."""
     changes = {"with_lora": with_lora, "use_cpu": device.type == "cpu", "max_steps": 8}
     exact = run(str(tmp_path / "exact"), **changes)
     stock = run(str(tmp_path / "stock"), **changes, bf16=True)
